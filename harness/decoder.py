@@ -1,0 +1,279 @@
+"""What a plugin author subclasses: `Sampler`, `Decoder` or `Chain`, and the `@decoder` that registers it.
+
+A decoder is a value: a name, parameters with defaults and bounds, and a claim about the law that it draws from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import ABC
+from abc import abstractmethod
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import ClassVar
+from typing import Literal
+from typing import TypeVar
+from typing import cast
+from typing import get_args
+
+from decodathlon.harness import law
+from decodathlon.harness import spec
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.lazy import torch
+from decodathlon.harness.registry import registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decodathlon.harness.randomness import RowRandom
+    from decodathlon.harness.targets.base import Target
+
+#: exact: samples the target's own law. greedy-exact: equals greedy search token for token. shaped: samples a stated
+#: transform of the law, such as top-p. sharpened: samples p^beta or a reward-tilted law. heuristic: claims nothing.
+Claim = Literal["exact", "greedy-exact", "shaped", "sharpened", "heuristic"]
+StopReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a completion ends.
+
+    Args:
+        max_new_tokens: the most tokens a completion may have.
+        ignore_eos: go on past stop tokens, so that speed is compared at equal length.
+    """
+
+    max_new_tokens: int
+    ignore_eos: bool = False
+
+
+@dataclass
+class Cost:
+    """What a completion cost, in calls of the models and in token positions that they computed."""
+
+    target_calls: int = 0
+    target_positions: int = 0
+    draft_calls: int = 0
+    draft_positions: int = 0
+
+
+@dataclass
+class Completion:
+    """One answer: its tokens without the prompt, the stop token included."""
+
+    tokens: list[int]
+    stop_reason: StopReason
+    #: Natural-log probability of the tokens under the target, not under the shaped law; None where it was not computed.
+    log_prob: float | None = None
+    text: str = ""
+    cost: Cost = field(default_factory=Cost)
+    #: One mapping per decoding cycle, for decoders that keep a trace.
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the registry knows of a decoder class."""
+
+    name: str
+    family: str
+    claim: Claim | Callable[[Any], Claim]
+    sweep: Mapping[str, Sequence[Any]]
+    bounds: Mapping[str, str]
+    needs: frozenset[str]
+    headline: str | None
+    paper: str
+    summary: str
+
+
+class Decoder(ABC):
+    """The general form: prompts in, completions out."""
+
+    info: ClassVar[Info]
+
+    @abstractmethod
+    def generate(
+        self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
+    ) -> list[Completion]:
+        """Complete every prompt. All randomness comes from `rng`; row b may use no other stream than its own."""
+
+    @property
+    def spec(self) -> str:
+        """The shortest spec string that gives this decoder back."""
+        return spec.render(self.info.name, self)
+
+    @property
+    def claim(self) -> Claim:
+        """The claim of this decoder at these parameters."""
+        claim = self.info.claim
+        return claim(self) if callable(claim) else claim
+
+    def params(self) -> dict[str, Any]:
+        """Every parameter with its value, defaults included."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(cast("Any", self)) if f.init}
+
+    def check(self, target: Target) -> None:
+        """
+        Raises:
+            UnsupportedError: the target lacks a capability that this decoder needs.
+        """
+        for capability in sorted(self.info.needs - target.capabilities):
+            raise UnsupportedError(capability, f"{target.name} does not have it")
+
+
+class Sampler(Decoder):
+    """A decoder that draws each token from a next-token law. Generation, perplexity and audit come for free.
+
+    A stateless sampler defines `shape` only. One with per-row state defines `start`, `next_law` and `advance`.
+    """
+
+    #: Uniform numbers per row and token that `next_law` wants besides the one that draws the token.
+    uniforms: ClassVar[int] = 0
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """(N, V) logits to (N, V) natural log-probabilities that sum to one, -inf where cut."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither shape nor next_law")
+
+    def start(self, rows: int) -> Any:
+        """State of so many fresh rows."""
+        return None
+
+    def next_law(self, logits: Tensor, state: Any, u: Tensor) -> tuple[Tensor, Any]:
+        """Law (B, V) of the next token, given the state; `u` is (B, uniforms)."""
+        return self.shape(logits), state
+
+    def advance(self, state: Any, tokens: Tensor) -> Any:
+        """State after the tokens (B,) were taken."""
+        return state
+
+    def choose(self, logits: Tensor, state: Any, u: Tensor) -> tuple[Tensor, Any]:
+        """Draw the next tokens (B,); `u` is (B, 1 + uniforms) in [0, 1)."""
+        log_probs, state = self.next_law(logits, state, u[:, 1:])
+        tokens = law.draw(log_probs, u[:, 0])
+        return tokens, self.advance(state, tokens)
+
+    def generate(
+        self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
+    ) -> list[Completion]:
+        from decodathlon.harness.generation import autoregressive
+
+        return autoregressive(self, target, prompts, limits, rng)
+
+
+class Chain(Decoder):
+    """A Markov chain over whole sequences, on any target with an energy. Many chains run side by side as rows."""
+
+    @abstractmethod
+    def initial(self, target: Target, rows: int, length: int, rng: RowRandom) -> Tensor:
+        """(rows, length) sequences to start from."""
+
+    @abstractmethod
+    def step(self, target: Target, sequences: Tensor, rng: RowRandom) -> Tensor:
+        """One transition of every chain, (rows, length) to (rows, length)."""
+
+    #: Transitions before the sequence is taken as the answer.
+    steps: int = 1000
+
+    def generate(
+        self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
+    ) -> list[Completion]:
+        """One chain per prompt; the prompt itself must be empty (unconditional sampling)."""
+        if any(len(p) for p in prompts):
+            raise UnsupportedError("an empty prompt", f"{self.spec} samples whole sequences")
+        sequences = self.initial(target, len(prompts), limits.max_new_tokens, rng)
+        for _ in range(self.steps):
+            sequences = self.step(target, sequences, rng)
+        scores = -target.energy(sequences)
+        return [
+            Completion(row.tolist(), "length", float(score), cost=Cost(target_calls=self.steps))
+            for row, score in zip(torch.as_tensor(sequences), scores, strict=True)
+        ]
+
+
+D = TypeVar("D", bound=Decoder)
+
+
+def decoder(
+    name: str,
+    *,
+    claim: Claim | Callable[[Any], Claim],
+    family: str | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    bounds: Mapping[str, str] | None = None,
+    needs: Sequence[str] = (),
+    headline: str | None = None,
+    paper: str = "",
+) -> Callable[[type[D]], type[D]]:
+    """Register a decoder class under `name`. Its annotated attributes are the parameters; each has a default.
+
+    Args:
+        claim: the law that it draws from, or a function from the decoder to that.
+        family: what the board groups it under; default the name.
+        sweep: values per parameter that `--sweep` tries, one parameter at a time.
+        bounds: intervals per parameter, such as {"p": "(0, 1]"}.
+        needs: capabilities that the target must have (see `Target.CAPABILITIES`).
+        headline: the spec by which it stands in the headline set; None leaves it out.
+        paper: who proposed it, as a citation.
+
+    Raises:
+        SpecError: the name is taken or malformed, a claim is unknown, or a sweep or bound names no parameter.
+    """
+
+    def register(cls: type[D]) -> type[D]:
+        cls = dataclass(frozen=True, kw_only=True)(cls)
+        source = inspect.getfile(cls)
+        where = f"decoder {name!r} ({source})"
+        parameters = {f.name for f in dataclasses.fields(cast("Any", cls)) if f.init}
+        if not callable(claim) and claim not in get_args(Claim):
+            raise SpecError(f"{where}: claim {claim!r} is not one of {', '.join(get_args(Claim))}")
+        for key in {**(sweep or {}), **(bounds or {})}:
+            if key not in parameters:
+                raise SpecError(f"{where}: {key!r} in sweep or bounds is not a parameter")
+        for key, values in (sweep or {}).items():
+            for value in values:
+                spec.check_bounds(value, (bounds or {}).get(key), f"{where}: sweep {key}={value}")
+        cls.info = Info(
+            name=name,
+            family=family or name,
+            claim=claim,
+            sweep=dict(sweep or {}),
+            bounds=dict(bounds or {}),
+            needs=frozenset(needs),
+            headline=headline,
+            paper=paper,
+            summary=(inspect.getdoc(cls) or "").partition("\n")[0],
+        )
+        registry.add("decoder", name, cls, source)
+        return cls
+
+    return register
+
+
+def build(text: str) -> Decoder:
+    """The decoder that a spec string names.
+
+    Raises:
+        SpecError: see `spec.fill`.
+    """
+    parsed = spec.parse(text)
+    cls = registry.get("decoder", parsed.name)
+    instance: Decoder = spec.fill(cls, parsed, "decoder", cls.info.bounds)
+    return instance
+
+
+def swept(instance: Decoder) -> list[Decoder]:
+    """The decoder and its neighbours: every sweep value of every parameter, one at a time."""
+    found = [instance]
+    for key, values in instance.info.sweep.items():
+        for value in values:
+            neighbour = dataclasses.replace(cast("Any", instance), **{key: value})
+            if neighbour not in found:
+                found.append(neighbour)
+    return found

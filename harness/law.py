@@ -1,0 +1,86 @@
+"""The processed next-token law: temperature, then truncation. One function for samplers, scorers, drafters, verifiers.
+
+Rows N are independent; V is the vocabulary. Everything is defined on natural log-probabilities, -inf where cut.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: On a CPU a nucleus is looked for among this many tokens first; a full sort of 50,000 takes milliseconds.
+_NUCLEUS_GUESS = 256
+
+
+def process(
+    logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """(N, V) logits to (N, V) log-probabilities of the processed law.
+
+    The order is temperature, top-k, top-p, min-p; each truncation sees the law that the one before left, renormalised.
+
+    Args:
+        temperature: divides the logits; greater than 0 (greedy search is a decoder of its own).
+        top_k: keep the k likeliest tokens and whatever ties with the last of them; 0 keeps all. Fan et al. 2018.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches p. Holtzman et al. 2020.
+        min_p: keep tokens with at least this fraction of the greatest probability. Nguyen et al. 2024.
+    """
+    log_probs = (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
+    if top_k > 0:
+        k = min(top_k, logits.shape[-1])
+        last = log_probs.topk(k, dim=-1).values[..., -1:]
+        log_probs = _renormalised(log_probs, log_probs >= last)
+    if top_p < 1.0:
+        log_probs = _renormalised(log_probs, _nucleus(log_probs, top_p))
+    if min_p > 0.0:
+        top = log_probs.max(-1, keepdim=True).values
+        log_probs = _renormalised(log_probs, log_probs.exp() >= min_p * top.exp())
+    return log_probs
+
+
+def one_hot(logits: Tensor) -> Tensor:
+    """The law of greedy search: all mass on the first of the greatest logits."""
+    return torch.full_like(logits, float("-inf")).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+
+
+def draw(log_probs: Tensor, u: Tensor) -> Tensor:
+    """One token per row by inversion of the cumulative law: exact up to float64 rounding, one uniform per token.
+
+    Args:
+        log_probs: (N, V).
+        u: (N,) uniforms in [0, 1).
+
+    Returns:
+        (N,) int64; never a token of probability zero.
+    """
+    cumulative = log_probs.double().exp_().cumsum(-1)
+    threshold = u.to(cumulative)[:, None] * cumulative[:, -1:]
+    # The first token whose cumulative probability exceeds the threshold; it adds something, so its probability is > 0.
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=log_probs.shape[-1] - 1)
+
+
+def _renormalised(log_probs: Tensor, kept: Tensor) -> Tensor:
+    return log_probs.masked_fill(~kept, float("-inf")).log_softmax(-1)
+
+
+def _nucleus(log_probs: Tensor, p: float) -> Tensor:
+    """(N, V) bool: the smallest set of likeliest tokens whose probability reaches p; ties go to the lower rank."""
+    V = log_probs.shape[-1]
+    guess = min(_NUCLEUS_GUESS, V)
+    if log_probs.device.type == "cpu" and guess < V:
+        values, order = log_probs.topk(guess, dim=-1)
+        mass = values.double().exp().cumsum(-1)
+        if bool((mass[..., -1] >= p).all()):
+            return _reached(log_probs, mass, order, p)
+    values, order = log_probs.sort(dim=-1, descending=True, stable=True)
+    return _reached(log_probs, values.double().exp().cumsum(-1), order, p)
+
+
+def _reached(log_probs: Tensor, mass: Tensor, order: Tensor, p: float) -> Tensor:
+    """Scatter `mass before this rank < p` back to the vocabulary."""
+    before = torch.cat([torch.zeros_like(mass[..., :1]), mass[..., :-1]], dim=-1)
+    return torch.zeros_like(log_probs, dtype=torch.bool).scatter_(-1, order, before < p)

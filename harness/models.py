@@ -1,0 +1,289 @@
+"""Model specs to loaded targets: the embedded default, aliases, hub ids, local folders, GGUF files, plugin loaders.
+
+`resolve` is cheap and imports no torch: it says what a spec means, or what is wrong with it, before a run begins.
+`load` does the work, in the process that measures. Only safetensors, GGUF and llama2.c files are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from typing import Literal
+
+from decodathlon.harness import embedded
+from decodathlon.harness import spec
+from decodathlon.harness.errors import MissingError
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.errors import near_miss
+from decodathlon.harness.registry import registry
+
+STORIES = "stories-260k"
+#: Short names of hub models: the ladder of the founding notes.
+ALIASES = {
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.2",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+}
+#: How long a hub may take to answer before a run gives it up.
+HUB_TIMEOUT_S = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What may stand in the brackets of a model spec.
+
+    Args:
+        load: quantise while loading, through bitsandbytes on CUDA.
+        revision: commit, tag or branch of a hub model.
+        path: folder of a model that is known by name only (`stories-260k`).
+    """
+
+    load: Literal["full", "nf4", "int8"] = "full"
+    revision: str | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A resolved spec."""
+
+    #: What rows call it: alias or hub id or folder name, with the options that differ from their defaults.
+    name: str
+    kind: Literal["embedded", "stories", "folder", "gguf", "hub", "plugin"]
+    #: Hub id, or path.
+    location: str
+    options: Options
+
+
+def resolve(text: str) -> Model:
+    """What a model spec means.
+
+    Raises:
+        SpecError: neither a known name, a folder, a file nor a hub id; or a file of a kind that is not read.
+        MissingError: a folder that holds no weights we read.
+    """
+    parsed = spec.parse(text, "model")
+    name = parsed.name
+    if name in registry.names("model-loader"):
+        return Model(text.strip(), "plugin", name, Options())
+    options: Options = spec.fill(Options, parsed, "model", {})
+    shown = spec.render(name, options)
+    if name == embedded.NAME:
+        return Model(shown, "embedded", name, options)
+    if name == STORIES:
+        folder = options.path or os.environ.get("DECODATHLON_MODELS")
+        if not folder:
+            raise SpecError(f"model {STORIES} needs its folder: write {STORIES}[path=FOLDER] or set DECODATHLON_MODELS")
+        return Model(STORIES, "stories", folder, options)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return Model(spec.render(path.resolve().name, options), "folder", str(path.resolve()), options)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise SpecError(f"model {name}: only .gguf files and folders with safetensors are read, not {path.suffix!r}")
+        return Model(spec.render(path.stem, options), "gguf", str(path.resolve()), options)
+    if name in ALIASES:
+        return Model(shown, "hub", ALIASES[name], options)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
+        return Model(shown, "hub", name, options)
+    known = [embedded.NAME, STORIES, *ALIASES, *registry.names("model-loader")]
+    raise SpecError(f"there is no model {name!r}: not a known name, a folder, a file or a hub id{near_miss(name, known)}")
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise MissingError(f"model folder {path} has no config.json")
+    if list(path.glob("*.safetensors")) or list(path.glob("*.safetensors.index.json")):
+        return
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise MissingError(
+            f"model folder {path} has only {pickles[0]}; pickles can run code when they are read and are refused. "
+            "Save the model as safetensors (model.save_pretrained)."
+        )
+    raise MissingError(f"model folder {path} has no .safetensors file")
+
+
+def load(model: Model, *, device: str, dtype: str, say: Callable[[str], None]) -> Any:
+    """The loaded target.
+
+    Args:
+        device: auto, cpu or cuda.
+        dtype: auto, float32, bfloat16 or float16.
+        say: receives one line when something takes long.
+
+    Raises:
+        MissingError: weights that cannot be had; the message has the remedy.
+        UnsupportedError: an architecture that the targets refuse.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    place = pick_device(device)
+    if model.kind == "plugin":
+        loader = registry.get("model-loader", model.location)
+        return loader(model.name, device=place, dtype=dtype)
+
+    from decodathlon.harness.targets.transformers import TransformersTarget
+
+    kind = getattr(torch, pick_dtype(dtype, place))
+    weights, tokenizer = _read(model, kind, place, say)
+    weights = weights.to(place) if model.options.load == "full" else weights
+    return TransformersTarget(weights, tokenizer, name=model.name)
+
+
+def _read(model: Model, dtype: Any, device: str, say: Callable[[str], None]) -> tuple[Any, Any]:
+    if model.kind == "stories":
+        from decodathlon.harness import llama2c
+
+        weights, tokenizer = llama2c.load(Path(model.location))
+        return weights.to(dtype), tokenizer
+    source, extra = model.location, _quantisation(model, device)
+    if model.kind == "embedded":
+        source = str(embedded.prepare(say))
+    elif model.kind == "hub":
+        source = _hub_snapshot(model, say)
+    elif model.kind == "gguf":
+        source, extra = _gguf(Path(model.location))
+    else:
+        _check_folder(Path(source))
+    return _from_pretrained(source, dtype, extra, model.name)
+
+
+def _from_pretrained(source: str, dtype: Any, extra: dict[str, Any], name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+    from transformers import AutoTokenizer
+
+    only = {} if "gguf_file" in extra else {"use_safetensors": True}
+    tokenizer_options = {"gguf_file": extra["gguf_file"]} if "gguf_file" in extra else {}
+    try:
+        weights = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, local_files_only=True, trust_remote_code=False, **only, **extra
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **tokenizer_options)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MissingError(f"model {name} cannot be read from {source}: {first}") from error
+    return weights, tokenizer
+
+
+def _gguf(path: Path) -> tuple[str, dict[str, Any]]:
+    extra: dict[str, Any] = {"gguf_file": path.name}
+    extra |= embedded.dense_gguf()
+    return str(path.parent), extra
+
+
+def _quantisation(model: Model, device: str) -> dict[str, Any]:
+    if model.options.load == "full":
+        return {}
+    import importlib.util
+
+    if device != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingError(
+            f"model {model.name}: load={model.options.load} needs CUDA and bitsandbytes (pip install -e '.[cuda]')"
+        )
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if model.options.load == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return {"quantization_config": config, "device_map": {"": 0}}
+
+
+def _hub_snapshot(model: Model, say: Callable[[str], None]) -> str:
+    """Folder of the hub model: the local cache if it is there, else a download."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = {"repo_id": model.location, "revision": model.options.revision}
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = str(snapshot_download(**wanted, allow_patterns=patterns, local_files_only=True))
+        if list(Path(folder).glob("*.safetensors")):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    check_hub(f"model {model.location}")
+    say(f"downloading {model.location}")
+    try:
+        return str(snapshot_download(**wanted, allow_patterns=patterns))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise MissingError(f"model {model.location} cannot be had from the hub: {first}") from error
+
+
+def check_hub(what: str) -> None:
+    """
+    Raises:
+        MissingError: the hub does not answer within `HUB_TIMEOUT_S`, in one line with the remedy.
+    """
+    import concurrent.futures
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    remedy = "put a copy into the hub cache (HF_HOME) or name a local folder"
+    if constants.HF_HUB_OFFLINE:
+        raise MissingError(f"{what} is not in the hub cache and HF_HUB_OFFLINE is set; {remedy}")
+
+    def ask() -> None:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S / 2).close()
+        except urllib.error.HTTPError:
+            return  # it answered
+
+    # A thread, because looking up a name has no timeout of its own.
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        pool.submit(ask).result(timeout=HUB_TIMEOUT_S)
+    except (OSError, TimeoutError) as error:
+        raise MissingError(f"{what} is not in the hub cache and the hub cannot be reached ({error}); {remedy}") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def pick_device(device: str) -> str:
+    """`auto` to cuda where there is one.
+
+    Raises:
+        MissingError: cuda was asked for and there is none.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingError("--device cuda: torch sees no CUDA device here; use --device cpu or a CUDA build of torch")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """`auto` to bfloat16 where the hardware multiplies it, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device == "cuda":
+        import torch
+
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 dot products; elsewhere float32 is faster."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

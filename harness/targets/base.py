@@ -1,0 +1,171 @@
+"""The seam between decoders and models: what a `Target` and its `Context` promise.
+
+Three verbs on a context cover autoregressive sampling, speculation, tree verification, beams, SMC resampling and MCMC:
+`extend` looks at new tokens, `keep` decides how many of them stay, `select` reorders, duplicates or drops rows.
+
+Dimensions: B rows, Q new tokens per row, V vocabulary, E embedding width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from abc import abstractmethod
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import ClassVar
+from typing import NamedTuple
+
+from decodathlon.harness.errors import ContextOverflowError
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Step(NamedTuple):
+    """What one `extend` saw."""
+
+    #: (B, Q, V) next-token logits after each new token, in float32 or wider.
+    logits: Tensor
+    #: Residual stream by layer number, each (B, Q, E): 0 is the input of the first block, i the output of block i.
+    hidden: Mapping[int, Tensor]
+
+
+class Context(ABC):
+    """B rows of text that a target has read.
+
+    `lengths` (B,) counts the tokens that each row keeps; `next_logits` (B, V) follow the last kept token.
+    """
+
+    lengths: Tensor
+    next_logits: Tensor
+    #: The most tokens that a row can hold.
+    capacity: int
+
+    @property
+    def rows(self) -> int:
+        return int(self.lengths.shape[0])
+
+    @abstractmethod
+    def extend(
+        self,
+        tokens: Tensor,
+        *,
+        tree: Tensor | None = None,
+        hidden: Sequence[int] = (),
+        logits_at: Tensor | None = None,
+    ) -> Step:
+        """Read Q more tokens per row without keeping them.
+
+        Args:
+            tokens: (B, Q) int64.
+            tree: (B, Q, Q) or (Q, Q) bool; `tree[b, i, j]` says that new token j is i itself or an ancestor of i.
+                Parents come before their children. Without it the tokens are a chain.
+            hidden: layers whose residual stream is wanted.
+            logits_at: (P,) positions in 0..Q-1 at which logits are wanted; the step then has P of them. Default: all.
+
+        Raises:
+            ContextOverflowError: a row would hold more than `capacity` tokens.
+        """
+
+    @abstractmethod
+    def keep(self, counts: int | Sequence[int] | Tensor, *, path: Tensor | None = None) -> None:
+        """Keep the first `counts[b]` of the tokens of the last `extend`, or the nodes `path[b, :counts[b]]` of its tree.
+
+        Args:
+            counts: one number for all rows, or (B,).
+            path: (B, P) indices into the Q tokens, ancestors first.
+        """
+
+    @abstractmethod
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """Make the context consist of these rows, in this order; a row may appear several times or not at all."""
+
+
+class Target(ABC):
+    """A law over token sequences that decoders draw from.
+
+    `capabilities` names what this target can do beyond sampling; a decoder that `needs` more is `unsupported` on it.
+    """
+
+    name: str
+    vocab_size: int
+    #: Tokens that end a text.
+    stop_tokens: frozenset[int]
+    #: The longest text, in tokens, that the target reads.
+    context_length: int
+    device: Any
+    dtype: Any
+    #: Every name that `capabilities` may hold.
+    CAPABILITIES: ClassVar[frozenset[str]] = frozenset({"logits", "hidden", "gradient", "energy", "text", "hf-model"})
+    capabilities: frozenset[str] = frozenset({"logits"})
+    #: Remarks that belong into the record, such as a lean forward left aside.
+    notes: tuple[str, ...] = ()
+    #: Parameters of the model, for FLOP estimates; 0 where it has none.
+    parameters: int = 0
+
+    @abstractmethod
+    def open(self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None) -> Context:
+        """Read the prompts, ragged or not, once; every row can then grow to `capacity` tokens."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of `text`; `special` adds what the model expects at the start (BOS)."""
+        raise UnsupportedError("text", f"{self.name} has no tokenizer")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, special tokens left out."""
+        raise UnsupportedError("text", f"{self.name} has no tokenizer")
+
+    def log_prob(self, sequences: Sequence[Sequence[int]], given: int | Sequence[int] = 1) -> Tensor:
+        """(B,) float64 natural log-probability of each sequence, given its first `given` tokens."""
+        heads = [given] * len(sequences) if isinstance(given, int) else list(given)
+        width = max(len(s) - g for s, g in zip(sequences, heads, strict=True))
+        if width < 1:
+            raise ValueError("log_prob needs at least one token after the given ones in some sequence")
+        context = self.open(
+            [list(s[:g]) for s, g in zip(sequences, heads, strict=True)],
+            capacity=max(heads) + width,
+        )
+        padded = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+        for b, (s, g) in enumerate(zip(sequences, heads, strict=True)):
+            padded[b, : len(s) - g] = torch.tensor(list(s[g:]), dtype=torch.long)
+            mask[b, : len(s) - g] = True
+        padded, mask = padded.to(context.lengths.device), mask.to(context.lengths.device)
+        law = context.next_logits[:, None].double()
+        if width > 1:
+            law = torch.cat([law, context.extend(padded[:, :-1]).logits.double()], dim=1)
+        terms = law.log_softmax(-1).gather(-1, padded[..., None])[..., 0]
+        return terms.masked_fill(~mask, 0.0).sum(-1)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(V, E) input embeddings."""
+        raise UnsupportedError("gradient", f"{self.name} has no embeddings")
+
+    def embedding_gradient(self, sequences: Tensor, given: int = 1) -> tuple[Tensor, Tensor]:
+        """Log-probability (B,) of the sequences (B, L) after their first `given` tokens, and its gradient (B, L, E)."""
+        raise UnsupportedError("gradient", f"{self.name} has no gradients")
+
+    def energy(self, sequences: Tensor) -> Tensor:
+        """(B,) float64 energy of whole sequences: minus the log-probability, up to a constant."""
+        raise UnsupportedError("energy", f"{self.name} has no energy")
+
+    def check_room(self, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+        """Refuse an empty prompt and a capacity beyond the context, with the numbers.
+
+        Raises:
+            ValueError: there is no prompt.
+            ContextOverflowError: `capacity` tokens do not fit.
+        """
+        if not prompts:
+            raise ValueError(f"{self.name}: no prompts were given")
+        if capacity > self.context_length:
+            longest = max(map(len, prompts))
+            raise ContextOverflowError(
+                f"{self.name} reads at most {self.context_length} tokens; the longest prompt has {longest} and the "
+                f"request needs {capacity} in all. Shorten the prompt or ask for fewer new tokens."
+            )

@@ -1,0 +1,394 @@
+"""`TransformersTarget`: any Hugging Face causal LM with full or sliding attention, behind the `Target` seam.
+
+The model's own forward runs with our attention and cache (attention.py). Where the model is of the Llama family the
+shorter forward of lean.py replaces it on the hot path. Both are compared at load with the model's native forward, past
+its window, and a model that disagrees is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decodathlon.harness.errors import ContextOverflowError
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.targets.attention import ATTENTION_NAME
+from decodathlon.harness.targets.attention import Layout
+from decodathlon.harness.targets.attention import RowCache
+from decodathlon.harness.targets.base import Context
+from decodathlon.harness.targets.base import Step
+from decodathlon.harness.targets.base import Target
+from decodathlon.harness.targets.lean import LeanForward
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+#: Largest root-mean-square difference of logits, relative to their spread, between two forwards of one model.
+#: Float32 and wider leave room for the order of sums only; a wrong mask or position is off by a tenth or more.
+PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+PROBE_WINDOW = 6
+
+
+class TransformersContext(Context):
+    """Rows in a `RowCache`. The host mirrors the lengths, so that no step waits for the device."""
+
+    def __init__(self, target: TransformersTarget, rows: int, capacity: int, cache: RowCache | None = None) -> None:
+        self.capacity = capacity
+        self.cache = cache if cache is not None else RowCache(target.layers, rows, capacity)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=target.device)
+        self._target = target
+        self._host = [0] * rows
+        self._last_logits: Tensor | None = None
+        self._next_logits: Tensor | None = None
+        self._last_width = 0
+
+    def extend(
+        self,
+        tokens: Tensor,
+        *,
+        tree: Tensor | None = None,
+        hidden: Sequence[int] = (),
+        logits_at: Tensor | None = None,
+    ) -> Step:
+        B, Q = tokens.shape
+        if self.rows != B:
+            raise ValueError(f"extend got {B} rows of tokens for a context of {self.rows} rows")
+        end = max(self._host) + Q
+        if end > self.capacity:
+            raise ContextOverflowError(
+                f"a row of {max(self._host)} tokens cannot take {Q} more: this context was opened for {self.capacity}"
+            )
+        if tree is not None:
+            tree = self._checked_tree(tree, B, Q)
+        start = self._host[0] if len(set(self._host)) == 1 else None
+        layout = Layout(self.lengths, Q, end, start=start, tree=tree)
+        logits, states = self._target.forward(tokens.to(self.lengths.device), layout, self.cache, hidden, logits_at)
+        self._last_logits = logits if logits_at is None else None
+        self._last_width = Q
+        return Step(logits, states)
+
+    def _checked_tree(self, tree: Tensor, B: int, Q: int) -> Tensor:
+        tree = tree.to(self.lengths.device).expand(B, Q, Q)
+        if not bool(tree.diagonal(dim1=1, dim2=2).all()) or bool(tree.triu(1).any()):
+            raise ValueError("tree must have a true diagonal and list parents before their children")
+        window = self._target.smallest_window
+        if window is not None and Q > window:
+            raise UnsupportedError(
+                "full attention", f"{self._target.name} has a window of {window} tokens, the tree has {Q} nodes"
+            )
+        return tree
+
+    def keep(self, counts: int | Sequence[int] | Tensor, *, path: Tensor | None = None) -> None:
+        count = [counts] * self.rows if isinstance(counts, int) else [int(c) for c in counts]
+        if len(count) != self.rows:
+            raise ValueError(f"keep got {len(count)} counts for {self.rows} rows")
+        width = self._last_width if path is None else path.shape[1]
+        if min(count) < 0 or max(count) > width:
+            raise ValueError(f"keep can take 0 to {width} tokens per row after this extend, not {count}")
+        if path is not None:
+            path = path.to(self.lengths.device)
+            steps = torch.arange(width, device=path.device)
+            self.cache.move(self.lengths[:, None] + path, self.lengths[:, None] + steps)
+        if max(count) > 0:
+            self._next_logits = self._logits_after(count, path)
+        self._host = [n + c for n, c in zip(self._host, count, strict=True)]
+        self.lengths = torch.tensor(self._host, device=self.lengths.device)
+        self._last_width, self._last_logits = 0, None
+
+    def _logits_after(self, count: list[int], path: Tensor | None) -> Tensor | None:
+        """(B, V) logits behind the last token that each row keeps; rows that keep none hold theirs."""
+        if self._last_logits is None:
+            return None
+        if self._last_width == 1 and min(count) == 1:
+            return self._last_logits[:, 0]
+        last = torch.tensor(count, device=self.lengths.device) - 1
+        index = last.clamp(min=0)
+        if path is not None:
+            index = path.gather(1, index[:, None])[:, 0]
+        fresh = self._last_logits[torch.arange(self.rows, device=index.device), index]
+        return fresh if min(count) > 0 else torch.where(last[:, None] >= 0, fresh, self.next_logits)
+
+    @property
+    def next_logits(self) -> Tensor:  # type: ignore[override]
+        if self._next_logits is None:
+            raise RuntimeError("the last kept token was read without its logits (logits_at); extend once more")
+        return self._next_logits
+
+    @next_logits.setter
+    def next_logits(self, logits: Tensor) -> None:
+        self._next_logits = logits
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.lengths.device)
+        self.cache.select(index)
+        self.lengths = self.lengths[index]
+        self._host = [self._host[i] for i in index.tolist()]
+        self.next_logits = self.next_logits[index]
+        self._last_width, self._last_logits = 0, None
+
+
+class TransformersTarget(Target):
+    """A Hugging Face causal LM.
+
+    Args:
+        model: the loaded model; it is switched to our attention and frozen.
+        tokenizer: its tokenizer, or None (then `text` is not among the capabilities).
+        name: what rows and errors call it.
+        lean: whether the shorter forward may replace the model's own where it exists and agrees.
+
+    Raises:
+        UnsupportedError: the architecture has layers that cannot be rolled back, or the probe disagrees.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, name: str, lean: bool = True) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        config = model.config.get_text_config()
+        self.config = config
+        self._refuse_by_name(config)
+        self.layers = int(config.num_hidden_layers)
+        self.vocab_size = int(config.vocab_size)
+        self.context_length = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+        self.device, self.dtype = model.device, model.dtype
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.stop_tokens = self._stop_tokens()
+        self.capabilities = frozenset(
+            {"logits", "hidden", "gradient", "energy", "hf-model"} | ({"text"} if tokenizer is not None else set())
+        )
+        self._native_attention = config._attn_implementation
+        self._blocks = self._find_blocks()
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        windows = [w for w in (getattr(m, "sliding_window", None) for m in model.modules()) if isinstance(w, int)]
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or config.model_type == "mistral":
+            windows += [config.sliding_window] if getattr(config, "sliding_window", None) else []
+        self.smallest_window = min(windows, default=None)
+        self._lean: LeanForward | None = None
+        self._probe(lean)
+
+    # -- reading text ------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        if self.tokenizer is None:
+            return super().encode(text)
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return super().decode(tokens)
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @torch.no_grad()
+    def open(
+        self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None, cache: RowCache | None = None
+    ) -> TransformersContext:
+        """Prefill; see `Target.open`. `cache` reuses the memory (and the CUDA graphs) of an earlier context."""
+        capacity = capacity if capacity is not None else self.context_length
+        self.check_room(prompts, max(capacity, max(map(len, prompts), default=0)))
+        sizes = [len(p) for p in prompts]
+        if min(sizes) < 1:
+            raise ValueError(f"{self.name}: a prompt has no tokens; give it at least a BOS token")
+        context = TransformersContext(self, len(prompts), capacity, cache)
+        width = max(sizes)
+        padded = torch.zeros(len(prompts), width, dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            padded[b, : sizes[b]] = torch.as_tensor(list(prompt), dtype=torch.long)
+        if int(padded.max()) >= self.vocab_size or int(padded.min()) < 0:
+            raise ValueError(f"{self.name}: a prompt has a token outside the vocabulary of {self.vocab_size}")
+        ends = sorted({n - 1 for n in sizes})
+        step = context.extend(padded, logits_at=torch.tensor(ends))
+        context.keep(sizes)
+        context.next_logits = step.logits[torch.arange(len(sizes)), [ends.index(n - 1) for n in sizes]]
+        return context
+
+    # -- forwards ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        cache: RowCache,
+        hidden: Sequence[int] = (),
+        logits_at: Tensor | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits (B, Q or P, V) in float32 or wider, and the residual streams that were asked for."""
+        bad = [h for h in hidden if not 0 <= h <= self.layers]
+        if bad:
+            raise ValueError(f"{self.name} has hidden states 0 to {self.layers}, not {bad}")
+        cache.layout = layout
+        if logits_at is not None:
+            logits_at = logits_at.to(tokens.device)
+        if self._lean is not None:
+            logits, states = self._lean(tokens, layout, cache, hidden, logits_at)
+        else:
+            logits, states = self._through_transformers(tokens, layout, cache, hidden, logits_at)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), states
+
+    def _through_transformers(
+        self, tokens: Tensor, layout: Layout, cache: RowCache, hidden: Sequence[int], logits_at: Tensor | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        wanted = {"logits_to_keep": logits_at} if logits_at is not None and self._takes_logits_to_keep else {}
+        with self._catch(hidden) as states:
+            logits = self.model(
+                input_ids=tokens,
+                position_ids=layout.positions,
+                past_key_values=cache,
+                use_cache=True,
+                decodathlon=layout,
+                **wanted,
+            ).logits
+        if logits_at is not None and not wanted:
+            logits = logits[:, logits_at]
+        return logits, states
+
+    @contextmanager
+    def _catch(self, hidden: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        states: dict[int, Tensor] = {}
+        hooks = []
+
+        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states[0] = args[0] if args else kwargs["hidden_states"]
+
+        def after(number: int) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                states[number] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        for h in set(hidden):
+            if h == 0:
+                hooks.append(self._blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                hooks.append(self._blocks[h - 1].register_forward_hook(after(h)))
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # -- scores of whole sequences -----------------------------------------------------------------------------
+
+    @property
+    def embeddings(self) -> Tensor:
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    def embedding_gradient(self, sequences: Tensor, given: int = 1) -> tuple[Tensor, Tensor]:
+        sequences = sequences.to(self.device)
+        B, L = sequences.shape
+        with torch.enable_grad():
+            inputs = self.model.get_input_embeddings()(sequences).detach().requires_grad_(True)
+            zero = torch.zeros(B, dtype=torch.long, device=self.device)
+            layout = Layout(zero, L, L, start=0)
+            logits = self.model(
+                inputs_embeds=inputs, position_ids=layout.positions, use_cache=False, decodathlon=layout
+            ).logits
+            law = logits[:, given - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            scores = law.gather(-1, sequences[:, given:, None])[..., 0].sum(-1)
+            (gradient,) = torch.autograd.grad(scores.sum(), inputs)
+        return scores.detach(), gradient
+
+    def energy(self, sequences: Tensor) -> Tensor:
+        return -self.log_prob([row.tolist() for row in sequences])
+
+    @contextmanager
+    def native(self) -> Iterator[Any]:
+        """The Hugging Face model with its own attention, for `generate`.
+
+        `generate` fills whatever its caller leaves open (stop tokens among it) from the checkpoint's generation
+        config, so that is put aside too.
+        """
+        defaults = self.model.generation_config
+        self.model.generation_config = type(defaults)()
+        self.model.set_attn_implementation(self._native_attention)
+        try:
+            yield self.model
+        finally:
+            self.model.generation_config = defaults
+            self.model.set_attn_implementation(ATTENTION_NAME)
+
+    # -- checks at load ----------------------------------------------------------------------------------------
+
+    def _refuse_by_name(self, config: Any) -> None:
+        kind = config.model_type
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedError("a causal LM", f"{self.name} ({kind}) is an encoder-decoder model")
+        strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+        if strange:
+            raise UnsupportedError(
+                "full or sliding attention", f"{self.name} ({kind}) has {', '.join(sorted(strange))} layers"
+            )
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise UnsupportedError("a cache per layer", f"{self.name} ({kind}) shares keys between layers")
+
+    def _stop_tokens(self) -> frozenset[int]:
+        generation = getattr(self.model, "generation_config", None)
+        stop: set[int] = set()
+        for source in (generation, self.config):
+            eos = getattr(source, "eos_token_id", None)
+            stop |= set(eos) if isinstance(eos, (list, tuple)) else {eos} if eos is not None else set()
+        return frozenset(stop)
+
+    def _find_blocks(self) -> Any:
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.layers:
+                return module
+        raise UnsupportedError("a list of blocks", f"{self.name} ({self.config.model_type}) has none")
+
+    @torch.no_grad()
+    def _probe(self, lean: bool) -> None:
+        """Compare our forwards with the native one on random text, with every window shrunk so that it is exceeded."""
+        length = min(16, self.context_length)
+        source = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.vocab_size, (1, length), generator=source).to(self.device)
+        tolerance = PROBE_TOLERANCE.get(self.dtype, 6e-2)
+        with self._small_windows():
+            truth = self.model(input_ids=tokens, use_cache=False).logits
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            error = _spread_error(self._probe_run(tokens), truth)
+            if not error <= tolerance:
+                raise UnsupportedError(
+                    "a forward that can be driven step by step",
+                    f"{self.name} ({self.config.model_type}) is off by {error:.2g} of the logits' spread in "
+                    f"{self.dtype} (allowed {tolerance:g})",
+                )
+            if lean and LeanForward.fits(self.model):
+                self._lean = LeanForward(self.model)
+                error = _spread_error(self._probe_run(tokens), truth)
+                if not error <= tolerance:
+                    self._lean = None
+                    self.notes += (f"lean forward left aside: off by {error:.2g} of the logits' spread",)
+        if self._lean is not None:
+            self._lean.read_windows(self.model)
+
+    def _probe_run(self, tokens: Tensor) -> Tensor:
+        """All logits of `tokens`: half of them at once, then a chain of the rest."""
+        half = tokens.shape[1] // 2
+        context = TransformersContext(self, 1, tokens.shape[1])
+        first = context.extend(tokens[:, :half])
+        context.keep(half)
+        return torch.cat([first.logits, context.extend(tokens[:, half:]).logits], dim=1)
+
+    @contextmanager
+    def _small_windows(self) -> Iterator[None]:
+        holders = [m for m in [self.config, *self.model.modules()] if isinstance(getattr(m, "sliding_window", 0), int)]
+        holders = [m for m in holders if getattr(m, "sliding_window", None)]
+        before = [m.sliding_window for m in holders]
+        try:
+            for holder in holders:
+                holder.sliding_window = PROBE_WINDOW
+            yield
+        finally:
+            for holder, window in zip(holders, before, strict=True):
+                holder.sliding_window = window
+
+
+def _spread_error(ours: Tensor, truth: Tensor) -> float:
+    ours, truth = ours.double(), truth.double()
+    return float((ours - truth).pow(2).mean().sqrt() / truth.std().clamp(min=1e-12))

@@ -1,0 +1,37 @@
+"""Decodathlon: a decathlon for LLM decoders.
+
+What a plugin author needs is here; the parts live in the folders `harness`, `decoders`, `kernels`, `suites` and
+`leaderboard` at the top of the repository, which this package reaches through links.
+"""
+
+from decodathlon.harness.decoder import Chain
+from decodathlon.harness.decoder import Completion
+from decodathlon.harness.decoder import Cost
+from decodathlon.harness.decoder import Decoder
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.decoder import Sampler
+from decodathlon.harness.decoder import decoder
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.lazy import torch
+from decodathlon.harness.law import draw
+from decodathlon.harness.law import process
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.suite import suite
+
+__all__ = [
+    "Chain",
+    "Completion",
+    "Cost",
+    "Decoder",
+    "Limits",
+    "RowRandom",
+    "Sampler",
+    "UnsupportedError",
+    "decoder",
+    "draw",
+    "process",
+    "suite",
+    "torch",
+]
+
+__version__ = "0.1.0"
