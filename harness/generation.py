@@ -24,18 +24,22 @@ def autoregressive(
 ) -> list[Completion]:
     """Complete every prompt, one token per row and target call.
 
-    On a CUDA device a step is one graph replay (targets/graphs.py); elsewhere the loop below runs eagerly.
+    On a CUDA device a stateless sampler's step is one graph replay (targets/graphs.py); else the loop below runs.
     """
     sampler.check(target)
     noise = rng.uniforms(limits.max_new_tokens, 1 + sampler.uniforms)
-    capacity = max(map(len, prompts)) + limits.max_new_tokens
-    if getattr(target.device, "type", "cpu") == "cuda":
+    if limits.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}")
+    capacity = max(map(len, prompts), default=0) + limits.max_new_tokens
+    stateless = type(sampler).next_law is Sampler.next_law
+    if stateless and getattr(target.device, "type", "cpu") == "cuda":
         from decodathlon.harness.targets import graphs
 
         tokens, log_probs = graphs.run(sampler, target, prompts, noise, limits)
     else:
         with torch.no_grad():
             context = target.open(prompts, capacity=capacity)
+            noise = noise.to(context.next_logits.device)
             tokens, log_probs = _run(sampler, context, noise, set() if limits.ignore_eos else set(target.stop_tokens))
     return completions(target, prompts, tokens, log_probs, limits)
 

@@ -1,0 +1,112 @@
+"""What a data set is to a suite, and in which order its text is looked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from decodathlon.harness.errors import MissingError
+from decodathlon.harness.registry import registry
+
+Split = Literal["validation", "test"]
+Source = Literal["folder", "hub-cache", "hub", "stand-in"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows of one split, and everything that a result row must say about them."""
+
+    #: What rows are labelled with; a stand-in never carries the name of what it stands for.
+    name: str
+    revision: str
+    split: Split
+    source: Source
+    rows: tuple[str, ...]
+    #: What stands between the rows when they are joined to one text.
+    joint: str
+
+    @property
+    def joined(self) -> str:
+        return self.joint.join(self.rows)
+
+    @property
+    def sha256(self) -> str:
+        """Of the joined text, so that copies of other sources with the same content agree."""
+        return hashlib.sha256(self.joined.encode()).hexdigest()
+
+    def record(self) -> dict[str, object]:
+        """What a result row stores of the data."""
+        return {
+            "dataset": self.name,
+            "revision": self.revision,
+            "split": self.split,
+            "source": self.source,
+            "sha256": self.sha256,
+            "rows": len(self.rows),
+        }
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A registered data set: how each source is read.
+
+    Args:
+        file: name of a split's file in a `--data` folder.
+        parse: rows of such a file.
+        hub: rows and revision of a split from the hub, `offline` from its cache only; raises MissingError.
+        stand_in: text of the project's own where nothing else can be had.
+    """
+
+    name: str
+    file: Callable[[Split], str]
+    parse: Callable[[str], tuple[str, ...]]
+    hub: Callable[[Split, bool], tuple[tuple[str, ...], str]]
+    stand_in: Callable[[Split], Text]
+    joint: str
+
+
+def find(name: str, split: Split, folder: str | None) -> Text:
+    """The rows of a split: from `folder` if one is given, else the hub cache, the hub, the stand-in.
+
+    Raises:
+        MissingError: `folder` was given and lacks the file, or the file cannot be read.
+    """
+    data: DataSet = registry.get("dataset", name)
+    if folder is not None:
+        return _from_folder(data, split, Path(folder))
+    for source in ("hub-cache", "hub"):
+        try:
+            rows, revision = data.hub(split, source == "hub-cache")
+        except MissingError:
+            continue
+        return Text(data.name, revision, split, "hub" if source == "hub" else "hub-cache", rows, data.joint)
+    return data.stand_in(split)
+
+
+def check_folder(name: str, folder: str) -> None:
+    """
+    Raises:
+        MissingError: `folder` lacks a file of the data set.
+    """
+    data: DataSet = registry.get("dataset", name)
+    for split in ("test", "validation"):
+        path = Path(folder) / data.file(split)
+        if not path.is_file():
+            raise MissingError(f"--data {folder} has no {path.name} ({name}, {split}); add it or leave --data out")
+
+
+def _from_folder(data: DataSet, split: Split, folder: Path) -> Text:
+    check_folder(data.name, str(folder))
+    path = folder / data.file(split)
+    raw = path.read_bytes()
+    try:
+        rows = data.parse(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise MissingError(f"{path} is not UTF-8 (byte {error.start}); convert it and run again") from None
+    if not any(row.strip() for row in rows):
+        raise MissingError(f"{path} has no text")
+    revision = f"file-{hashlib.sha256(raw).hexdigest()[:12]}"
+    return Text(data.name, revision, split, "folder", rows, data.joint)

@@ -1,0 +1,49 @@
+"""Peak memory of a block of work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SMAPS = Path("/proc/self/smaps_rollup")
+
+
+def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
+    """The most memory in use while `work` runs, or None where this machine does not tell.
+
+    On CUDA what torch allocated; on a CPU anonymous memory, because mapped files are not the process's own.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated())
+    if not SMAPS.exists():
+        return None
+    peak, done = anonymous_bytes(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, anonymous_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return max(peak, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process, in bytes (Linux)."""
+    for line in SMAPS.read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{SMAPS} has no line 'Anonymous:'")

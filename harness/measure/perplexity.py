@@ -1,0 +1,142 @@
+"""How well a decoder's own next-token law predicts real text (teacher forcing), and what truncation does to that.
+
+Protocol: rows joined, a sliding window of `context` tokens that moves by half of itself, only new tokens counted.
+A truncating law gives some real tokens probability zero. They are neither skipped nor replaced by the model's number:
+`ppl` is then infinite, and four finite scores say what is left (Martins et al. 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+import torch
+
+from decodathlon.harness.decoder import Decoder
+from decodathlon.harness.decoder import Sampler
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.measure import statistics
+from decodathlon.harness.measure.statistics import Estimate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from decodathlon.harness.targets.base import Target
+
+#: The model's weights in a mixture with it that the validation text chooses among.
+MODEL_WEIGHTS = np.linspace(0.0, 1.0, 101)
+#: The uniform law's weights; the paper's range ends at 0.7.
+UNIFORM_WEIGHTS = np.concatenate([[0.0], np.geomspace(1e-8, 0.7, 100)])
+#: Rows of logits that are processed at once; 256 rows of 150,000 tokens in float32 are 150 MB.
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per counted token, in the order of the text; the tokens of one window step form a cluster."""
+
+    #: Natural log-probability of the real token under the decoder's law, -inf where cut.
+    decoder: np.ndarray[Any, Any]
+    #: The same under the model's unprocessed law.
+    model: np.ndarray[Any, Any]
+    #: Sum of the squared probabilities of the decoder's law.
+    concentration: np.ndarray[Any, Any]
+    #: Number of the window step in which the token was new.
+    cluster: np.ndarray[Any, Any]
+    vocabulary: int
+
+
+def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first counted) of each window over `length` tokens. Every token but the very first counts once."""
+    stride = context // 2
+    counted, begin = 1, 0
+    while counted < length:
+        end = min(begin + context, length)
+        yield begin, end, counted
+        counted, begin = end, begin + stride
+
+
+@torch.no_grad()
+def score(decoder: Decoder, target: Target, tokens: Sequence[int], context: int) -> Scores:
+    """Teacher-force `tokens` through the target and score each under the decoder's law.
+
+    Raises:
+        UnsupportedError: the decoder has no next-token law of its own.
+    """
+    if not isinstance(decoder, Sampler) or type(decoder).shape is Sampler.shape:
+        raise UnsupportedError("a next-token law", f"{decoder.spec} draws no token from a law that can be stated")
+    context = min(context, target.context_length)
+    parts: list[tuple[np.ndarray[Any, Any], ...]] = []
+    for number, (begin, end, counted) in enumerate(windows(len(tokens), context)):
+        # The first token of a window is the prompt; what follows is read in one step, judged from `counted` on.
+        rows = target.open([tokens[begin : begin + 1]], capacity=end - begin)
+        at = torch.arange(counted - begin - 1, end - begin - 1)
+        piece = torch.tensor([tokens[begin + 1 : end]])
+        wanted = at[at >= 1] - 1
+        logits = rows.extend(piece, logits_at=wanted).logits[0] if len(wanted) else rows.next_logits[:0]
+        if int(at[0]) == 0:
+            logits = torch.cat([rows.next_logits, logits])
+        real = torch.tensor(tokens[counted:end], device=logits.device)
+        parts.append((*_judge(decoder, logits, real), np.full(end - counted, number)))
+    decoder_law, model_law, concentration, cluster = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return Scores(decoder_law, model_law, concentration, cluster, target.vocab_size)
+
+
+def _judge(sampler: Sampler, logits: torch.Tensor, real: torch.Tensor) -> tuple[np.ndarray[Any, Any], ...]:
+    found = []
+    for part, token in zip(logits.split(ROWS_AT_ONCE), real.split(ROWS_AT_ONCE), strict=True):
+        law = sampler.shape(part)
+        if bool(law.isnan().any()):
+            raise ValueError(f"{sampler.spec}: its law has NaN")
+        own = law.gather(-1, token[:, None])[:, 0]
+        raw = part.gather(-1, token[:, None])[:, 0] - part.logsumexp(-1)
+        found.append(torch.stack([own.double(), raw.double(), law.exp().square().sum(-1).double()]))
+    return tuple(torch.cat(found, dim=1).cpu().numpy())
+
+
+def mixture_nats(scores: Scores, weight: float, *, uniform: bool) -> np.ndarray[Any, Any]:
+    """-log((1 - weight) p + weight r) per token, with r the model's law or the uniform one."""
+    other = -math.log(scores.vocabulary) if uniform else scores.model
+    with np.errstate(divide="ignore"):
+        return -np.logaddexp(np.log1p(-weight) + scores.decoder, np.log(weight) + other)
+
+
+def tuned_weight(validation: Scores, *, uniform: bool) -> float:
+    """The weight that makes the validation text likeliest."""
+    grid = UNIFORM_WEIGHTS if uniform else MODEL_WEIGHTS
+    totals = [float(mixture_nats(validation, w, uniform=uniform).sum()) for w in grid]
+    return float(grid[int(np.argmin(totals))])
+
+
+def metrics(test: Scores, validation: Scores) -> dict[str, Estimate]:
+    """Every perplexity of the suite, by metric name."""
+    clusters = [test.cluster == c for c in np.unique(test.cluster)]
+    counts = [int(c.sum()) for c in clusters]
+    covered = np.isfinite(test.decoder)
+
+    def per_cluster(values: np.ndarray[Any, Any]) -> list[float]:
+        return [float(values[c].sum()) for c in clusters]
+
+    def perplexity(nats: np.ndarray[Any, Any]) -> Estimate:
+        return statistics.perplexity(per_cluster(nats), counts)
+
+    model_weight = tuned_weight(validation, uniform=False)
+    uniform_weight = tuned_weight(validation, uniform=True)
+    kept = [int((c & covered).sum()) for c in clusters]
+    inside = np.where(covered, -test.decoder, 0.0)
+    some = [i for i, k in enumerate(kept) if k]
+    score = np.exp(test.decoder) + 0.5 * (1.0 - test.concentration)
+    return {
+        "ppl": perplexity(-test.decoder),
+        "ppl_model": perplexity(-test.model),
+        "coverage": statistics.weighted_mean(per_cluster(covered.astype(float)), counts),
+        "ppl_conditional": statistics.perplexity([per_cluster(inside)[i] for i in some], [kept[i] for i in some]),
+        "ppl_mixture": perplexity(mixture_nats(test, model_weight, uniform=False)),
+        "mixture_weight": Estimate(model_weight, n=len(validation.decoder)),
+        "ppl_epsilon": perplexity(mixture_nats(test, uniform_weight, uniform=True)),
+        "sparsemax_score": statistics.weighted_mean(per_cluster(score), counts),
+    }

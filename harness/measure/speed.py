@@ -1,0 +1,165 @@
+"""Speed as paired ratios: decoders run interleaved over the same prompts in the same process, mirrored (A B B A).
+
+A pair's two runs of each decoder see the same drift of clocks and neighbours, so the ratio within the pair does not;
+the median over pairs does not see a stall. Every decoder makes the same number of tokens, stop tokens ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+from typing import NamedTuple
+
+import torch
+
+from decodathlon.harness.decoder import Completion
+from decodathlon.harness.decoder import Decoder
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.decoder import Sampler
+from decodathlon.harness.measure import statistics
+from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.targets.base import Target
+
+WARM_UP_TOKENS = 4
+
+
+@dataclass
+class Pair:
+    """One batch of prompts: seconds of the two runs of each decoder, and what the candidate answered."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    #: Seconds to the candidate's first token, and of the prefill alone.
+    first: float = math.nan
+    prefill: float = math.nan
+    answers: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def log_ratio(self, rival: str) -> float:
+        """log of (rival's time / candidate's time), each the geometric mean of its two runs."""
+        mean = {k: sum(map(math.log, v)) / len(v) for k, v in self.seconds.items()}
+        return mean[rival] - mean["candidate"]
+
+
+def timed(target: Target, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of wall-clock and the result; on CUDA the device is idle before and after."""
+    on_gpu = getattr(target.device, "type", "cpu") == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
+
+
+def generate(
+    decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int
+) -> list[Completion]:
+    """Exactly `tokens` new tokens per prompt.
+
+    Raises:
+        ValueError: the decoder returned another number of completions or tokens, or a token outside the vocabulary.
+    """
+    answers = decoder.generate(target, prompts, Limits(tokens, ignore_eos=True), RowRandom(seed, range(len(prompts))))
+    if len(answers) != len(prompts):
+        raise ValueError(f"{decoder.spec} returned {len(answers)} completions for {len(prompts)} prompts")
+    for answer in answers:
+        if len(answer.tokens) != tokens:
+            raise ValueError(f"{decoder.spec} returned {len(answer.tokens)} tokens where exactly {tokens} were due")
+        if not all(0 <= token < target.vocab_size for token in answer.tokens):
+            raise ValueError(f"{decoder.spec} returned a token outside the vocabulary of {target.vocab_size}")
+    return answers
+
+
+def measure(
+    decoder: Decoder,
+    rivals: Mapping[str, Decoder],
+    target: Target,
+    batches: Sequence[Sequence[Sequence[int]]],
+    tokens: int,
+    seed: int,
+) -> list[Pair]:
+    """One `Pair` per batch of prompts."""
+    runners = {"candidate": decoder, **rivals}
+    for runner in runners.values():
+        generate(runner, target, batches[0], WARM_UP_TOKENS, seed)
+    pairs = []
+    for number, prompts in enumerate(batches):
+        pair = Pair()
+        forth = list(runners)
+        for name in [*forth, *reversed(forth)]:
+            seconds, answers = timed(
+                target, lambda r=runners[name], p=prompts, s=seed + number: generate(r, target, p, tokens, s)
+            )
+            pair.seconds.setdefault(name, []).append(seconds)
+            pair.answers[name] = [a.tokens for a in answers]
+        pair.first, _ = timed(target, lambda p=prompts, s=seed + number: generate(decoder, target, p, 1, s))
+        pair.prefill, _ = timed(target, lambda p=prompts: target.open(p, capacity=max(map(len, p)) + tokens))
+        pairs.append(pair)
+    return pairs
+
+
+def metrics(pairs: Sequence[Pair], batches: Sequence[Sequence[Sequence[int]]], tokens: int) -> dict[str, Estimate]:
+    """Absolute speeds of the candidate, by metric name; medians over pairs."""
+    rows = len(batches[0])
+    whole = [sum(p.seconds["candidate"]) / len(p.seconds["candidate"]) for p in pairs]
+    per_token = [(t - p.first) / (tokens - 1) for t, p in zip(whole, pairs, strict=True)]
+    prompt = [sum(map(len, prompts)) / p.prefill for prompts, p in zip(batches, pairs, strict=True)]
+    return {
+        "tokens_per_s": statistics.median([rows / t for t in per_token]),
+        "tpot_s": statistics.median(per_token),
+        "ttft_s": statistics.median([p.first for p in pairs]),
+        "prefill_tokens_per_s": statistics.median(prompt),
+        "generated_tokens": Estimate(float(2 * len(pairs) * rows * tokens), n=len(pairs)),
+    }
+
+
+def ratio(pairs: Sequence[Pair], rival: str) -> Estimate:
+    """Rival's time over the candidate's."""
+    return statistics.paired_ratio([p.log_ratio(rival) for p in pairs])
+
+
+@torch.no_grad()
+def sampler_seconds(sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], repeats: int = 20) -> float:
+    """Median seconds of one draw (law and sampling) for the batch."""
+    context = target.open(prompts, capacity=max(map(len, prompts)) + 1)
+    noise = RowRandom(0, range(len(prompts))).uniforms(1 + sampler.uniforms).to(context.next_logits.device)
+    state = sampler.start(len(prompts))
+    times = [
+        timed(target, lambda: sampler.choose(context.next_logits, state, noise))[0] for _ in range(repeats)
+    ]
+    return statistics.median(times).value
+
+
+class Divergence(NamedTuple):
+    """Where a text leaves that of greedy search, and the gap between the two greatest logits there."""
+
+    pair: int
+    row: int
+    position: int
+    top2_gap: float
+
+
+@torch.no_grad()
+def divergences(
+    target: Target, pairs: Sequence[Pair], batches: Sequence[Sequence[Sequence[int]]], reference: str
+) -> list[Divergence]:
+    """The first difference of every candidate's text from the reference rival's.
+
+    A gap within the rounding of the logits says that both are greedy; a wide gap says that one of them is wrong.
+    """
+    found = []
+    for number, (pair, prompts) in enumerate(zip(pairs, batches, strict=True)):
+        for row, (ours, theirs) in enumerate(zip(pair.answers["candidate"], pair.answers[reference], strict=True)):
+            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+            if place is not None:
+                read = [*prompts[row], *theirs[:place]]
+                top = target.open([read], capacity=len(read)).next_logits[0].topk(2).values
+                found.append(Divergence(number, row, place, float(top[0] - top[1])))
+    return found

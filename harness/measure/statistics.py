@@ -1,0 +1,95 @@
+"""Estimates with intervals. Everything works on raw observations and a fixed seed, so a number can be made again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+#: With fewer independent observations a 95 % interval cannot be had: even the whole range covers less (2 * 0.5 ** n).
+FEWEST_FOR_INTERVAL = 6
+
+
+class Estimate(NamedTuple):
+    """A number, its 95 % interval where one was computed, and how many observations it rests on."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+def bootstrap(
+    observations: Sequence[Any] | np.ndarray[Any, Any],
+    statistic: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    *,
+    n: int | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Percentile bootstrap (Efron 1979) over independent observations (clusters), axis 0.
+
+    Args:
+        observations: (N, ...) one entry per cluster.
+        statistic: from (..., N, k) resampled observations to (...) values, along the axis before the last if the
+            entries are vectors, else along the last.
+        n: what the row reports as its sample size; default N.
+
+    With fewer than `FEWEST_FOR_INTERVAL` observations there is no interval.
+    """
+    data = np.asarray(observations, dtype=np.float64)
+    N = len(data)
+    if N == 0:
+        raise ValueError("a bootstrap needs at least one observation")
+    value = float(statistic(data[None])[0])
+    size = n if n is not None else N
+    if N < FEWEST_FOR_INTERVAL or not math.isfinite(value):
+        return Estimate(value, None, None, size)
+    rng = np.random.default_rng(seed)
+    draws = []
+    block = max(1, 2_000_000 // data.size)
+    for start in range(0, resamples, block):
+        index = rng.integers(0, N, size=(min(block, resamples - start), N))
+        draws.append(statistic(data[index]))
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail])
+    return Estimate(value, float(low), float(high), size)
+
+
+def paired_ratio(log_ratios: Sequence[float]) -> Estimate:
+    """exp of the median log-ratio over pairs. The median, because one stalled run must not move the result."""
+    estimate = bootstrap(log_ratios, lambda x: np.median(x, axis=-1))
+    return Estimate(
+        math.exp(estimate.value),
+        None if estimate.low is None else math.exp(estimate.low),
+        None if estimate.high is None else math.exp(estimate.high),
+        estimate.n,
+    )
+
+
+def median(values: Sequence[float]) -> Estimate:
+    """Median with a bootstrap interval."""
+    return bootstrap(values, lambda x: np.median(x, axis=-1))
+
+
+def perplexity(nats: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """exp(total nats / total tokens); the interval resamples clusters of neighbouring tokens."""
+    total = sum(counts)
+    if not all(map(math.isfinite, nats)):
+        return Estimate(math.inf, None, None, total)
+    return bootstrap(
+        np.column_stack([nats, counts]), lambda x: np.exp(x[..., 0].sum(-1) / x[..., 1].sum(-1)), n=total
+    )
+
+
+def weighted_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+    """Total over total; the interval resamples clusters."""
+    return bootstrap(
+        np.column_stack([sums, counts]), lambda x: x[..., 0].sum(-1) / x[..., 1].sum(-1), n=int(sum(counts))
+    )

@@ -1,0 +1,89 @@
+"""From options to cells: everything that a user can get wrong is found here, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness import datasets
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness import embedded
+from decodathlon.harness import models
+from decodathlon.harness.cells import CellSpec
+from decodathlon.harness.errors import MissingError
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.registry import registry
+from decodathlon.harness.suite import Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asked for; the fields are the command-line options."""
+
+    scale: str = "quick"
+    decoder: Sequence[str] = ()
+    suite: Sequence[str] = ()
+    model: str = embedded.NAME
+    baseline: str = "greedy"
+    data: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    sweep: bool = False
+    decoder_file: Sequence[str] = ()
+
+
+def cells(options: Options) -> list[CellSpec]:
+    """Every cell of a run, in the order of suites, then decoders.
+
+    Raises:
+        SpecError, MissingError: the first thing that is wrong, with its remedy.
+    """
+    load_builtins()
+    registry.load_entry_points()
+    for path in options.decoder_file:
+        registry.load_file(path)
+    chosen = _decoders(options)
+    baseline = decoders.build(options.baseline).spec
+    model = models.resolve(options.model)
+    suites: list[Suite] = [registry.get("suite", name) for name in options.suite or registry.names("suite")]
+    if options.data is not None:
+        if not Path(options.data).is_dir():
+            raise MissingError(f"--data {options.data}: there is no such folder")
+        for name in sorted({s.data for s in suites if s.data}):
+            datasets.check_folder(name, options.data)
+    common = {
+        "model": options.model if model.kind in ("folder", "gguf", "stories") else model.name,
+        "scale": options.scale,
+        "seed": options.seed,
+        "device": options.device,
+        "dtype": options.dtype,
+        "baseline": baseline,
+        "data": str(Path(options.data).resolve()) if options.data else None,
+        "decoder_files": tuple(str(Path(p).resolve()) for p in options.decoder_file),
+    }
+    return [
+        CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **common)
+        for s in suites
+        for part in s.slices(options.scale)
+        for d, error in chosen
+    ]
+
+
+def _decoders(options: Options) -> list[tuple[str, str | None]]:
+    """Spec strings with the import error of those that stand for a broken plugin."""
+    named = options.decoder or headline()
+    wanted = [decoders.build(text) for text in named]
+    if options.sweep:
+        wanted = [neighbour for one in wanted for neighbour in decoders.swept(one)]
+    specs: list[tuple[str, str | None]] = [(d.spec, None) for d in wanted]
+    broken = [(b.name, f"{b.source}\n{b.error}") for b in registry.broken]
+    return list(dict.fromkeys([*specs, *broken]))
+
+
+def headline() -> list[str]:
+    """One good setting per family, in the order in which they registered."""
+    classes: list[Any] = [e.value for (kind, _), e in registry.entries.items() if kind == "decoder"]
+    return [c.info.headline for c in classes if c.info.headline is not None]

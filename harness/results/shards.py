@@ -1,0 +1,79 @@
+"""Shards: each finished cell is one JSON file, written whole or not at all. The shards are the log of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness.errors import StoreError
+
+RUN_FILE = "run.json"
+
+
+def folder_of(results: Path, run_id: str) -> Path:
+    """Where the shards of a run lie beside its results file."""
+    return results.with_suffix(".shards") / run_id
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON under a temporary name, flush it to disk, put it in place.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as handle:
+            json.dump(plain(content), handle, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        StoreError: the file is not whole JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} is not a whole shard: {error}") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} is not a shard")
+    return restored(content)
+
+
+def cells(folder: Path) -> Iterator[Path]:
+    """The cell shards of a run's folder."""
+    return (p for p in sorted(folder.glob("*.json")) if p.name != RUN_FILE)
+
+
+def plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN; they travel as the words that DuckDB reads as numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def restored(value: Any) -> Any:
+    """The inverse of `plain` for the numbers."""
+    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    if isinstance(value, dict):
+        return {k: restored(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [restored(v) for v in value]
+    return value

@@ -1,0 +1,103 @@
+"""Outcomes as a table that a tired person can read: one per suite and slice, a line per decoder, best values marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from decodathlon.harness.cells import Outcome
+from decodathlon.harness.registry import registry
+from decodathlon.harness.results.metrics import METRICS
+
+DASH = "–"
+#: Metrics whose interval the table shows; the others have theirs in the results file.
+INTERVALS_OF = ("ratio_", "ppl_mixture")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """So many significant digits, no exponent for what a person would not write with one."""
+    if value is None:
+        return DASH
+    if math.isinf(value):
+        return "∞"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.{digits - 1}g}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}"
+
+
+def quantity(metric: dict[str, Any], *, interval: bool = False) -> str:
+    """A metric in the unit that a person would say it in, with its interval if that is wanted and there is one."""
+    scale, unit = {"B": (2**-20, " MiB"), "s": (1e3, " ms")}.get(metric["unit"], (1.0, ""))
+    text = number(metric["value"] * scale)
+    if interval and metric["ci_low"] is not None:
+        text += f" [{number(metric['ci_low'] * scale, 3)}, {number(metric['ci_high'] * scale, 3)}]"
+    return text + unit
+
+
+def short(outcome: Outcome) -> str:
+    """The first metric that the suite's table shows, or the reason why there is none."""
+    if outcome.status not in ("ok", "partial"):
+        return outcome.reason
+    by_name = {m["metric"]: m for m in outcome.metrics}
+    shown = [name for name in registry.get("suite", outcome.spec.suite).table if name in by_name]
+    return f"{shown[0]} {quantity(by_name[shown[0]])}" if shown else ""
+
+
+def tables(outcomes: Sequence[Outcome]) -> list[str]:
+    """Lines of all tables."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.spec.suite, outcome.spec.slice), []).append(outcome)
+    lines: list[str] = []
+    for (suite, part), members in groups.items():
+        lines += ["", *_one(suite, part, members)]
+    return lines
+
+
+def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
+    columns = [c for c in registry.get("suite", suite).table if any(_metric(o, c) for o in members)]
+    best = {c: _best(c, members) for c in columns}
+    rows = [["decoder", *columns]]
+    for outcome in members:
+        label = outcome.decoder.get("spec", outcome.spec.decoder)
+        if outcome.status in ("ok", "partial"):
+            found = {c: _metric(outcome, c) for c in columns}
+            rows.append([label, *[_cell_text(found[c], best[c]) for c in columns]])
+        else:
+            rows.append([label, f"{outcome.status}: {outcome.reason}"])
+    widths = [max(len(r[i]) for r in rows if len(r) == len(rows[0])) for i in range(len(rows[0]))]
+    widths[0] = max(len(r[0]) for r in rows)
+    body = ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=False)).rstrip() for r in rows]
+    title = f"{suite} {part}" if part != "all" else suite
+    return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:]]
+
+
+def _about(members: Sequence[Outcome]) -> str:
+    """Model, data and sizes; rows that differ in them never share a table, so the first that has them speaks for all."""
+    one = next((o for o in members if o.status == "ok"), members[0])
+    data = one.data.get("dataset", "no data")
+    stand_in = " (stand-in)" if one.data.get("source") == "stand-in" else ""
+    sizes = ", ".join(f"{k} {v if v is not None else 'all'}" for k, v in one.sizes.items() if k != "slices")
+    model = " ".join(str(one.model.get(k, "")) for k in ("name", "dtype", "device")).strip() or one.spec.model
+    return f"{model}; {data}{stand_in}; {one.spec.scale}: {sizes}"
+
+
+def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
+    return next((m for m in outcome.metrics if m["metric"] == name), None)
+
+
+def _best(name: str, members: Sequence[Outcome]) -> float | None:
+    values = [m["value"] for o in members if (m := _metric(o, name)) and math.isfinite(m["value"])]
+    if len(values) < 2 or METRICS[name].better == "none":
+        return None
+    return max(values) if METRICS[name].better == "higher" else min(values)
+
+
+def _cell_text(metric: dict[str, Any] | None, best: float | None) -> str:
+    if metric is None:
+        return DASH
+    shown = metric["metric"].startswith(INTERVALS_OF)
+    return quantity(metric, interval=shown) + (" *" if metric["value"] == best else "")

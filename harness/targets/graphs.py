@@ -1,0 +1,130 @@
+"""The decoding loop of a CUDA device: one graph replay per token, sampling inside, nothing waits for the host.
+
+All shapes are fixed. Lengths, the step counter, the tokens and their log-probabilities live in tensors that the step
+itself updates. The attention looks at a bucket of slots; when the longest row outgrows it, a graph for the next bucket
+takes over. Stop tokens are looked at some steps late, so a text may overrun; the overrun is cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+
+from decodathlon.harness.targets.attention import Layout
+from decodathlon.harness.targets.attention import RowCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decodathlon.harness.decoder import Limits
+    from decodathlon.harness.decoder import Sampler
+
+#: Slots that a step may look at.
+BUCKETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+#: Steps between two looks at the stop tokens.
+LOOK_EVERY = 16
+#: Eager steps before a capture, so that libraries have chosen their kernels.
+WARM_UP_STEPS = 3
+
+
+class StaticLoop:
+    """Buffers and graphs for B rows of up to `capacity` tokens and a stateless sampler.
+
+    Args:
+        capture: record CUDA graphs; without it the same fixed-shape step runs eagerly, which is how it is tested.
+    """
+
+    def __init__(self, sampler: Sampler, target: Any, rows: int, capacity: int, *, capture: bool) -> None:
+        self.sampler, self.target, self.capture = sampler, target, capture
+        self.capacity = min(bucket_of(capacity), target.context_length)
+        device = target.device
+        self.cache = RowCache(target.layers, rows, self.capacity)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.count = torch.zeros(1, dtype=torch.long, device=device)
+        self.logits = torch.zeros(rows, target.vocab_size, device=device)
+        self.noise = torch.zeros(rows, self.capacity, 1 + sampler.uniforms, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, self.capacity, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(rows, self.capacity, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def step(self, end: int) -> None:
+        """Draw from the current logits, read the token, leave the next logits. Captured as it is."""
+        u = self.noise.index_select(1, self.count)[:, 0]
+        token, _ = self.sampler.choose(self.logits, None, u)
+        score = self.logits.gather(-1, token[:, None]) - self.logits.logsumexp(-1, keepdim=True)
+        self.tokens.index_copy_(1, self.count, token[:, None])
+        self.log_probs.index_copy_(1, self.count, score)
+        layout = Layout(self.lengths, 1, end, start=None)
+        logits, _ = self.target.forward(token[:, None], layout, self.cache)
+        self.logits.copy_(logits[:, 0])
+        self.lengths += 1
+        self.count += 1
+
+    @torch.no_grad()
+    def run(self, prompts: Sequence[Sequence[int]], noise: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities (B, up to T) after the prompts; `noise` is (B, T, 1 + uniforms)."""
+        T = noise.shape[1]
+        context = self.target.open(prompts, capacity=self.capacity, cache=self.cache)
+        self.logits.copy_(context.next_logits)
+        self.lengths.copy_(context.lengths)
+        self.count.zero_()
+        self.noise[:, :T].copy_(noise)
+        longest = max(map(len, prompts))
+        stop = torch.tensor(sorted(self.target.stop_tokens), device=self.lengths.device)
+        for t in range(T):
+            self._advance(min(bucket_of(longest + t + 1), self.capacity))
+            late = (t + 1) % LOOK_EVERY == 0 and not limits.ignore_eos and len(stop) > 0
+            if late and bool(torch.isin(self.tokens[:, : t + 1], stop).any(-1).all()):
+                return self.tokens[:, : t + 1].clone(), self.log_probs[:, : t + 1].clone()
+        return self.tokens[:, :T].clone(), self.log_probs[:, :T].clone()
+
+    def _advance(self, end: int) -> None:
+        if not self.capture:
+            self.step(end)
+            return
+        if end not in self._graphs:
+            self._graphs[end] = self._captured(lambda: self.step(end))
+        self._graphs[end].replay()
+
+    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Record `work`; the warm-up runs it for real, so what it moves is put back."""
+        moving = (self.lengths, self.count, self.logits)
+        before = [t.clone() for t in moving]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                work()
+                for tensor, value in zip(moving, before, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        for tensor, value in zip(moving, before, strict=True):
+            tensor.copy_(value)
+        return graph
+
+
+def bucket_of(length: int) -> int:
+    """The smallest bucket that holds so many tokens."""
+    return next((b for b in BUCKETS if b >= length), length)
+
+
+def run(
+    sampler: Sampler, target: Any, prompts: Sequence[Sequence[int]], noise: Tensor, limits: Limits
+) -> tuple[Tensor, Tensor]:
+    """Generate through the loop that the target keeps for this sampler and these shapes; the newest two are kept."""
+    target.check_room(prompts, max(map(len, prompts)) + noise.shape[1])
+    capacity = max(map(len, prompts)) + noise.shape[1]
+    key = (sampler, len(prompts), bucket_of(capacity))
+    loops: dict[Any, StaticLoop] = target.__dict__.setdefault("_static_loops", {})
+    if key not in loops:
+        while len(loops) >= 2:
+            loops.pop(next(iter(loops)))
+        loops[key] = StaticLoop(sampler, target, len(prompts), capacity, capture=True)
+    return loops[key].run(prompts, noise.to(target.device), limits)

@@ -1,0 +1,62 @@
+"""The process that measures: reads cell specs as JSON lines, writes one shard per cell, answers with its path.
+
+Started by local.py as `python -P -m decodathlon.harness.workers.worker IN OUT`, IN and OUT being inherited pipes; its own
+stdout and stderr belong to whatever the decoders print.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness.cells import Bench
+from decodathlon.harness.cells import CellSpec
+from decodathlon.harness.results import shards
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(incoming: int, outgoing: int) -> None:
+    """Serve until the other end closes its pipe."""
+    _die_with_parent()
+    with os.fdopen(incoming, encoding="utf-8") as requests, os.fdopen(outgoing, "w", encoding="utf-8") as answers:
+
+        def answer(**message: Any) -> None:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+        bench = Bench(say=lambda text: answer(say=text))
+        for line in requests:
+            request = json.loads(line)
+            spec = CellSpec(**request["cell"])
+            outcome = bench.measure(spec, request["run_id"])
+            path = Path(request["folder"]) / f"{spec.cell_id}.json"
+            shards.write(path, outcome.as_shard())
+            answer(done=str(path))
+
+
+def _die_with_parent() -> None:
+    """No orphan keeps a GPU busy: the kernel ends us with our parent, and a thread watches where it does not."""
+    parent = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        pass  # not Linux: the thread below is all there is
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,59 @@
+"""Throughput: how fast is the decoder, against greedy search on the same engine and against `transformers.generate`?"""
+
+from decodathlon import Sampler
+from decodathlon import suite
+
+
+@suite(
+    "throughput",
+    version=1,
+    asks="How fast is the decoder, and how much memory does it take?",
+    data="wikitext-2-raw-v1",
+    rivals=["greedy", "hf-generate"],
+    table=[
+        "tokens_per_s",
+        "ratio_to_greedy",
+        "ratio_to_baseline",
+        "ratio_to_hf_generate",
+        "ratio_to_self",
+        "peak_memory_bytes",
+    ],
+    sizes={
+        "smoke": {"slices": ["batch-1"], "pairs": 2, "tokens": 12, "prompt": 24},
+        "quick": {"slices": ["batch-1", "batch-4"], "pairs": 8, "tokens": 32, "prompt": 32},
+        "full": {"slices": ["batch-1", "batch-4"], "pairs": 20, "tokens": 512, "prompt": 64},
+    },
+)
+def test_throughput(cell):
+    from decodathlon.harness.measure import memory
+    from decodathlon.harness.measure import prompts
+    from decodathlon.harness.measure import speed
+    from decodathlon.harness.measure.statistics import Estimate
+
+    sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-"))
+    batches = prompts.batches(cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"])
+    pairs = speed.measure(cell.decoder, cell.rivals, cell.target, batches, sizes["tokens"], cell.seed)
+    for number, pair in enumerate(pairs):
+        cell.sample(f"pair-{number}", seconds=pair.seconds, first=pair.first, prefill=pair.prefill)
+
+    found = speed.metrics(pairs, batches, sizes["tokens"])
+    for metric, estimate in found.items():
+        cell.report(metric, estimate)
+    for metric, rival in cell.rivals.items():
+        cell.report(metric, speed.ratio(pairs, metric), baseline=rival.spec)
+
+    if cell.decoder.claim == "greedy-exact" and "ratio_to_greedy" in cell.rivals:
+        parted = speed.divergences(cell.target, pairs, batches, "ratio_to_greedy")
+        for d in parted:
+            cell.sample(f"pair-{d.pair}-row-{d.row}", first_divergence=d.position, top2_gap=d.top2_gap)
+        texts = len(pairs) * rows
+        cell.report("greedy_match", Estimate(1 - len(parted) / texts, n=texts), baseline="greedy")
+    if isinstance(cell.decoder, Sampler):
+        draw = speed.sampler_seconds(cell.decoder, cell.target, batches[0])
+        cell.report("sampler_share", Estimate(draw / found["tpot_s"].value, n=20))
+    peak = memory.peak_bytes(
+        lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed),
+        cell.target.device.type,
+    )
+    if peak is not None:
+        cell.report("peak_memory_bytes", Estimate(peak, n=1))

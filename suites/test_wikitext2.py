@@ -1,0 +1,30 @@
+"""WikiText-2: how well does the decoder's own next-token law predict real text?"""
+
+from decodathlon import suite
+
+
+@suite(
+    "wikitext2",
+    version=1,
+    asks="How well does the decoder's own next-token law predict real text?",
+    data="wikitext-2-raw-v1",
+    table=["ppl_mixture", "ppl", "coverage", "ppl_epsilon", "sparsemax_score"],
+    sizes={
+        "smoke": {"tokens": 513, "validation": 257, "context": 256},
+        "quick": {"tokens": 8193, "validation": 2049, "context": 1024},
+        "full": {"tokens": None, "validation": 32769, "context": 1024},
+    },
+)
+def test_wikitext2(cell):
+    from decodathlon.harness.measure import perplexity
+
+    scores = {}
+    for split, size in (("test", "tokens"), ("validation", "validation")):
+        tokens = cell.target.encode(cell.text(split).joined)[: cell.sizes[size]]
+        scores[split] = perplexity.score(cell.decoder, cell.target, tokens, cell.sizes["context"])
+    for metric, estimate in perplexity.metrics(scores["test"], scores["validation"]).items():
+        cell.report(metric, estimate)
+    cell.array("decoder_log_prob", scores["test"].decoder)
+    cell.array("model_log_prob", scores["test"].model)
+    cell.array("concentration", scores["test"].concentration)
+    cell.array("cluster", scores["test"].cluster)
