@@ -37,7 +37,7 @@ class LeanForward:
         self.layers = [_Layer(block) for block in body.layers]
         self.scale = body.layers[0].self_attn.scaling
         self._rotary = body.rotary_emb
-        self._rotations: tuple[Tensor, Tensor] | None = None
+        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
         self.read_windows(model)
 
     @staticmethod
@@ -91,13 +91,13 @@ class LeanForward:
 
     def _rotation(self, layout: Layout, capacity: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (B, Q, 1, D) at the positions of the step."""
-        if self._rotations is None or self._rotations[0].shape[0] < capacity:
-            positions = torch.arange(capacity, device=self.embedding.device)[None]
+        size = 1 << (capacity - 1).bit_length()
+        if size not in self._rotations:  # kept for good: a captured graph reads from it
+            positions = torch.arange(size, device=self.embedding.device)[None]
             cos, sin = self._rotary(self.embedding[:1], positions)
             half = sin.shape[-1] // 2
-            signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-            self._rotations = cos[0], signed[0]
-        cos, sin = self._rotations
+            self._rotations[size] = cos[0], torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)[0]
+        cos, sin = self._rotations[size]
         if layout.start is not None and layout.tree is None:
             new = slice(layout.start, layout.start + layout.Q)
             return cos[new][None, :, None], sin[new][None, :, None]

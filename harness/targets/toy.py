@@ -1,0 +1,163 @@
+"""Targets whose whole law is known: every decoder can be held against it.
+
+`Ising` serves a spin model as a language of two words. `enumerable_lm` is a tiny random transformer in float64, driven
+through the very same `TransformersTarget` as a real model; `law_of` enumerates what either of them generates.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from decodathlon.harness.errors import ContextOverflowError
+from decodathlon.harness.targets.base import Context
+from decodathlon.harness.targets.base import Step
+from decodathlon.harness.targets.base import Target
+
+#: More outcomes than this are not enumerated.
+MOST_OUTCOMES = 1 << 16
+
+
+class Ising(Target):
+    """A ring of n spins, p(s) proportional to exp(beta * sum of s_i s_(i+1) + field * sum of s_i).
+
+    Token 1 is spin +1, token 0 spin -1. A text is the spins in order, without BOS or EOS; exact by enumeration.
+    """
+
+    stop_tokens = frozenset()
+    capabilities = frozenset({"logits", "gradient", "energy"})
+
+    def __init__(self, n: int, beta: float, field: float = 0.0) -> None:
+        """
+        Args:
+            n: spins, 2 to 16.
+            beta: inverse temperature.
+            field: external field; a small one breaks the tie between a state and its mirror image.
+        """
+        if not 2 <= n <= 16:
+            raise ValueError(f"Ising is enumerated, so n must be 2 to 16, not {n}")
+        self.name = f"ising-{n}"
+        self.n, self.beta, self.field = n, beta, field
+        self.vocab_size, self.context_length = 2, n
+        self.device, self.dtype = torch.device("cpu"), torch.float64
+        states = torch.tensor(list(itertools.product((0, 1), repeat=n)))
+        self.log_law = (-self.energy(states)).log_softmax(0)
+        # Level k holds the log-probability of each of the 2^k beginnings.
+        self._beginnings = [self.log_law.view(2**k, -1).logsumexp(1) for k in range(n + 1)]
+
+    def energy(self, sequences: Tensor) -> Tensor:
+        return self._energy_of_spins(2.0 * sequences.double() - 1.0)
+
+    def _energy_of_spins(self, spins: Tensor) -> Tensor:
+        return -(self.beta * (spins * spins.roll(-1, dims=-1)).sum(-1) + self.field * spins.sum(-1))
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(2, 1): the spin itself."""
+        return torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+
+    def embedding_gradient(self, sequences: Tensor, given: int = 0) -> tuple[Tensor, Tensor]:
+        """Minus energy (B,) and its gradient with respect to the spins (B, n, 1)."""
+        with torch.enable_grad():
+            spins = self.embeddings[sequences][..., 0].requires_grad_(True)
+            score = -self._energy_of_spins(spins)
+            (gradient,) = torch.autograd.grad(score.sum(), spins)
+        return score.detach(), gradient[..., None]
+
+    def next_logits_of(self, prefix: Sequence[int]) -> Tensor:
+        """(2,) log-probabilities of the next spin; of no meaning (both zero) behind the last one."""
+        if len(prefix) >= self.n:
+            return torch.zeros(2, dtype=torch.float64)
+        code = int("".join(map(str, prefix)) or "0", 2)
+        pair = self._beginnings[len(prefix) + 1][2 * code : 2 * code + 2]
+        return pair - pair.logsumexp(0)
+
+    def open(self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None) -> TableContext:
+        self.check_room(prompts, capacity if capacity is not None else self.n)
+        return TableContext(self, prompts, capacity if capacity is not None else self.n)
+
+
+class TableContext(Context):
+    """A context over a target that tells the law behind any prefix; keeps plain lists."""
+
+    def __init__(self, target: Ising, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+        self._target, self.capacity = target, capacity
+        self._texts = [list(p) for p in prompts]
+        self._paths: list[list[list[int]]] = []
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.lengths = torch.tensor([len(t) for t in self._texts])
+        self.next_logits = torch.stack([self._target.next_logits_of(t) for t in self._texts])
+
+    def extend(
+        self,
+        tokens: Tensor,
+        *,
+        tree: Tensor | None = None,
+        hidden: Sequence[int] = (),
+        logits_at: Tensor | None = None,
+    ) -> Step:
+        B, Q = tokens.shape
+        chain = torch.ones(Q, Q, dtype=torch.bool).tril()
+        mask = (chain if tree is None else tree).expand(B, Q, Q)
+        if int((self.lengths[:, None] + mask.sum(-1)).max()) > self.capacity:
+            raise ContextOverflowError(f"{self._target.name} has no more than {self.capacity} tokens in a row")
+        self._paths = [[row[mask[b, q]].tolist() for q in range(Q)] for b, row in enumerate(tokens)]
+        wanted = range(Q) if logits_at is None else logits_at.tolist()
+        logits = [[self._target.next_logits_of(t + p[q]) for q in wanted] for t, p in zip(self._texts, self._paths, strict=True)]
+        return Step(torch.stack([torch.stack(row) for row in logits]), {})
+
+    def keep(self, counts: int | Sequence[int] | Tensor, *, path: Tensor | None = None) -> None:
+        count = [counts] * self.rows if isinstance(counts, int) else [int(c) for c in counts]
+        for b, c in enumerate(count):
+            if c:
+                self._texts[b] += self._paths[b][c - 1 if path is None else int(path[b, c - 1])]
+        self._refresh()
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        self._texts = [list(self._texts[int(r)]) for r in rows]
+        self._refresh()
+
+
+def enumerable_lm(vocabulary: int = 4, seed: int = 0) -> Target:
+    """A random two-layer Llama in float64 with tokens 0 (BOS), 1 (EOS) and `vocabulary - 2` words."""
+    import transformers
+
+    from decodathlon.harness.targets.transformers import TransformersTarget
+
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(config).double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.6)
+    return TransformersTarget(model, name=f"enumerable-lm-{vocabulary}")
+
+
+@torch.no_grad()
+def law_of(target: Target, prompt: Sequence[int], length: int) -> Mapping[tuple[int, ...], float]:
+    """Probability of every completion of up to `length` tokens; one that stops earlier ends with its stop token."""
+    if target.vocab_size**length > MOST_OUTCOMES:
+        raise ValueError(f"{target.vocab_size}^{length} completions are too many to enumerate")
+    law: dict[tuple[int, ...], float] = {}
+    open_texts: dict[tuple[int, ...], float] = {(): 0.0}
+    for step in range(length):
+        context = target.open([[*prompt, *t] for t in open_texts], capacity=len(prompt) + length)
+        log_probs = context.next_logits.double().log_softmax(-1)
+        grown: dict[tuple[int, ...], float] = {}
+        for (text, score), row in zip(open_texts.items(), log_probs.tolist(), strict=True):
+            for token, term in enumerate(row):
+                ended = token in target.stop_tokens or step + 1 == length
+                (law if ended else grown)[(*text, token)] = score + term
+        open_texts = grown
+    return {text: float(torch.tensor(score, dtype=torch.float64).exp()) for text, score in law.items()}

@@ -1,0 +1,52 @@
+"""The fixed-shape step that a GPU captures draws the same tokens as the eager loop (run here without the capture)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny_models  # noqa: E402
+
+from decodathlon import Limits  # noqa: E402
+from decodathlon import RowRandom  # noqa: E402
+from decodathlon.harness import decoder as decoders  # noqa: E402
+from decodathlon.harness.registry import load_builtins  # noqa: E402
+from decodathlon.harness.targets import graphs  # noqa: E402
+from decodathlon.harness.targets.transformers import TransformersTarget  # noqa: E402
+
+load_builtins()
+PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def target(request):
+    return TransformersTarget(tiny_models.build(request.param), name=request.param)
+
+
+@pytest.mark.parametrize("spec", ["greedy", "temperature", "top-p[p=0.8]", "top-k[k=5]", "min-p[p=0.1]"])
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_the_static_step_equals_the_eager_loop(target, spec, ignore_eos, monkeypatch):
+    monkeypatch.setattr(graphs, "BUCKETS", (8, 16, 32, 64))  # several buckets within one text
+    sampler, limits = decoders.build(spec), Limits(40, ignore_eos=ignore_eos)
+    eager = sampler.generate(target, PROMPTS, limits, RowRandom(3, range(3)))
+    loop = graphs.StaticLoop(sampler, target, rows=3, capacity=47, capture=False)
+    for _ in range(2):  # the second run finds the buffers as the first left them
+        noise = RowRandom(3, range(3)).uniforms(40, 1)
+        tokens, log_probs = loop.run(PROMPTS, noise, limits)
+        for b, completion in enumerate(eager):
+            n = len(completion.tokens)
+            assert tokens[b, :n].tolist() == completion.tokens
+            assert abs(float(log_probs[b, :n].sum()) - completion.log_prob) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_captured_graphs_equal_the_eager_loop(target):
+    on_gpu = TransformersTarget(tiny_models.build(target.name).float().cuda(), name=target.name)
+    on_cpu = TransformersTarget(tiny_models.build(target.name).float(), name=target.name)
+    sampler, limits = decoders.build("greedy"), Limits(40, ignore_eos=True)
+    captured = sampler.generate(on_gpu, PROMPTS, limits, RowRandom(3, range(3)))
+    eager = sampler.generate(on_cpu, PROMPTS, limits, RowRandom(3, range(3)))
+    assert [c.tokens for c in captured] == [c.tokens for c in eager]
