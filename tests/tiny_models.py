@@ -77,10 +77,30 @@ def _state(kind):
     return model.state_dict()
 
 
-def build(kind):
+def build(kind, attention="plain64"):
     """A fresh float64 model with the same random weights at every call."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="plain64").double().eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation=attention).double().eval()
     model.load_state_dict(_state(kind))
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped form rounds to float32
     return model
+
+
+def save_folder(path):
+    """A random Llama with a tokenizer of single bytes, as a model folder that the harness loads like any other."""
+    from tokenizers import Tokenizer
+    from tokenizers import decoders
+    from tokenizers import models
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped.save_pretrained(path)
+    config = hf.LlamaConfig(**{**_BASE, "vocab_size": len(vocabulary), "max_position_embeddings": 512, "eos_token_id": 1, "bos_token_id": 0})  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path

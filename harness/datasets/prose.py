@@ -6,16 +6,27 @@ It differs from one Python to the next, so rows carry the version and the hash, 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 
 from decodathlon.harness.datasets.base import Split
 from decodathlon.harness.datasets.base import Text
 
 
 def stand_in(split: Split) -> Text:
-    """Nine tenths of the topics, in alphabetical order, are the test split; every tenth is for validation."""
+    """Every tenth topic, in alphabetical order, is for validation; the test split is the others.
+
+    Topics share sections, so a paragraph that was seen before, or that validation has, is left out.
+    """
     from pydoc_data import topics
 
-    wanted = 0 if split == "validation" else None
-    chosen = [text for i, (_, text) in enumerate(sorted(topics.topics.items())) if (i % 10 == 0) == (wanted == 0)]
-    paragraphs = tuple(p.strip() for text in chosen for p in text.split("\n\n") if p.strip())
-    return Text("python-topics", f"python-{platform.python_version()}", split, "stand-in", paragraphs, "\n\n")
+    texts = [text for _, text in sorted(topics.topics.items())]
+    validation = _paragraphs(texts[::10])
+    rows = validation
+    if split == "test":
+        seen = set(validation)
+        rows = [p for p in _paragraphs([t for i, t in enumerate(texts) if i % 10]) if p not in seen]
+    return Text("python-topics", f"python-{platform.python_version()}", split, "stand-in", tuple(rows), "\n\n")
+
+
+def _paragraphs(texts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(p.strip() for text in texts for p in text.split("\n\n") if p.strip()))

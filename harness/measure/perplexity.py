@@ -128,15 +128,17 @@ def metrics(test: Scores, validation: Scores) -> dict[str, Estimate]:
     uniform_weight = tuned_weight(validation, uniform=True)
     kept = [int((c & covered).sum()) for c in clusters]
     inside = np.where(covered, -test.decoder, 0.0)
-    some = [i for i, k in enumerate(kept) if k]
     score = np.exp(test.decoder) + 0.5 * (1.0 - test.concentration)
-    return {
+    found = {
         "ppl": perplexity(-test.decoder),
         "ppl_model": perplexity(-test.model),
         "coverage": statistics.weighted_mean(per_cluster(covered.astype(float)), counts),
-        "ppl_conditional": statistics.perplexity([per_cluster(inside)[i] for i in some], [kept[i] for i in some]),
         "ppl_mixture": perplexity(mixture_nats(test, model_weight, uniform=False)),
         "mixture_weight": Estimate(model_weight, n=len(validation.decoder)),
         "ppl_epsilon": perplexity(mixture_nats(test, uniform_weight, uniform=True)),
         "sparsemax_score": statistics.weighted_mean(per_cluster(score), counts),
     }
+    if covered.any():
+        nats, some = zip(*[(n, k) for n, k in zip(per_cluster(inside), kept, strict=True) if k], strict=True)
+        found["ppl_conditional"] = statistics.perplexity(nats, some)
+    return found

@@ -62,20 +62,37 @@ def bootstrap(
     return Estimate(value, float(low), float(high), size)
 
 
+def median(values: Sequence[float]) -> Estimate:
+    """Median with its sign-test interval, interpolated to 95 % (Hettmansperger and Sheather 1986).
+
+    It assumes nothing of the noise but independence; a bootstrap of the median covers 91 % at eight observations.
+    """
+    x = np.sort(np.asarray(values, dtype=np.float64))
+    n = len(x)
+    if n == 0:
+        raise ValueError("a median needs at least one observation")
+    value = float(np.median(x))
+    if n < FEWEST_FOR_INTERVAL:
+        return Estimate(value, None, None, n)
+
+    def coverage(k: int) -> float:
+        """Of the interval from the k-th smallest to the k-th largest."""
+        return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+
+    k = max(k for k in range(1, n // 2 + 1) if coverage(k) >= LEVEL)
+    excess = (coverage(k) - LEVEL) / (coverage(k) - coverage(k + 1))
+    share = (n - k) * excess / (k + (n - 2 * k) * excess)
+    low = (1 - share) * x[k - 1] + share * x[k]
+    high = (1 - share) * x[n - k] + share * x[n - k - 1]
+    return Estimate(value, float(low), float(high), n)
+
+
 def paired_ratio(log_ratios: Sequence[float]) -> Estimate:
     """exp of the median log-ratio over pairs. The median, because one stalled run must not move the result."""
-    estimate = bootstrap(log_ratios, lambda x: np.median(x, axis=-1))
-    return Estimate(
-        math.exp(estimate.value),
-        None if estimate.low is None else math.exp(estimate.low),
-        None if estimate.high is None else math.exp(estimate.high),
-        estimate.n,
-    )
-
-
-def median(values: Sequence[float]) -> Estimate:
-    """Median with a bootstrap interval."""
-    return bootstrap(values, lambda x: np.median(x, axis=-1))
+    found = median(log_ratios)
+    if found.low is None or found.high is None:
+        return Estimate(math.exp(found.value), None, None, found.n)
+    return Estimate(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
 
 
 def perplexity(nats: Sequence[float], counts: Sequence[int]) -> Estimate:

@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is not a whole shard: {error}") from error
     if not isinstance(content, dict):
         raise StoreError(f"{path} is not a shard")
-    return restored(content)
+    return content | {part: restored(content[part]) for part in ("metrics", "arrays") if part in content}
 
 
 def cells(folder: Path) -> Iterator[Path]:
@@ -69,7 +69,7 @@ def plain(value: Any) -> Any:
 
 
 def restored(value: Any) -> Any:
-    """The inverse of `plain` for the numbers."""
+    """The inverse of `plain`, for parts that hold numbers only: elsewhere "NaN" may be what a model said."""
     if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
     if isinstance(value, dict):

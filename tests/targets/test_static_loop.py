@@ -1,20 +1,16 @@
 """The fixed-shape step that a GPU captures draws the same tokens as the eager loop (run here without the capture)."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models  # noqa: E402
+import tiny_models
 
-from decodathlon import Limits  # noqa: E402
-from decodathlon import RowRandom  # noqa: E402
-from decodathlon.harness import decoder as decoders  # noqa: E402
-from decodathlon.harness.registry import load_builtins  # noqa: E402
-from decodathlon.harness.targets import graphs  # noqa: E402
-from decodathlon.harness.targets.transformers import TransformersTarget  # noqa: E402
+from decodathlon import Limits
+from decodathlon import RowRandom
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.targets import graphs
+from decodathlon.harness.targets.transformers import TransformersTarget
 
 load_builtins()
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]

@@ -1,19 +1,15 @@
 """Whatever way a context is built, its logits are those of the plain forward over the same text (float64)."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny_models  # noqa: E402
+import tiny_models
 
-from decodathlon.harness.errors import ContextOverflowError  # noqa: E402
-from decodathlon.harness.errors import UnsupportedError  # noqa: E402
-from decodathlon.harness.targets import attention  # noqa: E402
-from decodathlon.harness.targets.lean import FAMILY  # noqa: E402
-from decodathlon.harness.targets.transformers import TransformersTarget  # noqa: E402
+from decodathlon.harness.errors import ContextOverflowError
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.targets import attention
+from decodathlon.harness.targets.lean import FAMILY
+from decodathlon.harness.targets.transformers import TransformersTarget
 
 CLOSE = 1e-9
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3-moe", "gpt2", "gpt-oss"]

@@ -1,0 +1,208 @@
+"""`pytest suites/ --benchmark` as a user meets it: in a process of its own, on a tiny model, without hub or data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from decodathlon.harness.results import store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models.save_folder(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def pytest_run(*options, cwd=ROOT, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("DECODATHLON_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "suites/", *map(str, options)],
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=300,
+        env=inherited | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def shards_of(results):
+    return {
+        (c["spec"]["suite"], c["spec"]["decoder"]): c
+        for p in results.with_suffix(".shards").glob("*/*-*.json")
+        for c in [json.loads(p.read_text())]
+    }
+
+
+DECODERS = '''
+import os
+from decodathlon import Completion, Decoder, Sampler, decoder, process
+
+@decoder("third", claim="shaped", bounds={"k": "[1, inf)"}, sweep={"k": [2, 4]})
+class Third(Sampler):
+    """The third way."""
+    k: int = 3
+    def shape(self, logits):
+        return process(logits, top_k=self.k)
+
+@decoder("raises", claim="heuristic")
+class Raises(Sampler):
+    def shape(self, logits):
+        raise RuntimeError("on purpose")
+
+@decoder("exits", claim="heuristic")
+class Exits(Sampler):
+    def shape(self, logits):
+        import sys
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(3)
+
+@decoder("miscounts", claim="heuristic")
+class Miscounts(Decoder):
+    def generate(self, target, prompts, limits, rng):
+        return [Completion(tokens=[1], stop_reason="length") for _ in prompts]
+
+@decoder("strange", claim="heuristic")
+class Strange(Decoder):
+    def generate(self, target, prompts, limits, rng):
+        return [Completion(tokens=[10**6] * limits.max_new_tokens, stop_reason="length") for _ in prompts]
+'''
+
+
+def test_a_run_measures_shows_and_stores(model, tmp_path):
+    results = tmp_path / "r.duckdb"
+    done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results, "--decoder", "greedy",
+                      "--decoder", "top-p[p=0.5]", "--decoder", "hf-generate", "--dtype", "float32")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "throughput batch-1" in done.stdout
+    assert "python-topics (stand-in)" in done.stdout
+    assert "s left)" in done.stdout
+    assert "6 cells added to" in done.stdout
+    assert "unsupported: needs a next-token law" in done.stdout
+    with store.connect(results) as connection:
+        rows = connection.execute(
+            "SELECT suite, decoder, metric, value, dataset, status FROM results WHERE suite = 'throughput'"
+        ).fetchall()
+        environment, options = connection.execute("SELECT environment, options FROM run").fetchone()
+    found = {(d, m): v for _, d, m, v, _, _ in rows}
+    assert found["hf-generate", "greedy_match"] == 1.0
+    assert ("greedy", "ratio_to_self") in found and ("top-p[p=0.5]", "ratio_to_greedy") in found
+    assert ("hf-generate", "ratio_to_self") in found and ("greedy", "ratio_to_hf_generate") in found
+    assert {r[4] for r in rows} == {"python-topics"}
+    assert json.loads(environment)["packages"]["torch"]
+    assert json.loads(options)["scale"] == "smoke"
+    shard = shards_of(results)["wikitext2", "top-p[p=0.5]"]
+    assert len(shard["arrays"]["decoder_log_prob"]) == 512
+    assert shard["sizes"]["tokens"] == 513
+    assert shard["data"]["source"] == "stand-in"
+
+
+def test_a_failing_crashing_or_lying_decoder_becomes_a_row_and_the_run_goes_on(model, tmp_path):
+    file, results = tmp_path / "mine.py", tmp_path / "r.duckdb"
+    file.write_text(DECODERS)
+    chosen = [x for name in ("raises", "exits", "miscounts", "strange", "third") for x in ("--decoder", name)]
+    done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results, "--suite", "throughput",
+                      "--decoder-file", file, *chosen)  # fmt: skip
+    assert done.returncode == 1
+    by_decoder = {d: c for (_, d), c in shards_of(results).items()}
+    assert {d: c["status"] for d, c in by_decoder.items()} == {
+        "raises": "failed", "exits": "crashed", "miscounts": "failed", "strange": "failed", "third": "ok",
+    }  # fmt: skip
+    assert by_decoder["raises"]["reason"] == "RuntimeError: on purpose"
+    assert "in shape" in by_decoder["raises"]["error"]
+    assert by_decoder["exits"]["reason"] == "the worker ended with exit code 3"
+    assert "last words" in by_decoder["exits"]["error"]
+    assert "returned 1 tokens where exactly 4 were due" in by_decoder["miscounts"]["reason"]
+    assert "outside the vocabulary" in by_decoder["strange"]["reason"]
+    with store.connect(results) as connection:
+        assert connection.execute("SELECT count(*) FROM cell").fetchone() == (5,)
+
+
+def test_inline_and_local_executors_draw_the_same_and_sweeps_add_neighbours(model, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(DECODERS)
+    found = {}
+    for executor in ("inline", "local"):
+        results = tmp_path / f"{executor}.duckdb"
+        done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results, "--suite", "wikitext2",
+                          "--decoder-file", file, "--decoder", "third", "--sweep", "--executor", executor)  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        found[executor] = {d: c["metrics"] for (_, d), c in shards_of(results).items()}
+    assert found["inline"] == found["local"]
+    assert set(found["local"]) == {"third", "third[k=2]", "third[k=4]"}
+
+
+def test_nothing_measured_is_not_a_success(model, tmp_path):
+    done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", tmp_path / "r.duckdb",
+                      "--suite", "wikitext2", "--decoder", "hf-generate")  # fmt: skip
+    assert done.returncode == 11
+
+
+def test_without_the_flag_suites_are_deselected_and_say_why():
+    done = pytest_run()
+    assert done.returncode == 5
+    assert "run only with --benchmark" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--decoder", "top-q"], "there is no decoder 'top-q'; did you mean"),
+        (["--decoder", "top-p[p=2]"], "p=2 is outside (0, 1]"),
+        (["--suite", "wikitext"], "there is no suite 'wikitext'; did you mean 'wikitext2'"),
+        (["--baseline", "gredy"], "did you mean 'greedy'"),
+        (["--model", "smollm"], "there is no model 'smollm'"),
+        (["--data", "/nowhere"], "--data /nowhere: there is no such folder"),
+        (["--data", str(ROOT / "docs")], "has no wikitext-2-raw-v1.test.txt"),
+        (["--results", "/nowhere/r.duckdb"], "does not exist; create it"),
+        (["--results", str(ROOT / "pyproject.toml")], "cannot be opened"),
+        (["--decoder-file", "none.py"], "there is no such file"),
+        (["--decoder-file", str(ROOT / "tests" / "tiny_models.py")], "registers nothing"),
+    ],
+)
+def test_bad_input_is_a_usage_error_in_one_line(options, message):
+    done = pytest_run("--benchmark", *options)
+    assert done.returncode == 4, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_broken_decoder_file_names_its_line(tmp_path):
+    (tmp_path / "bad.py").write_text("x = 1\nimport no_such_module\n")
+    done = pytest_run("--benchmark", "--decoder-file", tmp_path / "bad.py")
+    assert done.returncode == 4
+    assert "bad.py, line 2: ModuleNotFoundError" in done.stderr
+    (tmp_path / "taken.py").write_text(DECODERS.replace('"third"', '"greedy"'))
+    done = pytest_run("--benchmark", "--decoder-file", tmp_path / "taken.py")
+    assert done.returncode == 4
+    assert "decoder 'greedy' is defined twice: in " in done.stderr
+    assert "baselines.py" in done.stderr
+    assert "taken.py" in done.stderr
+
+
+def package(folder, name, code):
+    """A third-party package as pip would leave it: a module and its metadata with an entry point."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[decodathlon.decoders]\n{name.replace('_', '-')} = {name}\n")
+
+
+def test_third_party_packages_join_and_a_broken_one_becomes_a_failed_row(model, tmp_path):
+    packages = tmp_path / "site"
+    packages.mkdir()
+    package(packages, "good_plugin", DECODERS)
+    package(packages, "broken_plugin", "import a_module_that_is_not_there\n")
+    results = tmp_path / "r.duckdb"
+    done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results, "--suite", "wikitext2",
+                      "--decoder", "third", PYTHONPATH=str(packages))  # fmt: skip
+    assert done.returncode == 1
+    found = shards_of(results)
+    assert found["wikitext2", "third"]["status"] == "ok"
+    broken = found["wikitext2", "broken-plugin"]
+    assert broken["status"] == "failed"
+    assert "a_module_that_is_not_there" in broken["reason"]
+    assert "broken_plugin" in broken["error"]

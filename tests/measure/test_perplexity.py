@@ -1,0 +1,135 @@
+"""Perplexities against closed forms, on a model small enough to compute them by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from decodathlon import Sampler
+from decodathlon import decoder
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.measure import perplexity
+from decodathlon.harness.measure.perplexity import Scores
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.registry import registry
+from decodathlon.harness.targets.transformers import TransformersTarget
+
+load_builtins()
+
+
+@pytest.fixture(scope="module")
+def target():
+    return TransformersTarget(tiny_models.build("llama"), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(3, tiny_models.VOCABULARY, (61,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+@pytest.mark.parametrize(("length", "context"), [(61, 16), (61, 200), (5, 4), (2, 16), (33, 32), (34, 32)])
+def test_every_token_but_the_first_counts_once_with_at_least_half_a_window_before_it(length, context):
+    counted = []
+    for begin, end, first in perplexity.windows(length, context):
+        assert end - begin <= context
+        assert begin == 0 or first - begin >= context // 2
+        counted += range(first, end)
+    assert counted == list(range(1, length))
+
+
+def test_scores_equal_the_plain_forward_window_by_window(target, tokens):
+    scores = perplexity.score(decoders.build("temperature"), target, tokens, context=16)
+    reference = tiny_models.build("llama")
+    expected = []
+    for begin, end, first in perplexity.windows(len(tokens), 16):
+        with torch.no_grad():
+            law = reference(torch.tensor([tokens[begin:end]]), use_cache=False).logits[0].log_softmax(-1)
+        expected += [float(law[i - begin - 1, tokens[i]]) for i in range(first, end)]
+    assert np.allclose(scores.decoder, expected, atol=1e-5)
+    assert np.allclose(scores.model, expected, atol=1e-5)
+    assert len(scores.cluster) == len(tokens) - 1
+
+
+def scores_of(target, tokens, spec, context=16):
+    return perplexity.score(decoders.build(spec), target, tokens, context)
+
+
+def test_a_truncating_sampler_has_infinite_perplexity_and_finite_mixtures(target, tokens):
+    test = scores_of(target, tokens, "top-k[k=5]")
+    found = perplexity.metrics(test, test)
+    assert found["ppl"].value == math.inf
+    assert found["ppl"].low is None
+    kept = np.isfinite(test.decoder)
+    assert found["coverage"].value == pytest.approx(kept.mean())
+    assert 0 < kept.mean() < 1
+    assert found["ppl_conditional"].value == pytest.approx(math.exp(-test.decoder[kept].mean()))
+    assert found["ppl_conditional"].n == kept.sum()
+    assert math.isfinite(found["ppl_epsilon"].value)
+    # tuned on the very text, the mixture can only be as good as the model or better
+    assert found["ppl_mixture"].value <= found["ppl_model"].value * (1 + 1e-12)
+
+
+def test_a_law_that_covers_nothing_has_no_conditional_perplexity():
+    nothing = Scores(np.full(40, -np.inf), np.full(40, -2.0), np.ones(40), np.arange(40) // 5, 50)
+    found = perplexity.metrics(nothing, nothing)
+    assert "ppl_conditional" not in found
+    assert (found["coverage"].value, found["ppl_mixture"].value) == (0, pytest.approx(math.exp(2)))
+
+
+def test_a_sampler_equal_to_the_model_mixes_to_the_model(target, tokens):
+    test = scores_of(target, tokens, "temperature")
+    for weight in (0.0, 0.3, 1.0):
+        assert np.allclose(perplexity.mixture_nats(test, weight, uniform=False), -test.model, atol=1e-5)
+    found = perplexity.metrics(test, test)
+    assert found["ppl"].value == pytest.approx(found["ppl_model"].value)
+    assert found["coverage"].value == 1
+
+
+def test_the_uniform_end_of_the_mixture_is_the_vocabulary_size(target, tokens):
+    nats = perplexity.mixture_nats(scores_of(target, tokens, "greedy"), 1.0, uniform=True)
+    assert math.exp(nats.mean()) == pytest.approx(tiny_models.VOCABULARY)
+
+
+def test_epsilon_perplexity_is_that_of_martins_et_al(target, tokens):
+    """Their form: exp(-mean log((p + eps) / (1 + eps V))), with eps = weight / (V (1 - weight))."""
+    test, weight, V = scores_of(target, tokens, "top-k[k=5]"), 0.2, tiny_models.VOCABULARY
+    eps = weight / (V * (1 - weight))
+    theirs = -np.log((np.exp(test.decoder) + eps) / (1 + eps * V))
+    assert np.allclose(perplexity.mixture_nats(test, weight, uniform=True), theirs)
+
+
+def test_sparsemax_score_is_one_minus_half_the_brier_score(target, tokens):
+    test = scores_of(target, tokens, "top-p[p=0.7]")
+    found = perplexity.metrics(test, test)["sparsemax_score"]
+    brier = test.concentration - 2 * np.exp(test.decoder) + 1
+    assert found.value == pytest.approx((1 - brier / 2).mean())
+
+
+def test_a_better_truncation_earns_weight():
+    """A law that halves the mass on wrong tokens, tuned on text where it never cuts the real one: weight 0 wins."""
+    n = 200
+    scores = Scores(np.full(n, math.log(0.8)), np.full(n, math.log(0.4)), np.full(n, 0.7), np.arange(n) // 20, 50)
+    found = perplexity.metrics(scores, scores)
+    assert found["mixture_weight"].value == 0
+    assert found["ppl_mixture"].value == pytest.approx(1 / 0.8)
+
+
+def test_only_decoders_with_a_stated_law_are_scored(target, tokens):
+    with pytest.raises(UnsupportedError, match="hf-generate draws no token from a law"):
+        perplexity.score(decoders.build("hf-generate"), target, tokens, 16)
+
+
+def test_nan_in_a_law_is_an_error_not_a_number(target, tokens):
+    @decoder("nan-law", claim="heuristic")
+    class NaN(Sampler):
+        def shape(self, logits):
+            return logits * float("nan")
+
+    try:
+        with pytest.raises(ValueError, match="nan-law: its law has NaN"):
+            perplexity.score(NaN(), target, tokens, 16)
+    finally:
+        del registry.entries["decoder", "nan-law"]
