@@ -1,18 +1,12 @@
-"""What people use today: greedy search, ancestral sampling, the usual truncations, and `transformers.generate` itself."""
+"""What people use today: greedy search, ancestral sampling, the usual truncations, `transformers.generate`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decodathlon.harness import law
-from decodathlon.harness.decoder import Completion
-from decodathlon.harness.decoder import Cost
-from decodathlon.harness.decoder import Decoder
-from decodathlon.harness.decoder import Limits
-from decodathlon.harness.decoder import Sampler
-from decodathlon.harness.decoder import decoder
+from decodathlon.harness.decoder import Completion, Cost, Decoder, Limits, Sampler, decoder
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:

@@ -9,26 +9,18 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from datetime import UTC
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
-from decodathlon.harness import datasets
+from decodathlon.harness import datasets, models
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness import models
 from decodathlon.harness.decoder import Decoder
 from decodathlon.harness.errors import UnsupportedError
-from decodathlon.harness.registry import load_builtins
-from decodathlon.harness.registry import registry
-from decodathlon.harness.suite import Cell
-from decodathlon.harness.suite import Suite
+from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.suite import Cell, Suite
 
 Status = Literal["ok", "partial", "failed", "oom", "timeout", "crashed", "cancelled", "unsupported"]
 #: Raised when the shape of a shard changes.
@@ -202,7 +194,7 @@ def describe(decoder: Decoder) -> dict[str, Any]:
 def _rivals(suite: Suite, decoder: Decoder, baseline: str, target: Any) -> tuple[dict[str, Decoder], list[str]]:
     """Rivals by the metric their ratio goes under, and remarks on those that this target cannot run."""
     rivals: dict[str, Decoder] = {}
-    remarks = []
+    remarks: list[str] = []
     if not suite.rivals:
         return rivals, remarks
     named = {f"ratio_to_{name.replace('-', '_')}": name for name in suite.rivals}

@@ -7,25 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from abc import ABC
-from abc import abstractmethod
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import ClassVar
-from typing import Literal
-from typing import TypeVar
-from typing import cast
-from typing import get_args
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
 
-from decodathlon.harness import law
-from decodathlon.harness import spec
-from decodathlon.harness.errors import SpecError
-from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness import law, spec
+from decodathlon.harness.errors import SpecError, UnsupportedError
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.registry import registry
 

@@ -121,8 +121,7 @@ def _check(path: Path, sha256: str) -> None:
 def _convert(gguf: Path, out: Path) -> None:
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
     options = {"gguf_file": gguf.name, "dtype": torch.float32, **dense_gguf()}
@@ -134,7 +133,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
 
 def dense_gguf() -> dict[str, Any]:
-    """Options of `from_pretrained` that unpack a GGUF. From transformers 5.23 it stays packed unless asked otherwise."""
+    """Options of `from_pretrained` that unpack a GGUF; from transformers 5.23 it stays packed by default."""
     try:
         from transformers import GgufConfig
     except ImportError:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from decodathlon.harness.decoder import Completion
-from decodathlon.harness.decoder import Cost
-from decodathlon.harness.decoder import Limits
-from decodathlon.harness.decoder import Sampler
+from decodathlon.harness.decoder import Completion, Cost, Limits, Sampler
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from decodathlon.harness.randomness import RowRandom
-    from decodathlon.harness.targets.base import Context
-    from decodathlon.harness.targets.base import Target
+    from decodathlon.harness.targets.base import Context, Target
 
 
 def autoregressive(

@@ -6,6 +6,7 @@ Queries and keys are stored for interleaved rotary pairs; Hugging Face rotates h
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +34,7 @@ def load(folder: Path) -> tuple[Any, Llama2cTokenizer]:
 
 def _model(path: Path) -> Any:
     import torch
-    from transformers import LlamaConfig
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     data = path.read_bytes()
     dim, hidden, layers, heads, key_heads, vocabulary, context = struct.unpack("<7i", data[:28])
@@ -48,7 +48,9 @@ def _model(path: Path) -> Any:
     flat = torch.frombuffer(bytearray(data[28:]), dtype=torch.float32)
     sizes = [torch.Size(shape).numel() for _, shape in shapes]
     if flat.numel() != sum(sizes):
-        raise MissingError(f"{path} has {flat.numel()} numbers, its header asks for {sum(sizes)}: not a whole checkpoint")
+        raise MissingError(
+            f"{path} has {flat.numel()} numbers, its header asks for {sum(sizes)}: not a whole checkpoint"
+        )
     t = {name: part.view(shape) for (name, shape), part in zip(shapes, flat.split(sizes), strict=True)}
 
     def halves(w: Any, n: int) -> Any:
@@ -103,7 +105,7 @@ class Llama2cTokenizer:
         while True:
             pairs = [
                 (self.scores[merged], -i, merged)
-                for i, (a, b) in enumerate(zip(tokens, tokens[1:], strict=False))
+                for i, (a, b) in enumerate(itertools.pairwise(tokens))
                 if (merged := self.index.get(self._bytes(a) + self._bytes(b))) is not None
             ]
             if not pairs:

@@ -6,18 +6,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
-from decodathlon.harness import embedded
-from decodathlon.harness import spec
-from decodathlon.harness.errors import MissingError
-from decodathlon.harness.errors import SpecError
-from decodathlon.harness.errors import near_miss
+from decodathlon.harness import embedded, spec
+from decodathlon.harness.errors import MissingError, SpecError, near_miss
 from decodathlon.harness.registry import registry
 
 STORIES = "stories-260k"
@@ -87,14 +84,18 @@ def resolve(text: str) -> Model:
         return Model(spec.render(path.resolve().name, options), "folder", str(path.resolve()), options)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise SpecError(f"model {name}: only .gguf files and folders with safetensors are read, not {path.suffix!r}")
+            raise SpecError(
+                f"model {name}: only .gguf files and folders with safetensors are read, not {path.suffix!r}"
+            )
         return Model(spec.render(path.stem, options), "gguf", str(path.resolve()), options)
     if name in ALIASES:
         return Model(shown, "hub", ALIASES[name], options)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return Model(shown, "hub", name, options)
     known = [embedded.NAME, STORIES, *ALIASES, *registry.names("model-loader")]
-    raise SpecError(f"there is no model {name!r}: not a known name, a folder, a file or a hub id{near_miss(name, known)}")
+    raise SpecError(
+        f"there is no model {name!r}: not a known name, a folder, a file or a hub id{near_miss(name, known)}"
+    )
 
 
 def _check_folder(path: Path) -> None:
@@ -159,8 +160,7 @@ def _read(model: Model, dtype: Any, device: str, say: Callable[[str], None]) -> 
 
 
 def _from_pretrained(source: str, dtype: Any, extra: dict[str, Any], name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     only = {} if "gguf_file" in extra else {"use_safetensors": True}
     tokenizer_options = {"gguf_file": extra["gguf_file"]} if "gguf_file" in extra else {}
@@ -196,9 +196,7 @@ def _quantisation(model: Model, device: str) -> dict[str, Any]:
     if model.options.load == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     return {"quantization_config": config, "device_map": {"": 0}}
 
 
@@ -207,10 +205,10 @@ def _hub_snapshot(model: Model, say: Callable[[str], None]) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = {"repo_id": model.location, "revision": model.options.revision}
+    fetch = functools.partial(snapshot_download, model.location, revision=model.options.revision)
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = str(snapshot_download(**wanted, allow_patterns=patterns, local_files_only=True))
+        folder = str(fetch(allow_patterns=patterns, local_files_only=True))
         if list(Path(folder).glob("*.safetensors")):
             return folder
     except LocalEntryNotFoundError:
@@ -218,7 +216,7 @@ def _hub_snapshot(model: Model, say: Callable[[str], None]) -> str:
     check_hub(f"model {model.location}")
     say(f"downloading {model.location}")
     try:
-        return str(snapshot_download(**wanted, allow_patterns=patterns))
+        return str(fetch(allow_patterns=patterns))
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise MissingError(f"model {model.location} cannot be had from the hub: {first}") from error
@@ -251,7 +249,9 @@ def check_hub(what: str) -> None:
     try:
         pool.submit(ask).result(timeout=HUB_TIMEOUT_S)
     except (OSError, TimeoutError) as error:
-        raise MissingError(f"{what} is not in the hub cache and the hub cannot be reached ({error}); {remedy}") from None
+        raise MissingError(
+            f"{what} is not in the hub cache and the hub cannot be reached ({error}); {remedy}"
+        ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

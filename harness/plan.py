@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness import datasets
+from decodathlon.harness import datasets, embedded, models
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness import embedded
-from decodathlon.harness import models
 from decodathlon.harness.cells import CellSpec
 from decodathlon.harness.errors import MissingError
-from decodathlon.harness.registry import load_builtins
-from decodathlon.harness.registry import registry
+from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.suite import Suite
 
 
@@ -54,7 +51,7 @@ def cells(options: Options) -> list[CellSpec]:
             raise MissingError(f"--data {options.data}: there is no such folder")
         for name in sorted({s.data for s in suites if s.data}):
             datasets.check_folder(name, options.data)
-    common = {
+    common: dict[str, Any] = {
         "model": options.model if model.kind in ("folder", "gguf", "stories") else model.name,
         "scale": options.scale,
         "seed": options.seed,

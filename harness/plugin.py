@@ -8,24 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
-from dataclasses import fields
-from datetime import UTC
-from datetime import datetime
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from decodathlon.harness.cells import CellSpec
-from decodathlon.harness.cells import Outcome
+from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.errors import DecodathlonError
-from decodathlon.harness.plan import Options
-from decodathlon.harness.plan import cells
-from decodathlon.harness.results import environment
-from decodathlon.harness.results import shards
-from decodathlon.harness.results import store
-from decodathlon.harness.results import table
+from decodathlon.harness.plan import Options, cells
+from decodathlon.harness.results import environment, shards, store, table
 from decodathlon.harness.suite import SCALES
 from decodathlon.harness.workers.local import EXECUTORS
 
@@ -44,10 +37,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     default = Options()
     add("--benchmark", action="store_true", help="measure: run the suites (without it they are deselected)")
-    add("--scale", choices=SCALES, default=default.scale, help="sample sizes: minutes, 20 minutes, a night (default quick)")
+    add(
+        "--scale",
+        choices=SCALES,
+        default=default.scale,
+        help="sample sizes: minutes, 20 minutes, a night (default quick)",
+    )
     add("--decoder", action="append", default=[], metavar="SPEC", help="name or name[key=value,...]; repeatable")
     add("--suite", action="append", default=[], metavar="NAME", help="only this suite; repeatable")
-    add("--model", default=default.model, metavar="SPEC", help=f"name, hub id, folder or GGUF (default {default.model})")
+    add(
+        "--model", default=default.model, metavar="SPEC", help=f"name, hub id, folder or GGUF (default {default.model})"
+    )
     add("--baseline", default=default.baseline, metavar="SPEC", help="decoder that ratios are against (default greedy)")
     add("--data", default=None, metavar="DIR", help="folder with the data sets (or set DECODATHLON_DATA)")
     add("--results", default=None, metavar="PATH", help="results file (default results.duckdb beside pyproject.toml)")
@@ -120,7 +120,7 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    report: pytest.TestReport = yield  # type: ignore[assignment,misc]
+    report: pytest.TestReport = yield  # type: ignore[assignment]
     spec = _spec(item)
     if spec is not None and report.when == "call":
         report.user_properties.append(("decodathlon", spec.cell_id))
@@ -188,9 +188,13 @@ class Run:
         if not self.outcomes:
             return
         took = time.monotonic() - self._began
-        self.closing.append(f"run {self.run_id}: {len(self.outcomes)} cells in {_duration(took)}; shards in {self.folder}")
+        self.closing.append(
+            f"run {self.run_id}: {len(self.outcomes)} cells in {_duration(took)}; shards in {self.folder}"
+        )
         if not store.available():
-            self.closing.append(f"DuckDB is not installed here: install it, or ingest the shards elsewhere, to fill {self.results}")
+            self.closing.append(
+                f"DuckDB is not installed here: install it, or ingest the shards elsewhere, to fill {self.results}"
+            )
             return
         try:
             added = store.ingest(self.results, [self.folder])

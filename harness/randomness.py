@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import Generator
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 
 class RowRandom:

@@ -12,15 +12,12 @@ import pkgutil
 import re
 import sys
 import traceback
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
-from decodathlon.harness.errors import SpecError
-from decodathlon.harness.errors import near_miss
+from decodathlon.harness.errors import SpecError, near_miss
 
 Kind = Literal["decoder", "model-loader", "suite", "dataset", "reward", "metric", "command"]
 
@@ -136,7 +133,9 @@ class Registry:
             raise SpecError(f"--decoder-file {path}, line {line}: {type(error).__name__}: {error}") from error
         if len(self.entries) == before:
             del sys.modules[name]
-            raise SpecError(f"--decoder-file {path} registers nothing; decorate a class with @decoder('name', claim=...)")
+            raise SpecError(
+                f"--decoder-file {path} registers nothing; decorate a class with @decoder('name', claim=...)"
+            )
 
 
 #: The registry of this process.

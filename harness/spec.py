@@ -11,12 +11,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
-from typing import Literal
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from decodathlon.harness.errors import SpecError
-from decodathlon.harness.errors import near_miss
+from decodathlon.harness.errors import SpecError, near_miss
 
 _SHAPE = re.compile(r"^(?P<name>[^\[\]]+)(\[(?P<params>[^\[\]]*)\])?$")
 
@@ -86,7 +83,10 @@ def fill(cls: type, spec: Spec, what: str, bounds: Mapping[str, str]) -> Any:
     missing = [
         f.name
         for f in dataclasses.fields(cls)
-        if f.init and f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if f.init
+        and f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise SpecError(f"{what} {spec.name!r} needs {', '.join(missing)}: write {spec.name}[{missing[0]}=...]")

@@ -6,20 +6,15 @@ A suite says what is measured, at which sizes, on which data. A cell is one suit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results.metrics import METRICS
 
 if TYPE_CHECKING:
-    from decodathlon.harness.datasets import Split
-    from decodathlon.harness.datasets import Text
+    from decodathlon.harness.datasets import Split, Text
     from decodathlon.harness.decoder import Decoder
     from decodathlon.harness.measure.statistics import Estimate
     from decodathlon.harness.targets.base import Target
@@ -80,7 +75,9 @@ def suite(
         raise ValueError(f"suite {name!r}: {unknown[0]!r} is not a metric")
 
     def register(function: F) -> F:
-        registry.add("suite", name, Suite(name, version, asks, data, sizes, rivals, table, function), inspect.getfile(function))
+        registry.add(
+            "suite", name, Suite(name, version, asks, data, sizes, rivals, table, function), inspect.getfile(function)
+        )
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]
         return function
 

@@ -1,7 +1,6 @@
 """Throughput: how fast is the decoder, against greedy search on the same engine and against `transformers.generate`?"""
 
-from decodathlon import Sampler
-from decodathlon import suite
+from decodathlon import Sampler, suite
 
 
 @suite(
@@ -25,9 +24,7 @@ from decodathlon import suite
     },
 )
 def test_throughput(cell):
-    from decodathlon.harness.measure import memory
-    from decodathlon.harness.measure import prompts
-    from decodathlon.harness.measure import speed
+    from decodathlon.harness.measure import memory, prompts, speed
     from decodathlon.harness.measure.statistics import Estimate
 
     sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-"))

@@ -6,9 +6,7 @@ import functools
 
 import torch
 import transformers as hf
-from transformers import AttentionInterface
-from transformers import AttentionMaskInterface
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
 
 VOCABULARY = 61
@@ -88,10 +86,7 @@ def build(kind, attention="plain64"):
 
 def save_folder(path):
     """A random Llama with a tokenizer of single bytes, as a model folder that the harness loads like any other."""
-    from tokenizers import Tokenizer
-    from tokenizers import decoders
-    from tokenizers import models
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", *alphabet])}
@@ -100,7 +95,8 @@ def save_folder(path):
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(path)
-    config = hf.LlamaConfig(**{**_BASE, "vocab_size": len(vocabulary), "max_position_embeddings": 512, "eos_token_id": 1, "bos_token_id": 0})  # fmt: skip
+    changed = {"vocab_size": len(vocabulary), "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
+    config = hf.LlamaConfig(**{**_BASE, **changed})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path

@@ -1,9 +1,6 @@
 """Data sets: one file each, and the resolver. `--data DIR`, then the hub cache, the hub, the project's own stand-in."""
 
-from decodathlon.harness.datasets.base import Split
-from decodathlon.harness.datasets.base import Text
-from decodathlon.harness.datasets.base import check_folder
-from decodathlon.harness.datasets.base import find
+from decodathlon.harness.datasets.base import Split, Text, check_folder, find
 from decodathlon.harness.registry import registry
 
 registry.load_package("decodathlon.harness.datasets")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 
-from decodathlon.harness.datasets.base import Split
-from decodathlon.harness.datasets.base import Text
+from decodathlon.harness.datasets.base import Split, Text
 
 
 def stand_in(split: Split) -> Text:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from decodathlon.harness.datasets import prose
-from decodathlon.harness.datasets.base import DataSet
-from decodathlon.harness.datasets.base import Split
+from decodathlon.harness.datasets.base import DataSet, Split
 from decodathlon.harness.errors import MissingError
 from decodathlon.harness.registry import registry
 
@@ -39,7 +38,7 @@ def rows_of_hub(split: Split, offline: bool) -> tuple[tuple[str, ...], str]:
         table = datasets.load_dataset(
             HUB_ID, CONFIG, split=split, download_config=datasets.DownloadConfig(local_files_only=offline)
         )
-    except Exception as error:  # noqa: BLE001 - the hub client raises a dozen unrelated types
+    except Exception as error:
         raise MissingError(f"data set {HUB_ID}: {str(error).splitlines()[0] if str(error) else error!r}") from error
     checksums = sorted(getattr(table.info, "download_checksums", None) or {})
     revision = checksums[0].partition("@")[2].partition("/")[0] if checksums else table._fingerprint

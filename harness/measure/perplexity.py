@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from decodathlon.harness.decoder import Decoder
-from decodathlon.harness.decoder import Sampler
+from decodathlon.harness.decoder import Decoder, Sampler
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.measure import statistics
 from decodathlon.harness.measure.statistics import Estimate
@@ -102,7 +100,8 @@ def mixture_nats(scores: Scores, weight: float, *, uniform: bool) -> np.ndarray[
     """-log((1 - weight) p + weight r) per token, with r the model's law or the uniform one."""
     other = -math.log(scores.vocabulary) if uniform else scores.model
     with np.errstate(divide="ignore"):
-        return -np.logaddexp(np.log1p(-weight) + scores.decoder, np.log(weight) + other)
+        nats: np.ndarray[Any, Any] = -np.logaddexp(np.log1p(-weight) + scores.decoder, np.log(weight) + other)
+    return nats
 
 
 def tuned_weight(validation: Scores, *, uniform: bool) -> float:

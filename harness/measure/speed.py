@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from decodathlon.harness.decoder import Completion
-from decodathlon.harness.decoder import Decoder
-from decodathlon.harness.decoder import Limits
-from decodathlon.harness.decoder import Sampler
+from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
 from decodathlon.harness.measure import statistics
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
@@ -94,13 +88,11 @@ def measure(
         pair = Pair()
         forth = list(runners)
         for name in [*forth, *reversed(forth)]:
-            seconds, answers = timed(
-                target, lambda r=runners[name], p=prompts, s=seed + number: generate(r, target, p, tokens, s)
-            )
+            seconds, answers = timed(target, partial(generate, runners[name], target, prompts, tokens, seed + number))
             pair.seconds.setdefault(name, []).append(seconds)
             pair.answers[name] = [a.tokens for a in answers]
-        pair.first, _ = timed(target, lambda p=prompts, s=seed + number: generate(decoder, target, p, 1, s))
-        pair.prefill, _ = timed(target, lambda p=prompts: target.open(p, capacity=max(map(len, p)) + tokens))
+        pair.first, _ = timed(target, partial(generate, decoder, target, prompts, 1, seed + number))
+        pair.prefill, _ = timed(target, partial(target.open, prompts, capacity=max(map(len, prompts)) + tokens))
         pairs.append(pair)
     return pairs
 
@@ -131,9 +123,7 @@ def sampler_seconds(sampler: Sampler, target: Target, prompts: Sequence[Sequence
     context = target.open(prompts, capacity=max(map(len, prompts)) + 1)
     noise = RowRandom(0, range(len(prompts))).uniforms(1 + sampler.uniforms).to(context.next_logits.device)
     state = sampler.start(len(prompts))
-    times = [
-        timed(target, lambda: sampler.choose(context.next_logits, state, noise))[0] for _ in range(repeats)
-    ]
+    times = [timed(target, lambda: sampler.choose(context.next_logits, state, noise))[0] for _ in range(repeats)]
     return statistics.median(times).value
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,11 +75,11 @@ def median(values: Sequence[float]) -> Estimate:
 
     def coverage(k: int) -> float:
         """Of the interval from the k-th smallest to the k-th largest."""
-        return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+        return 1.0 - sum(math.comb(n, i) for i in range(k)) / 2.0 ** (n - 1)
 
     k = max(k for k in range(1, n // 2 + 1) if coverage(k) >= LEVEL)
     excess = (coverage(k) - LEVEL) / (coverage(k) - coverage(k + 1))
-    share = (n - k) * excess / (k + (n - 2 * k) * excess)
+    share: float = (n - k) * excess / (k + (n - 2 * k) * excess)
     low = (1 - share) * x[k - 1] + share * x[k]
     high = (1 - share) * x[n - k] + share * x[n - k - 1]
     return Estimate(value, float(low), float(high), n)
@@ -100,9 +98,7 @@ def perplexity(nats: Sequence[float], counts: Sequence[int]) -> Estimate:
     total = sum(counts)
     if not all(map(math.isfinite, nats)):
         return Estimate(math.inf, None, None, total)
-    return bootstrap(
-        np.column_stack([nats, counts]), lambda x: np.exp(x[..., 0].sum(-1) / x[..., 1].sum(-1)), n=total
-    )
+    return bootstrap(np.column_stack([nats, counts]), lambda x: np.exp(x[..., 0].sum(-1) / x[..., 1].sum(-1)), n=total)
 
 
 def weighted_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:

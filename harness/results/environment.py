@@ -7,15 +7,24 @@ import platform
 import secrets
 import subprocess
 import sys
-from datetime import UTC
-from datetime import datetime
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("decodathlon", "torch", "transformers", "numpy", "pytest", "triton", "datasets", "duckdb", "gguf", "tokenizers")
+PACKAGES = (
+    "decodathlon",
+    "torch",
+    "transformers",
+    "numpy",
+    "pytest",
+    "triton",
+    "datasets",
+    "duckdb",
+    "gguf",
+    "tokenizers",
+)
 #: Tracked files that a run itself writes; a change in them is not dirty code.
 OWN_OUTPUT = ("results.duckdb",)
 

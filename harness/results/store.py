@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from decodathlon.harness.errors import MissingError
-from decodathlon.harness.errors import StoreError
+from decodathlon.harness.errors import MissingError, StoreError
 from decodathlon.harness.locks import file_lock
 from decodathlon.harness.results import shards
 from decodathlon.harness.results.environment import hardware_name
@@ -188,13 +185,19 @@ def _add_cell(rows: dict[str, list[dict[str, Any]]], shard: dict[str, Any]) -> N
 
 
 def _insert(
-    connection: duckdb.DuckDBPyConnection, table: str, columns: Sequence[str], rows: Sequence[dict[str, Any]], copy: Path
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    columns: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    copy: Path,
 ) -> None:
     """Through a file of JSON lines: DuckDB reads it a hundred times faster than it takes single rows."""
     if not rows:
         return
     types = dict(
-        connection.execute("SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = ?", [table]).fetchall()
+        connection.execute(
+            "SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = ?", [table]
+        ).fetchall()
     )
     file = copy.with_name(f"{copy.name}.{table}.jsonl")
     try:

@@ -76,7 +76,7 @@ def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
 
 
 def _about(members: Sequence[Outcome]) -> str:
-    """Model, data and sizes; rows that differ in them never share a table, so the first that has them speaks for all."""
+    """Model, data and sizes; rows that differ in them never share a table, so one of them speaks for all."""
     one = next((o for o in members if o.status == "ok"), members[0])
     data = one.data.get("dataset", "no data")
     stand_in = " (stand-in)" if one.data.get("source") == "stand-in" else ""
@@ -90,7 +90,7 @@ def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
 
 
 def _best(name: str, members: Sequence[Outcome]) -> float | None:
-    values = [m["value"] for o in members if (m := _metric(o, name)) and math.isfinite(m["value"])]
+    values: list[float] = [m["value"] for o in members if (m := _metric(o, name)) and math.isfinite(m["value"])]
     if len(values) < 2 or METRICS[name].better == "none":
         return None
     return max(values) if METRICS[name].better == "higher" else min(values)

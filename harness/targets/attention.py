@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 ATTENTION_NAME = "decodathlon"
 
@@ -50,9 +49,7 @@ class Layout:
 
     def plain_causal(self, window: int | None) -> bool:
         """Whether the step is the first of all rows and needs no more than the causal triangle."""
-        return (
-            self.start == 0 and self.Q > 1 and self.tree is None and self.end == self.Q and not self._cuts(window)
-        )
+        return self.start == 0 and self.Q > 1 and self.tree is None and self.end == self.Q and not self._cuts(window)
 
     def mask(self, window: int | None, groups: int) -> Tensor | None:
         """(B, 1, G*Q, end) bool, true where a query sees a key; None where every query sees every key."""
@@ -82,7 +79,7 @@ class Layout:
         return seen[:, None].repeat(1, 1, groups, 1)
 
 
-class RowLayer(CacheLayerMixin):
+class RowLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, (B, K, S, D), preallocated; row b writes behind its own length."""
 
     is_sliding = False
@@ -124,7 +121,7 @@ class RowLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.23
 
 
-class RowCache(Cache):
+class RowCache(Cache):  # type: ignore[misc]
     """Static cache with per-row lengths. Windowed layers hold the whole context, so that trees and rollback work."""
 
     layout: Layout

@@ -8,17 +8,11 @@ Dimensions: B rows, Q new tokens per row, V vocabulary, E embedding width.
 
 from __future__ import annotations
 
-from abc import ABC
-from abc import abstractmethod
-from collections.abc import Mapping
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-from typing import Any
-from typing import ClassVar
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from decodathlon.harness.errors import ContextOverflowError
-from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.errors import ContextOverflowError, UnsupportedError
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -73,7 +67,7 @@ class Context(ABC):
 
     @abstractmethod
     def keep(self, counts: int | Sequence[int] | Tensor, *, path: Tensor | None = None) -> None:
-        """Keep the first `counts[b]` of the tokens of the last `extend`, or the nodes `path[b, :counts[b]]` of its tree.
+        """Keep the first `counts[b]` tokens of the last `extend`, or the nodes `path[b, :counts[b]]` of its tree.
 
         Args:
             counts: one number for all rows, or (B,).

@@ -7,21 +7,17 @@ takes over. Stop tokens are looked at some steps late, so a text may overrun; th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from decodathlon.harness.targets.attention import Layout
-from decodathlon.harness.targets.attention import RowCache
+from decodathlon.harness.targets.attention import Layout, RowCache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from decodathlon.harness.decoder import Limits
-    from decodathlon.harness.decoder import Sampler
+    from decodathlon.harness.decoder import Limits, Sampler
 
 #: Slots that a step may look at.
 BUCKETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

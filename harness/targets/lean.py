@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decodathlon.harness.targets.attention import Layout
-from decodathlon.harness.targets.attention import RowCache
-from decodathlon.harness.targets.attention import attend
+from decodathlon.harness.targets.attention import Layout, RowCache, attend
 
 FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
 #: Rotations that depend on the position alone, so that a table holds them.
@@ -71,7 +69,7 @@ class LeanForward:
             if number in hidden:
                 states[number] = x
             qkv = F.linear(rms_norm(x, layer.norm_in, self.eps), layer.qkv, layer.qkv_bias).view(B, Q, H + 2 * K, D)
-            if layer.q_norm is None:
+            if layer.q_norm is None or layer.k_norm is None:
                 turned, value = qkv.split((H + K, K), dim=2)
                 query, key = rotate(turned, cos, sin).split((H, K), dim=2)
             else:

@@ -7,16 +7,13 @@ through the very same `TransformersTarget` as a real model; `law_of` enumerates 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from decodathlon.harness.errors import ContextOverflowError
-from decodathlon.harness.targets.base import Context
-from decodathlon.harness.targets.base import Step
-from decodathlon.harness.targets.base import Target
+from decodathlon.harness.targets.base import Context, Step, Target
 
 #: More outcomes than this are not enumerated.
 MOST_OUTCOMES = 1 << 16
@@ -109,7 +106,10 @@ class TableContext(Context):
             raise ContextOverflowError(f"{self._target.name} has no more than {self.capacity} tokens in a row")
         self._paths = [[row[mask[b, q]].tolist() for q in range(Q)] for b, row in enumerate(tokens)]
         wanted = range(Q) if logits_at is None else logits_at.tolist()
-        logits = [[self._target.next_logits_of(t + p[q]) for q in wanted] for t, p in zip(self._texts, self._paths, strict=True)]
+        logits = [
+            [self._target.next_logits_of(t + p[q]) for q in wanted]
+            for t, p in zip(self._texts, self._paths, strict=True)
+        ]
         return Step(torch.stack([torch.stack(row) for row in logits]), {})
 
     def keep(self, counts: int | Sequence[int] | Tensor, *, path: Tensor | None = None) -> None:

@@ -8,22 +8,16 @@ its window, and a model that disagrees is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from decodathlon.harness.errors import ContextOverflowError
-from decodathlon.harness.errors import UnsupportedError
-from decodathlon.harness.targets.attention import ATTENTION_NAME
-from decodathlon.harness.targets.attention import Layout
-from decodathlon.harness.targets.attention import RowCache
-from decodathlon.harness.targets.base import Context
-from decodathlon.harness.targets.base import Step
-from decodathlon.harness.targets.base import Target
+from decodathlon.harness.errors import ContextOverflowError, UnsupportedError
+from decodathlon.harness.targets.attention import ATTENTION_NAME, Layout, RowCache
+from decodathlon.harness.targets.base import Context, Step, Target
 from decodathlon.harness.targets.lean import LeanForward
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -77,7 +71,7 @@ class TransformersContext(Context):
         if not bool(tree.diagonal(dim1=1, dim2=2).all()) or bool(tree.triu(1).any()):
             raise ValueError("tree must have a true diagonal and list parents before their children")
         window = self._target.smallest_window
-        if window is not None and Q > window:
+        if window is not None and window < Q:
             raise UnsupportedError(
                 "full attention", f"{self._target.name} has a window of {window} tokens, the tree has {Q} nodes"
             )
@@ -114,7 +108,7 @@ class TransformersContext(Context):
         return fresh if min(count) > 0 else torch.where(last[:, None] >= 0, fresh, self.next_logits)
 
     @property
-    def next_logits(self) -> Tensor:  # type: ignore[override]
+    def next_logits(self) -> Tensor:
         if self._next_logits is None:
             raise RuntimeError("the last kept token was read without its logits (logits_at); extend once more")
         return self._next_logits

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from abc import ABC
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
-from typing import Any
+from typing import IO, Any
 
-from decodathlon.harness.cells import Bench
-from decodathlon.harness.cells import CellSpec
-from decodathlon.harness.cells import Outcome
+from decodathlon.harness.cells import Bench, CellSpec, Outcome
 from decodathlon.harness.results import shards
 
 #: How much of a dead worker's stderr its row keeps.
@@ -35,6 +32,7 @@ class Executor(ABC):
     def run(self, spec: CellSpec) -> Outcome:
         """Measure one cell."""
 
+    @abstractmethod
     def close(self) -> None:
         """End what was started."""
 
@@ -51,6 +49,9 @@ class InlineExecutor(Executor):
         shards.write(self.folder / f"{spec.cell_id}.json", outcome.as_shard())
         return outcome
 
+    def close(self) -> None:
+        """Nothing was started."""
+
 
 class LocalExecutor(Executor):
     """In a worker process of its own group, which keeps the loaded model between cells and is replaced when it dies."""
@@ -60,12 +61,13 @@ class LocalExecutor(Executor):
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers: IO[str] | None = None
-        self._log = tempfile.TemporaryFile("w+b")
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the executor
 
     def run(self, spec: CellSpec) -> Outcome:
         if self._process is None:
             self._start()
-        assert self._requests is not None and self._answers is not None
+        assert self._requests is not None
+        assert self._answers is not None
         log_begin = self._log.seek(0, os.SEEK_END)
         request = {"cell": asdict(spec), "run_id": self.run_id, "folder": str(self.folder)}
         try:
@@ -116,10 +118,8 @@ class LocalExecutor(Executor):
             self._process.wait()
         for pipe in (self._requests, self._answers):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # its reader is gone, which is what we wanted
                     pipe.close()
-                except BrokenPipeError:
-                    pass  # its reader is gone, which is what we wanted
         self._process = None
 
 

@@ -1,11 +1,12 @@
 """The process that measures: reads cell specs as JSON lines, writes one shard per cell, answers with its path.
 
-Started by local.py as `python -P -m decodathlon.harness.workers.worker IN OUT`, IN and OUT being inherited pipes; its own
-stdout and stderr belong to whatever the decoders print.
+Started by local.py as `python -P -m decodathlon.harness.workers.worker IN OUT`, IN and OUT being inherited pipes; its
+own stdout and stderr belong to whatever the decoders print.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -16,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness.cells import Bench
-from decodathlon.harness.cells import CellSpec
+from decodathlon.harness.cells import Bench, CellSpec
 from decodathlon.harness.results import shards
 
 _PR_SET_PDEATHSIG = 1
@@ -45,10 +45,8 @@ def main(incoming: int, outgoing: int) -> None:
 def _die_with_parent() -> None:
     """No orphan keeps a GPU busy: the kernel ends us with our parent, and a thread watches where it does not."""
     parent = os.getppid()
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: the thread below is all there is
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        pass  # not Linux: the thread below is all there is
 
     def watch() -> None:
         while os.getppid() == parent:

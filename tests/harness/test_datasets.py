@@ -5,10 +5,8 @@ import hashlib
 import pytest
 
 from decodathlon.harness import datasets
-from decodathlon.harness.datasets import base
-from decodathlon.harness.datasets import wikitext2
-from decodathlon.harness.errors import MissingError
-from decodathlon.harness.errors import SpecError
+from decodathlon.harness.datasets import base, wikitext2
+from decodathlon.harness.errors import MissingError, SpecError
 
 NAME = "wikitext-2-raw-v1"
 PAGES = " \n = Title = \n \n A first paragraph . \n \n A second one . \n"

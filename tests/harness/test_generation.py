@@ -1,12 +1,10 @@
 """Same seed, same tokens; a row does not depend on its neighbours; stop tokens end a text; costs add up."""
 
 import pytest
+import tiny_models
 import torch
 
-import tiny_models
-
-from decodathlon import Limits
-from decodathlon import RowRandom
+from decodathlon import Limits, RowRandom
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.errors import ContextOverflowError
 from decodathlon.harness.registry import load_builtins

@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
-from transformers import MinPLogitsWarper
-from transformers import TemperatureLogitsWarper
-from transformers import TopKLogitsWarper
-from transformers import TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from decodathlon import draw
-from decodathlon import process
+from decodathlon import draw, process
 from decodathlon.harness import law
 
 

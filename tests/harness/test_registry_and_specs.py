@@ -5,16 +5,11 @@ import sys
 
 import pytest
 
-from decodathlon import Sampler
-from decodathlon import decoder
+from decodathlon import Sampler, decoder
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness import models
-from decodathlon.harness import spec
-from decodathlon.harness.errors import MissingError
-from decodathlon.harness.errors import SpecError
-from decodathlon.harness.registry import Registry
-from decodathlon.harness.registry import load_builtins
-from decodathlon.harness.registry import registry
+from decodathlon.harness import models, spec
+from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.registry import Registry, load_builtins, registry
 
 load_builtins()
 
@@ -124,10 +119,10 @@ def test_models_that_do_not_exist_are_named(text, error, message, monkeypatch):
 
 
 def test_model_folders_are_looked_into(tmp_path):
-    with pytest.raises(MissingError, match="has no config.json"):
+    with pytest.raises(MissingError, match=r"has no config\.json"):
         models.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(MissingError, match="no .safetensors file"):
+    with pytest.raises(MissingError, match=r"no \.safetensors file"):
         models.resolve(str(tmp_path))
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(MissingError, match="pickles can run code"):
@@ -136,7 +131,7 @@ def test_model_folders_are_looked_into(tmp_path):
     assert models.resolve(str(tmp_path)).kind == "folder"
     other = tmp_path / "weights.pt"
     other.touch()
-    with pytest.raises(SpecError, match="only .gguf files and folders"):
+    with pytest.raises(SpecError, match=r"only \.gguf files and folders"):
         models.resolve(str(other))
 
 

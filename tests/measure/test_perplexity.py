@@ -7,14 +7,12 @@ import pytest
 import tiny_models
 import torch
 
-from decodathlon import Sampler
-from decodathlon import decoder
+from decodathlon import Sampler, decoder
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.measure import perplexity
 from decodathlon.harness.measure.perplexity import Scores
-from decodathlon.harness.registry import load_builtins
-from decodathlon.harness.registry import registry
+from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.targets.transformers import TransformersTarget
 
 load_builtins()

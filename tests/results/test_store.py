@@ -10,16 +10,19 @@ import threading
 import duckdb
 import pytest
 
-from decodathlon.harness.cells import CellSpec
-from decodathlon.harness.cells import Outcome
+from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.errors import StoreError
-from decodathlon.harness.results import shards
-from decodathlon.harness.results import store
+from decodathlon.harness.results import shards, store
 
 
 def outcome(run_id, seed=0, **values):
-    spec = CellSpec(suite="wikitext2", suite_version=1, slice="all", decoder="top-p", model="m", scale="smoke", seed=seed)
-    metric = {"metric": "ppl", "value": math.inf, "unit": "1", "better": "lower", "ci_low": None, "ci_high": None, "n": 5, "baseline": None}  # fmt: skip
+    spec = CellSpec(
+        suite="wikitext2", suite_version=1, slice="all", decoder="top-p", model="m", scale="smoke", seed=seed
+    )
+    metric = {
+        "metric": "ppl", "value": math.inf, "unit": "1", "better": "lower", "ci_low": None, "ci_high": None, "n": 5,
+        "baseline": None,
+    }  # fmt: skip
     known = {
         "metrics": [metric, {**metric, "metric": "coverage", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6}],
         "samples": [{"row": "pair-0", "data": {"seconds": [1.5, 2.5]}}],
@@ -47,10 +50,14 @@ def query(path, sql):
 
 
 def test_a_run_becomes_rows_of_the_view(tmp_path):
-    run = make_run(tmp_path, "r1", [outcome("r1"), outcome("r1", 1, status="failed", reason="why", metrics=[], samples=[])])
+    run = make_run(
+        tmp_path, "r1", [outcome("r1"), outcome("r1", 1, status="failed", reason="why", metrics=[], samples=[])]
+    )
     path = tmp_path / "results.duckdb"
     assert store.ingest(path, [run]) == 2
-    rows = query(path, "SELECT metric, value, ci_low, n, status, reason, hardware, seed FROM results ORDER BY seed, metric")
+    rows = query(
+        path, "SELECT metric, value, ci_low, n, status, reason, hardware, seed FROM results ORDER BY seed, metric"
+    )
     assert rows == [
         ("coverage", 0.5, 0.4, 5, "ok", "", "a CPU, 2 cores", 0),
         ("ppl", math.inf, None, 5, "ok", "", "a CPU, 2 cores", 0),
@@ -58,7 +65,10 @@ def test_a_run_becomes_rows_of_the_view(tmp_path):
     ]
     assert query(path, "SELECT data->'$.seconds[1]' FROM sample") == [("2.5",)]
     columns = [d[0] for d in query(path, "DESCRIBE results")]
-    promised = "run_id cell_id started suite scale decoder family params claim audit model dataset metric value unit better ci_low ci_high n baseline seed status reason hardware git_commit"
+    promised = (
+        "run_id cell_id started suite scale decoder family params claim audit model dataset metric value unit better "
+        "ci_low ci_high n baseline seed status reason hardware git_commit"
+    )
     assert set(promised.split()) <= set(columns)
 
 
@@ -81,8 +91,12 @@ def test_a_stated_storage_version_that_duckdb_1_4_reads(tmp_path):
 def test_readers_and_writers_do_not_block_each_other(tmp_path):
     path = tmp_path / "results.duckdb"
     store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
-    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True); print('open', flush=True); input(); print(c.execute('select count(*) from cell').fetchone()[0])"
-    reader = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = (
+        "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True); print('open', flush=True); input();"
+        "print(c.execute('select count(*) from cell').fetchone()[0])"
+    )
+    command = [sys.executable, "-c", code, path]
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert reader.stdout.readline() == "open\n"
     assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]) == 1
     assert reader.communicate("\n")[0] == "1\n"  # the old file, to its end
@@ -165,7 +179,9 @@ def test_infinities_survive_the_shard(tmp_path):
 
 def test_an_outcome_survives_its_shard_without_the_users_folders(tmp_path):
     o = outcome("r1")
-    private = Outcome(CellSpec(**{**vars(o.spec), "data": "/home/somebody/data", "decoder_files": ("/home/x/d.py",)}), "r1")
+    private = Outcome(
+        CellSpec(**{**vars(o.spec), "data": "/home/somebody/data", "decoder_files": ("/home/x/d.py",)}), "r1"
+    )
     assert "somebody" not in json.dumps(private.as_shard())
     assert private.spec.cell_id == o.spec.cell_id
     shards.write(tmp_path / "a.json", o.as_shard())

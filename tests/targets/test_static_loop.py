@@ -1,12 +1,10 @@
 """The fixed-shape step that a GPU captures draws the same tokens as the eager loop (run here without the capture)."""
 
 import pytest
+import tiny_models
 import torch
 
-import tiny_models
-
-from decodathlon import Limits
-from decodathlon import RowRandom
+from decodathlon import Limits, RowRandom
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets import graphs

@@ -1,12 +1,10 @@
 """Whatever way a context is built, its logits are those of the plain forward over the same text (float64)."""
 
 import pytest
+import tiny_models
 import torch
 
-import tiny_models
-
-from decodathlon.harness.errors import ContextOverflowError
-from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.errors import ContextOverflowError, UnsupportedError
 from decodathlon.harness.targets import attention
 from decodathlon.harness.targets.lean import FAMILY
 from decodathlon.harness.targets.transformers import TransformersTarget
