@@ -52,9 +52,10 @@ def test_every_law_sums_to_one_also_for_one_token_and_for_ties():
 
 def test_the_guessed_nucleus_equals_the_sorted_one(monkeypatch):
     x = logits(vocabulary=5000)
-    quick = process(x, top_p=0.6)
-    monkeypatch.setattr(law, "_NUCLEUS_GUESS", 5000)
-    assert torch.equal(quick, process(x, top_p=0.6))
+    quick = {p: process(x, top_p=p) for p in (0.3, 0.9, 0.9999)}  # within each guess, and beyond both
+    monkeypatch.setattr(law, "_NUCLEUS_GUESSES", ())
+    for p, found in quick.items():
+        assert torch.equal(found, process(x, top_p=p))
 
 
 def test_one_hot_takes_the_first_of_the_greatest():
@@ -68,8 +69,36 @@ def test_draw_inverts_the_cumulative_law_exactly():
         assert draw(p.log(), torch.tensor([u], dtype=torch.float64)).item() == token
 
 
+@pytest.mark.parametrize("vocabulary", [3, 255, 256, 257, 1000, 4096])
+def test_draw_equals_a_search_in_the_plain_cumulative_law(vocabulary):
+    x = process(logits(rows=50, vocabulary=vocabulary))
+    u = torch.rand(50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    cumulative = x.exp().cumsum(-1)
+    plain = [int((row > level * row[-1]).nonzero()[0]) for row, level in zip(cumulative, u, strict=True)]
+    assert draw(x, u).tolist() == plain
+
+
+def test_draw_leaves_the_law_as_it_was():
+    x = process(logits())
+    before = x.clone()
+    draw(x, torch.full((7,), 0.5, dtype=torch.float64))
+    assert torch.equal(x, before)
+
+
 def test_draw_never_returns_a_cut_token():
     x = process(logits(rows=1, vocabulary=50_000).float(), top_k=3)
-    u = torch.tensor([0.0, math.nextafter(1.0, 0.0), 0.5], dtype=torch.float64)
-    tokens = draw(x.expand(3, -1), u)
+    edges = [0.0, math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0), 0.5]
+    levels = x[0].double().exp().cumsum(0)
+    edges += [float(level) + d for level in levels[x[0] > float("-inf")] for d in (-1e-16, 0.0, 1e-16)]
+    u = torch.tensor([e for e in edges if e < 1], dtype=torch.float64)
+    tokens = draw(x.expand(len(u), -1), u)
     assert bool((x[0, tokens] > float("-inf")).all())
+
+
+def test_draws_have_the_frequencies_of_the_law():
+    """Chi-square over 20 tokens and 50,000 draws, alpha 1e-4: a total variation of 0.02 would be seen nearly always."""
+    x = process(logits(rows=1, vocabulary=20))
+    u = torch.rand(50_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    counts = torch.bincount(draw(x.expand(50_000, -1), u), minlength=20).double()
+    expected = 50_000 * x[0].exp()
+    assert float(((counts - expected) ** 2 / expected).sum()) < 53.0
