@@ -158,6 +158,9 @@ class Sampler(Decoder):
 class Chain(Decoder):
     """A Markov chain over whole sequences, on any target with an energy. Many chains run side by side as rows."""
 
+    #: Transitions before the sequence is taken as the answer; a subclass may make a parameter of it.
+    steps: ClassVar[int] = 1000
+
     @abstractmethod
     def initial(self, target: Target, rows: int, length: int, rng: RowRandom) -> Tensor:
         """(rows, length) sequences to start from."""
@@ -165,9 +168,6 @@ class Chain(Decoder):
     @abstractmethod
     def step(self, target: Target, sequences: Tensor, rng: RowRandom) -> Tensor:
         """One transition of every chain, (rows, length) to (rows, length)."""
-
-    #: Transitions before the sequence is taken as the answer.
-    steps: int = 1000
 
     def generate(
         self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom

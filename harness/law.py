@@ -92,8 +92,13 @@ def _nucleus(log_probs: Tensor, p: float) -> Tensor:
             if guess < log_probs.shape[-1]:
                 values, order = log_probs.topk(guess, dim=-1)
                 mass = values.double().exp().cumsum(-1)
-                if bool((mass[..., -1] >= p).all()):
+                found = mass[..., -1] >= p
+                if bool(found.all()):
                     return _reached(log_probs, mass, order, p)
+                if bool(found.any()):
+                    kept = _reached(log_probs, mass, order, p)
+                    kept[~found] = _nucleus(log_probs[~found], p)
+                    return kept
     values, order = log_probs.sort(dim=-1, descending=True, stable=True)
     return _reached(log_probs, values.double().exp().cumsum(-1), order, p)
 

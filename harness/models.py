@@ -130,8 +130,8 @@ def load(model: Model, *, device: str, dtype: str, say: Callable[[str], None]) -
     transformers.utils.logging.disable_progress_bar()
     place = pick_device(device)
     if model.kind == "plugin":
-        loader = registry.get("model-loader", model.location)
-        return loader(model.name, device=place, dtype=dtype)
+        # A plugin's loader gets the whole spec, the device and the dtype as typed, and returns a Target.
+        return registry.get("model-loader", model.location)(model.name, device=place, dtype=dtype)
 
     from decodathlon.harness.targets.transformers import TransformersTarget
 

@@ -133,7 +133,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if run is None:
         return
     run.finish()
-    if run.outcomes and exitstatus == pytest.ExitCode.OK and not any(o.status == "ok" for o in run.outcomes):
+    fine = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if fine and not session.config.option.collectonly and not any(o.status == "ok" for o in run.outcomes):
         session.exitstatus = EXIT_NOTHING_MEASURED
 
 
@@ -142,7 +143,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if idle:
         terminalreporter.write_line(f"{idle} suites deselected: they measure for minutes and run only with --benchmark")
     run = config.stash.get(_RUN, None)
-    if run is None or not run.outcomes:
+    if run is None or config.option.collectonly:
+        return
+    if not run.outcomes:
+        terminalreporter.write_line("nothing was measured: name the suites, as in `pytest suites/ --benchmark`")
         return
     terminalreporter.section("decodathlon")
     for line in [*table.tables(run.outcomes), "", *run.closing]:

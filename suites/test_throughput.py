@@ -24,14 +24,16 @@ from decodathlon import Sampler, suite
     },
 )
 def test_throughput(cell):
-    from decodathlon.harness.measure import memory, prompts, speed
+    from decodathlon.harness.measure import memory, speed, texts
     from decodathlon.harness.measure.statistics import Estimate
 
     sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-"))
-    batches = prompts.batches(cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"])
+    batches, row_ids = texts.prompts(cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"])
     pairs = speed.measure(cell.decoder, cell.rivals, cell.target, batches, sizes["tokens"], cell.seed)
     for number, pair in enumerate(pairs):
-        cell.sample(f"pair-{number}", seconds=pair.seconds, first=pair.first, prefill=pair.prefill)
+        cell.sample(
+            f"pair-{number}", rows=row_ids[number], seconds=pair.seconds, first=pair.first, prefill=pair.prefill
+        )
 
     found = speed.metrics(pairs, batches, sizes["tokens"])
     for metric, estimate in found.items():

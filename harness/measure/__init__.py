@@ -1,0 +1,1 @@
+"""How things are measured: speed, memory, perplexity, and the statistics that they share."""

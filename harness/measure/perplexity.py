@@ -70,14 +70,8 @@ def score(decoder: Decoder, target: Target, tokens: Sequence[int], context: int)
     context = min(context, target.context_length)
     parts: list[tuple[np.ndarray[Any, Any], ...]] = []
     for number, (begin, end, counted) in enumerate(windows(len(tokens), context)):
-        # The first token of a window is the prompt; what follows is read in one step, judged from `counted` on.
-        rows = target.open([tokens[begin : begin + 1]], capacity=end - begin)
         at = torch.arange(counted - begin - 1, end - begin - 1)
-        piece = torch.tensor([tokens[begin + 1 : end]])
-        wanted = at[at >= 1] - 1
-        logits = rows.extend(piece, logits_at=wanted).logits[0] if len(wanted) else rows.next_logits[:0]
-        if int(at[0]) == 0:
-            logits = torch.cat([rows.next_logits, logits])
+        logits = target.logits(torch.tensor([tokens[begin : end - 1]]), at)[0]
         real = torch.tensor(tokens[counted:end], device=logits.device)
         parts.append((*_judge(decoder, logits, real), np.full(end - counted, number)))
     decoder_law, model_law, concentration, cluster = (np.concatenate(p) for p in zip(*parts, strict=True))

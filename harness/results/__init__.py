@@ -1,0 +1,1 @@
+"""What is kept: shards (the log), the store (the view of it), the metric table, the record of a run."""

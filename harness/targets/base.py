@@ -135,6 +135,18 @@ class Target(ABC):
         terms = law.log_softmax(-1).gather(-1, padded[..., None])[..., 0]
         return terms.masked_fill(~mask, 0.0).sum(-1)
 
+    def logits(self, tokens: Tensor, at: Tensor) -> Tensor:
+        """(B, P, V) next-token logits behind the tokens (B, L) at the positions `at` (P,), ascending within 0..L-1.
+
+        Reads everything in one go, for teacher forcing.
+        """
+        context = self.open([row[:1].tolist() for row in tokens], capacity=tokens.shape[1])
+        parts = [context.next_logits[:, None]] if int(at[0]) == 0 else []
+        rest = at[at > 0] - 1
+        if len(rest):
+            parts.append(context.extend(tokens[:, 1:], logits_at=rest).logits)
+        return torch.cat(parts, dim=1)
+
     @property
     def embeddings(self) -> Tensor:
         """(V, E) input embeddings."""

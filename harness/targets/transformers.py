@@ -266,6 +266,10 @@ class TransformersTarget(Target):
             for hook in hooks:
                 hook.remove()
 
+    def logits(self, tokens: Tensor, at: Tensor) -> Tensor:
+        self.check_room(tokens.tolist(), tokens.shape[1])
+        return TransformersContext(self, *tokens.shape).extend(tokens, logits_at=at).logits
+
     # -- scores of whole sequences -----------------------------------------------------------------------------
 
     @property

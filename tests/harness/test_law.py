@@ -51,7 +51,7 @@ def test_every_law_sums_to_one_also_for_one_token_and_for_ties():
 
 
 def test_the_guessed_nucleus_equals_the_sorted_one(monkeypatch):
-    x = logits(vocabulary=5000)
+    x = logits(vocabulary=5000) * torch.tensor([[3.0], [1], [0.1], [2], [1], [0.01], [1]])  # from sharp to flat
     quick = {p: process(x, top_p=p) for p in (0.3, 0.9, 0.9999)}  # within each guess, and beyond both
     monkeypatch.setattr(law, "_NUCLEUS_GUESSES", ())
     for p, found in quick.items():

@@ -143,6 +143,12 @@ def test_log_prob_and_logits_at_agree_with_the_plain_forward(pair, ids):
     sequences = [ids[:9], ids[3:8]]
     expected = [truth(s).log_softmax(-1)[torch.arange(1, len(s) - 1), s[2:]].sum() for s in sequences]
     assert close(target.log_prob(sequences, given=2), torch.stack(expected))
+    whole = target.logits(torch.tensor([ids[:12], ids[12:]]), torch.tensor([0, 5, 11]))
+    assert close(whole[0], truth(ids[:12])[[0, 5, 11]])
+    assert close(whole[1], truth(ids[12:])[[0, 5, 11]])
+    assert close(
+        whole, super(TransformersTarget, target).logits(torch.tensor([ids[:12], ids[12:]]), torch.tensor([0, 5, 11]))
+    )
     some = target.open([ids[:4]]).extend(torch.tensor([ids[4:12]]), logits_at=torch.tensor([2, 7])).logits[0]
     assert close(some, truth(ids[:12])[[6, 11]])
 

@@ -1,0 +1,70 @@
+"""From the rows of a data set to tokens, with the row ids that a result must state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from decodathlon.harness.errors import MissingError
+
+if TYPE_CHECKING:
+    from decodathlon.harness.datasets import Text
+    from decodathlon.harness.targets.base import Target
+
+#: Tokens read beyond those wanted, so that the cut does not change how the last of them was split.
+MARGIN = 64
+
+
+class Head(NamedTuple):
+    tokens: list[int]
+    #: The rows that were read are 0 to rows - 1.
+    rows: int
+
+
+class Prompts(NamedTuple):
+    #: One batch of token lists per pair.
+    batches: list[list[list[int]]]
+    #: Per batch, the row that each prompt begins.
+    rows: list[list[int]]
+
+
+def head(text: Text, target: Target, tokens: int | None) -> Head:
+    """The first `tokens` tokens of the joined text (all of them for None).
+
+    Raises:
+        MissingError: the text is shorter.
+    """
+    total = len(text.rows)
+    rows = total if tokens is None else min(total, 16)
+    while True:
+        found = target.encode(text.joint.join(text.rows[:rows]))
+        if tokens is None:
+            return Head(found, rows)
+        if len(found) >= tokens + MARGIN or (rows == total and len(found) >= tokens):
+            return Head(found[:tokens], rows)
+        if rows == total:
+            raise MissingError(f"{text.name} ({text.split}) has {len(found)} tokens, {tokens} are needed")
+        rows = min(total, 2 * rows)
+
+
+def prompts(text: Text, target: Target, *, pairs: int, rows: int, length: int) -> Prompts:
+    """`pairs` batches of `rows` prompts of exactly `length` tokens: the beginnings of rows, none used twice.
+
+    Raises:
+        MissingError: the text has too few rows of that length.
+    """
+    found: list[tuple[int, list[int]]] = []
+    for number, row in enumerate(text.rows):
+        # A token is at least one character, so shorter rows cannot do.
+        if len(row) < length:
+            continue
+        tokens = target.encode(row.strip())
+        if len(tokens) >= length:
+            found.append((number, tokens[:length]))
+        if len(found) == pairs * rows:
+            cuts = range(0, len(found), rows)
+            return Prompts(
+                [[t for _, t in found[i : i + rows]] for i in cuts], [[n for n, _ in found[i : i + rows]] for i in cuts]
+            )
+    raise MissingError(
+        f"{text.name} ({text.split}) has {len(found)} rows of {length} tokens, {pairs * rows} are needed"
+    )

@@ -1,0 +1,130 @@
+"""Rows become tokens with their ids; paired runs are mirrored, counted by one rule, and told apart from rounding."""
+
+import pytest
+import tiny_models
+import torch
+
+from decodathlon import Completion
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness import models
+from decodathlon.harness.datasets import Text
+from decodathlon.harness.errors import MissingError
+from decodathlon.harness.measure import memory, speed, texts
+from decodathlon.harness.measure.speed import Pair
+from decodathlon.harness.registry import load_builtins
+
+load_builtins()
+ROWS = tuple("" if i % 3 == 0 else f"row {i} says something of its own\n" for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tiny_models.save_folder(tmp_path_factory.mktemp("tiny"))
+    return models.load(models.resolve(str(folder)), device="cpu", dtype="float32", say=lambda text: None)
+
+
+@pytest.fixture
+def text():
+    return Text("rows", "1", "test", "folder", ROWS, "\n\n")
+
+
+def test_the_head_is_the_beginning_of_the_whole_text(target, text):
+    whole = target.encode(text.joined)
+    for n in (1, 10, 500, len(whole) - 3, len(whole)):
+        found = texts.head(text, target, n)
+        assert found.tokens == whole[:n]
+        assert len("\n\n".join(ROWS[: found.rows])) >= n
+    assert texts.head(text, target, None) == (whole, 200)
+    assert texts.head(text, target, 10).rows == 16
+    with pytest.raises(MissingError, match=f"has {len(whole)} tokens, {len(whole) + 1} are needed"):
+        texts.head(text, target, len(whole) + 1)
+
+
+def test_prompts_have_one_length_their_rows_and_no_repeats(target, text):
+    found = texts.prompts(text, target, pairs=3, rows=2, length=20)
+    assert [[len(p) for p in batch] for batch in found.batches] == [[20, 20]] * 3
+    assert found.rows == [[1, 2], [4, 5], [7, 8]]
+    assert found.batches[1][0] == target.encode(ROWS[4].strip())[:20]
+    with pytest.raises(MissingError, match="has 0 rows of 400 tokens, 6 are needed"):
+        texts.prompts(text, target, pairs=3, rows=2, length=400)
+
+
+def test_runs_are_mirrored_and_equal_decoders_answer_alike(target, text, monkeypatch):
+    order = []
+    honest = speed.generate
+
+    def spy(decoder, *rest):
+        order.append((decoder.spec, rest[2]))
+        return honest(decoder, *rest)
+
+    monkeypatch.setattr(speed, "generate", spy)
+    batches = texts.prompts(text, target, pairs=2, rows=2, length=20).batches
+    rivals = {"ratio_to_self": decoders.build("top-k"), "ratio_to_greedy": decoders.build("greedy")}
+    pairs = speed.measure(decoders.build("top-k"), rivals, target, batches, tokens=6, seed=3)
+    one = [("top-k", 6), ("top-k", 6), ("greedy", 6), ("greedy", 6), ("top-k", 6), ("top-k", 6), ("top-k", 1)]
+    assert order[3:] == one * 2  # after three warm-ups
+    for pair in pairs:
+        assert {k: len(v) for k, v in pair.seconds.items()} == {
+            "candidate": 2,
+            "ratio_to_self": 2,
+            "ratio_to_greedy": 2,
+        }
+        assert pair.answers["candidate"] == pair.answers["ratio_to_self"] != pair.answers["ratio_to_greedy"]
+    found = speed.metrics(pairs, batches, tokens=6)
+    assert found["generated_tokens"].value == 2 * 2 * 2 * 6
+    assert found["tokens_per_s"].value == pytest.approx(2 / found["tpot_s"].value, rel=0.5)
+
+
+def test_a_ratio_is_the_rivals_time_over_the_candidates():
+    pairs = [Pair(seconds={"candidate": [1.0, 4.0], "slow": [3.0, 12.0]}) for _ in range(6)]
+    found = speed.ratio(pairs, "slow")
+    assert found.value == pytest.approx(3.0)
+    assert (found.low, found.high) == pytest.approx((3.0, 3.0))
+
+
+def test_speeds_from_known_times():
+    pairs = [Pair(seconds={"candidate": [1.0, 1.2]}, first=0.1, prefill=0.05) for _ in range(6)]
+    found = speed.metrics(pairs, [[[1] * 10] * 4] * 6, tokens=11)
+    assert found["tpot_s"].value == pytest.approx(0.1)
+    assert found["tokens_per_s"].value == pytest.approx(40.0)
+    assert found["ttft_s"].value == 0.1
+    assert found["prefill_tokens_per_s"].value == pytest.approx(800.0)
+
+
+def test_divergences_name_the_place_and_the_gap(target, text):
+    (batch,) = texts.prompts(text, target, pairs=1, rows=2, length=20).batches
+    greedy = [c.tokens for c in speed.generate(decoders.build("greedy"), target, batch, 5, 0)]
+    logits = target.open([[*batch[1], *greedy[1][:3]]]).next_logits[0]
+    top = logits.topk(2)
+    other = [*greedy[1][:3], int(top.indices[1]), 0]
+    pair = Pair(answers={"candidate": [greedy[0], other], "ratio_to_greedy": greedy})
+    ((_, row, place, gap),) = speed.divergences(target, [pair], [batch], "ratio_to_greedy")
+    assert (row, place) == (1, 3)
+    assert gap == pytest.approx(float(top.values[0] - top.values[1]), abs=1e-4)
+
+
+def test_miscounted_answers_are_refused(target):
+    class Short(decoders.Decoder):
+        spec = "short"
+
+        def generate(self, target, prompts, limits, rng):
+            return [Completion([1, 2], "length")]
+
+    with pytest.raises(ValueError, match="short returned 2 tokens where exactly 3 were due"):
+        speed.generate(Short(), target, [[3]], 3, 0)
+    with pytest.raises(ValueError, match="short returned 1 completions for 2 prompts"):
+        speed.generate(Short(), target, [[3], [4]], 2, 0)
+
+
+def test_peak_memory_sees_what_was_allocated_and_freed():
+    if not memory.SMAPS.exists():
+        pytest.skip("no smaps_rollup on this system")
+    before = memory.anonymous_bytes()
+
+    def work():
+        block = torch.ones(64 << 20, dtype=torch.uint8)
+        for _ in range(30):
+            block += 1
+
+    peak = memory.peak_bytes(work, "cpu")
+    assert peak - before > 60 << 20

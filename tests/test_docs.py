@@ -1,0 +1,57 @@
+"""The documentation is true: its generated page is the table's, its example runs, its options exist."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.registry import Registry, registry
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_metrics_page_is_the_table():
+    made = script("make_metrics_page")
+    assert made.PAGE.read_text() == made.page(), "run python scripts/make_metrics_page.py"
+
+
+def test_the_readmes_plugin_is_a_decoder(tmp_path):
+    code = re.search(r"```python\n# my_decoder.py\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "my_decoder.py").write_text(code)
+    Registry.load_file(registry, tmp_path / "my_decoder.py")
+    top_a = decoders.build("top-a[a=0.5]")
+    p = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64)
+    assert torch.allclose(top_a.shape(p.log()).exp(), torch.tensor([[2 / 3, 1 / 3, 0.0]], dtype=torch.float64))
+    assert len(code.strip().splitlines()) <= 18
+
+
+def test_the_readmes_options_exist(request):
+    help_text = request.config._parser.optparser.format_help()
+    for option in sorted(set(re.findall(r"`(--[a-z-]+)", README)) - {"--no-deps"}):
+        assert option in help_text, option
+
+
+def test_the_published_database_is_the_published_text(tmp_path):
+    from decodathlon.harness.results import store
+
+    rebuild = script("rebuild_results")
+    rebuilt = tmp_path / "r.duckdb"
+    assert rebuild.rebuild(rebuild.PUBLISHED, rebuilt) > 0
+    tables = ("run", "cell", "metric", "sample")
+    contents = []
+    for path in (rebuilt, ROOT / "results.duckdb"):
+        with store.connect(path) as connection:
+            contents.append([sorted(map(str, connection.execute(f"SELECT * FROM {t}").fetchall())) for t in tables])
+    published, tracked = contents
+    for name, ours, theirs in zip(tables, published, tracked, strict=True):
+        assert set(ours) <= set(theirs), f"results.duckdb lacks published rows of {name}"
