@@ -169,7 +169,10 @@ def _from_pretrained(source: str, dtype: Any, extra: dict[str, Any], name: str) 
             source, dtype=dtype, local_files_only=True, trust_remote_code=False, **only, **extra
         )
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **tokenizer_options)
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        # Each file format has its own family of exceptions; to the user they are all one thing.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingError(f"model {name} cannot be read from {source}: {first}") from error
     return weights, tokenizer
