@@ -108,7 +108,7 @@ def test_the_embedded_model_is_the_one_we_know():
     tokens = target.encode("The capital of France is")
     (answer,) = decoders.build("greedy").generate(target, [tokens], Limits(4), RowRandom(0, [0]))
     assert "Paris" in answer.text
-    text = target.encode("The quick brown fox jumps over the lazy dog. " * 3)
+    text = target.encode(" ".join(["The quick brown fox jumps over the lazy dog."] * 3))
     seen = 2 * len(text) // 3
     assert float(target.log_prob([text], given=seen)) / (len(text) - seen) > -0.3  # it repeats what it has read twice
 
