@@ -108,9 +108,11 @@ def test_the_embedded_model_is_the_one_we_know():
     tokens = target.encode("The capital of France is")
     (answer,) = decoders.build("greedy").generate(target, [tokens], Limits(4), RowRandom(0, [0]))
     assert "Paris" in answer.text
-    text = target.encode(" ".join(["The quick brown fox jumps over the lazy dog."] * 3))
-    seen = 2 * len(text) // 3
-    assert float(target.log_prob([text], given=seen)) / (len(text) - seen) > -0.3  # it repeats what it has read twice
+    text = target.encode("She opened the door, walked into the kitchen and made a cup of tea for her mother.")
+    per_token = float(target.log_prob([text])) / (len(text) - 1)
+    backwards = float(target.log_prob([text[::-1]])) / (len(text) - 1)
+    assert per_token > -3.5
+    assert backwards < per_token - 3
 
 
 # -- folders, files, plugins ---------------------------------------------------------------------------------------
