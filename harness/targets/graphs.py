@@ -25,6 +25,8 @@ BUCKETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 LOOK_EVERY = 16
 #: Eager steps before a capture, so that libraries have chosen their kernels.
 WARM_UP_STEPS = 3
+#: Loops that a target holds: the decoders that one cell compares.
+LOOPS_KEPT = 4
 
 
 class StaticLoop:
@@ -35,7 +37,7 @@ class StaticLoop:
     """
 
     def __init__(self, sampler: Sampler, target: Any, rows: int, capacity: int, *, capture: bool) -> None:
-        self.sampler, self.target, self.capture = sampler, target, capture
+        self.sampler, self.target, self.rows, self.capture = sampler, target, rows, capture
         self.capacity = min(bucket_of(capacity), target.context_length)
         device = target.device
         self.cache = RowCache(target.layers, rows, self.capacity)
@@ -114,13 +116,13 @@ def bucket_of(length: int) -> int:
 def run(
     sampler: Sampler, target: Any, prompts: Sequence[Sequence[int]], noise: Tensor, limits: Limits
 ) -> tuple[Tensor, Tensor]:
-    """Generate through the loop that the target keeps for this sampler and these shapes; the newest two are kept."""
-    target.check_room(prompts, max(map(len, prompts)) + noise.shape[1])
+    """Generate through a loop that the target keeps for this sampler and batch; the newest few are kept."""
     capacity = max(map(len, prompts)) + noise.shape[1]
-    key = (sampler, len(prompts), bucket_of(capacity))
-    loops: dict[Any, StaticLoop] = target.__dict__.setdefault("_static_loops", {})
-    if key not in loops:
-        while len(loops) >= 2:
-            loops.pop(next(iter(loops)))
-        loops[key] = StaticLoop(sampler, target, len(prompts), capacity, capture=True)
-    return loops[key].run(prompts, noise.to(target.device), limits)
+    target.check_room(prompts, capacity)
+    loops: list[StaticLoop] = target.__dict__.setdefault("_static_loops", [])
+    fitting = [x for x in loops if x.sampler == sampler and x.rows == len(prompts) and x.capacity >= capacity]
+    if not fitting:
+        del loops[: max(0, len(loops) + 1 - LOOPS_KEPT)]
+        fitting = [StaticLoop(sampler, target, len(prompts), capacity, capture=True)]
+        loops += fitting
+    return fitting[0].run(prompts, noise.to(target.device), limits)
