@@ -31,7 +31,7 @@ class Greedy(Sampler):
     claim=lambda self: "exact" if self.temperature == 1 else "shaped",
     family="ancestral",
     headline="temperature",
-    bounds={"temperature": "(0, inf)"},
+    bounds={"temperature": "[0.01, 100]"},
     sweep={"temperature": [0.5, 0.7, 0.9, 1.1]},
 )
 class Temperature(Sampler):
@@ -47,7 +47,7 @@ class Temperature(Sampler):
     "top-k",
     claim="shaped",
     headline="top-k",
-    bounds={"k": "[1, inf)", "temperature": "(0, inf)"},
+    bounds={"k": "[1, inf)", "temperature": "[0.01, 100]"},
     sweep={"k": [10, 20, 100, 200]},
     paper="Fan, Lewis, Dauphin 2018, Hierarchical Neural Story Generation",
 )
@@ -65,7 +65,7 @@ class TopK(Sampler):
     "top-p",
     claim="shaped",
     headline="top-p",
-    bounds={"p": "(0, 1]", "temperature": "(0, inf)"},
+    bounds={"p": "(0, 1]", "temperature": "[0.01, 100]"},
     sweep={"p": [0.8, 0.9, 0.98]},
     paper="Holtzman, Buys, Du, Forbes, Choi 2020, The Curious Case of Neural Text Degeneration",
 )
@@ -83,7 +83,7 @@ class TopP(Sampler):
     "min-p",
     claim="shaped",
     headline="min-p",
-    bounds={"p": "[0, 1]", "temperature": "(0, inf)"},
+    bounds={"p": "[0, 1]", "temperature": "[0.01, 100]"},
     sweep={"p": [0.02, 0.1, 0.2]},
     paper="Nguyen et al. 2024, Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs",
 )
@@ -101,7 +101,7 @@ class MinP(Sampler):
     "hf-generate",
     claim=lambda self: "shaped" if self.sample else "greedy-exact",
     headline="hf-generate",
-    bounds={"temperature": "(0, inf)", "top_p": "(0, 1]", "top_k": "[0, inf)"},
+    bounds={"temperature": "[0.01, 100]", "top_p": "(0, 1]", "top_k": "[0, inf)"},
     needs=["hf-model"],
 )
 class HFGenerate(Decoder):

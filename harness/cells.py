@@ -6,6 +6,7 @@ The controller makes `CellSpec`s without torch; the process that measures turns 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
 import traceback
@@ -27,6 +28,10 @@ Status = Literal["ok", "partial", "failed", "oom", "timeout", "crashed", "cancel
 SHARD_SCHEMA = 1
 
 
+#: Fields of a `CellSpec` that say where something lies, not what is measured.
+_PLACES = ("data", "decoder_files", "model_spec", "broken")
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """Everything that decides what a cell measures; plain values, so that it travels as JSON."""
@@ -43,13 +48,15 @@ class CellSpec:
     baseline: str = "greedy"
     data: str | None = None
     decoder_files: Sequence[str] = ()
+    #: How the user named the model, where that is more than its name: a path.
+    model_spec: str = ""
     #: Traceback of a plugin that could not be imported: the cell fails with it, without a measurement.
     broken: str | None = None
 
     @property
     def cell_id(self) -> str:
         """Stable over runs and folders: a hash of what is measured, not of where its files lie."""
-        identity = {k: v for k, v in asdict(self).items() if k not in ("data", "decoder_files", "broken")}
+        identity = {k: v for k, v in asdict(self).items() if k not in _PLACES}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.suite}-{digest}"
 
@@ -83,6 +90,7 @@ class Outcome:
         """What is stored. Of the user's folders only the last name: rows are published."""
         spec = asdict(self.spec)
         spec["data"] = Path(self.spec.data).name if self.spec.data else None
+        spec["model_spec"] = ""
         spec["decoder_files"] = [Path(p).name for p in self.spec.decoder_files]
         shard = {k: v for k, v in vars(self).items() if k != "spec"}
         return {"schema": SHARD_SCHEMA, "cell_id": self.spec.cell_id, "spec": spec, **shard}
@@ -118,7 +126,7 @@ class Bench:
         except _BrokenPluginError as error:
             outcome.status, outcome.error = "failed", str(error)
             outcome.reason = "plugin cannot be imported: " + str(error).strip().splitlines()[-1]
-        except Exception as error:  # noqa: BLE001 - whatever a cell raises is its result
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a cell raises is its result
             outcome.status = "oom" if _is_out_of_memory(error) else "failed"
             outcome.reason = f"{type(error).__name__}: {error}".splitlines()[0]
             outcome.error = traceback.format_exc()
@@ -148,6 +156,7 @@ class Bench:
             "dtype": str(target.dtype).removeprefix("torch."),
             "device": str(target.device),
             "parameters": target.parameters,
+            **_processor(target.device),
         }
         decoder.check(target)
         rivals, left_out = _rivals(suite, decoder, spec.baseline, target)
@@ -167,17 +176,27 @@ class Bench:
     def _text(self, name: str, split: datasets.Split, folder: str | None) -> datasets.Text:
         key = (name, split, folder)
         if key not in self._texts:
-            self._texts[key] = datasets.find(name, split, folder)
+            self._texts[key] = datasets.find(name, split, folder, self._say)
         return self._texts[key]
 
     def _load(self, spec: CellSpec) -> Any:
-        key = (spec.model, spec.device, spec.dtype)
+        named = spec.model_spec or spec.model
+        key = (named, spec.device, spec.dtype)
         if self._target is None or self._target[0] != key:
             self._target = None  # the old model must be gone before the new one comes
-            model = models.resolve(spec.model)
+            model = models.resolve(named)
             self._say(f"loading {model.name}")
             self._target = (key, models.load(model, device=spec.device, dtype=spec.dtype, say=self._say))
         return self._target[1]
+
+
+def _processor(device: Any) -> dict[str, Any]:
+    """What computes, as the process that computes knows it: the GPU's name, or the threads on the CPU."""
+    import torch
+
+    if getattr(device, "type", "cpu") == "cuda":
+        return {"processor": torch.cuda.get_device_name(device)}
+    return {"threads": torch.get_num_threads()}
 
 
 def describe(decoder: Decoder) -> dict[str, Any]:
@@ -188,6 +207,7 @@ def describe(decoder: Decoder) -> dict[str, Any]:
         "family": decoder.info.family,
         "params": decoder.params(),
         "claim": decoder.claim,
+        "source_sha256": hashlib.sha256(Path(inspect.getfile(type(decoder))).read_bytes()).hexdigest(),
     }
 
 
@@ -216,5 +236,5 @@ class _BrokenPluginError(Exception):
     """Carries the traceback of an import."""
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

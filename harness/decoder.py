@@ -129,6 +129,14 @@ class Sampler(Decoder):
         """(N, V) logits to (N, V) natural log-probabilities that sum to one, -inf where cut."""
         raise NotImplementedError(f"{type(self).__name__} defines neither shape nor next_law")
 
+    @property
+    def stateless(self) -> bool:
+        """Whether `shape` alone is the law that tokens are drawn from."""
+        own, base = type(self), Sampler
+        plain = (own.start, own.next_law, own.advance) == (base.start, base.next_law, base.advance)
+        # Greedy search may pick its one token without drawing; any other `choose` of its own may draw from anything.
+        return plain and own.shape is not base.shape and (own.choose is base.choose or self.claim == "greedy-exact")
+
     def start(self, rows: int) -> Any:
         """State of so many fresh rows."""
         return None

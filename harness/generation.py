@@ -27,8 +27,7 @@ def autoregressive(
     if limits.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}")
     capacity = max(map(len, prompts), default=0) + limits.max_new_tokens
-    stateless = type(sampler).next_law is Sampler.next_law
-    if stateless and getattr(target.device, "type", "cpu") == "cuda":
+    if sampler.stateless and target.static_loop and target.device.type == "cuda":
         from decodathlon.harness.targets import graphs
 
         tokens, log_probs = graphs.run(sampler, target, prompts, noise, limits)

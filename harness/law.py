@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: On a CPU a nucleus is looked for among so many tokens before everything is sorted, which takes milliseconds.
 _NUCLEUS_GUESSES = (256, 4096)
+#: How far the log of a law's total probability may lie from 0: float32 sums over 150,000 tokens.
+SUM_TOLERANCE = 1e-3
 #: Tokens whose probabilities `draw` adds up before it looks at any one of them.
 _BLOCK = 256
 
@@ -29,7 +31,8 @@ def process(
     Args:
         temperature: divides the logits; greater than 0 (greedy search is a decoder of its own).
         top_k: keep the k likeliest tokens and whatever ties with the last of them; 0 keeps all. Fan et al. 2018.
-        top_p: keep the smallest set of likeliest tokens whose probability reaches p. Holtzman et al. 2020.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches p, and whatever ties with the last
+            of them, so that no device's sorting decides. Holtzman et al. 2020.
         min_p: keep tokens with at least this fraction of the greatest probability. Nguyen et al. 2024.
     """
     log_probs = (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
@@ -43,6 +46,21 @@ def process(
         top = log_probs.max(-1, keepdim=True).values
         log_probs = _renormalised(log_probs, log_probs >= top + math.log(min_p))
     return log_probs
+
+
+def check(log_probs: Tensor, logits: Tensor, who: str) -> None:
+    """
+    Raises:
+        ValueError: what came out for `logits` is no law: another shape, NaN, or probabilities that do not sum to one.
+    """
+    if log_probs.shape != logits.shape:
+        raise ValueError(f"{who}: shape got logits {tuple(logits.shape)} and returned {tuple(log_probs.shape)}")
+    total = log_probs.double().logsumexp(-1)
+    if bool(log_probs.isnan().any()):
+        raise ValueError(f"{who}: its law has NaN")
+    if not bool((total.abs() < SUM_TOLERANCE).all()):
+        worst = float(total[total.abs().argmax()].exp())
+        raise ValueError(f"{who}: its law sums to {worst:.4g}, not 1; end with log_softmax(-1)")
 
 
 def one_hot(logits: Tensor) -> Tensor:
@@ -86,24 +104,25 @@ def _renormalised(log_probs: Tensor, kept: Tensor) -> Tensor:
 
 
 def _nucleus(log_probs: Tensor, p: float) -> Tensor:
-    """(N, V) bool: the smallest set of likeliest tokens whose probability reaches p; ties go to the lower rank."""
+    """(N, V) bool: the smallest set of likeliest tokens whose probability reaches p, and what ties with its last."""
     if log_probs.device.type == "cpu":
         for guess in _NUCLEUS_GUESSES:
             if guess < log_probs.shape[-1]:
-                values, order = log_probs.topk(guess, dim=-1)
+                values = log_probs.topk(guess, dim=-1).values
                 mass = values.double().exp().cumsum(-1)
                 found = mass[..., -1] >= p
                 if bool(found.all()):
-                    return _reached(log_probs, mass, order, p)
+                    return _reached(log_probs, mass, values, p)
                 if bool(found.any()):
-                    kept = _reached(log_probs, mass, order, p)
+                    kept = _reached(log_probs, mass, values, p)
                     kept[~found] = _nucleus(log_probs[~found], p)
                     return kept
-    values, order = log_probs.sort(dim=-1, descending=True, stable=True)
-    return _reached(log_probs, values.double().exp().cumsum(-1), order, p)
+    values = log_probs.sort(dim=-1, descending=True).values
+    return _reached(log_probs, values.double().exp().cumsum(-1), values, p)
 
 
-def _reached(log_probs: Tensor, mass: Tensor, order: Tensor, p: float) -> Tensor:
-    """Scatter `mass before this rank < p` back to the vocabulary."""
+def _reached(log_probs: Tensor, mass: Tensor, values: Tensor, p: float) -> Tensor:
+    """Tokens at least as likely as the last rank that starts below p; `values` and `mass` are by descending rank."""
     before = torch.cat([torch.zeros_like(mass[..., :1]), mass[..., :-1]], dim=-1)
-    return torch.zeros_like(log_probs, dtype=torch.bool).scatter_(-1, order, before < p)
+    last = (before < p).sum(-1, keepdim=True) - 1
+    return log_probs >= values.gather(-1, last)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,14 +158,34 @@ def _read(model: Model, dtype: Any, device: str, say: Callable[[str], None]) -> 
     return _from_pretrained(source, dtype, extra, model.name)
 
 
+def check(model: Model, device: str) -> None:
+    """What can be known to fail before a run begins. Imports torch only where CUDA is asked for.
+
+    Raises:
+        MissingError: no CUDA, no bitsandbytes, or a hub model that is neither cached nor reachable.
+    """
+    if device == "cuda":
+        pick_device(device)
+    if model.options.load != "full":
+        _quantisation(model, pick_device(device))
+    if model.kind == "hub" and _cached_snapshot(model) is None:
+        check_hub(f"model {model.location}")
+
+
 def _from_pretrained(source: str, dtype: Any, extra: dict[str, Any], name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     only = {} if "gguf_file" in extra else {"use_safetensors": True}
     tokenizer_options = {"gguf_file": extra["gguf_file"]} if "gguf_file" in extra else {}
     try:
-        weights = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, local_files_only=True, trust_remote_code=False, **only, **extra
+        weights, loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **only,
+            **extra,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **tokenizer_options)
     except Exception as error:
@@ -175,6 +194,9 @@ def _from_pretrained(source: str, dtype: Any, extra: dict[str, Any], name: str) 
         # Each file format has its own family of exceptions; to the user they are all one thing.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingError(f"model {name} cannot be read from {source}: {first}") from error
+    gaps = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
+    if gaps:  # they would be filled with random numbers
+        raise MissingError(f"model {name} lacks {len(gaps)} weights, among them {gaps[0]}; fetch it again")
     return weights, tokenizer
 
 
@@ -203,23 +225,34 @@ def _quantisation(model: Model, device: str) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": 0}}
 
 
-def _hub_snapshot(model: Model, say: Callable[[str], None]) -> str:
-    """Folder of the hub model: the local cache if it is there, else a download."""
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def _cached_snapshot(model: Model) -> str | None:
+    """Folder of the hub model in the local cache, if its weights are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    fetch = functools.partial(snapshot_download, model.location, revision=model.options.revision)
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = str(fetch(allow_patterns=patterns, local_files_only=True))
-        if list(Path(folder).glob("*.safetensors")):
-            return folder
+        folder = snapshot_download(
+            model.location, revision=model.options.revision, allow_patterns=_HUB_FILES, local_files_only=True
+        )
     except LocalEntryNotFoundError:
-        pass
+        return None
+    return str(folder) if list(Path(folder).glob("*.safetensors")) else None
+
+
+def _hub_snapshot(model: Model, say: Callable[[str], None]) -> str:
+    """Folder of the hub model: the local cache if it is there, else a download."""
+    from huggingface_hub import snapshot_download
+
+    cached = _cached_snapshot(model)
+    if cached is not None:
+        return cached
     check_hub(f"model {model.location}")
     say(f"downloading {model.location}")
     try:
-        return str(fetch(allow_patterns=patterns))
+        return str(snapshot_download(model.location, revision=model.options.revision, allow_patterns=_HUB_FILES))
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise MissingError(f"model {model.location} cannot be had from the hub: {first}") from error

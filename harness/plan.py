@@ -10,7 +10,7 @@ from typing import Any
 from decodathlon.harness import datasets, embedded, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import CellSpec
-from decodathlon.harness.errors import MissingError
+from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.suite import Suite
 
@@ -44,7 +44,10 @@ def cells(options: Options) -> list[CellSpec]:
         registry.load_file(path)
     chosen = _decoders(options)
     baseline = decoders.build(options.baseline).spec
+    if not -(2**63) <= options.seed < 2**63:
+        raise SpecError(f"--seed {options.seed} does not fit into 64 bits")
     model = models.resolve(options.model)
+    models.check(model, options.device)
     suites: list[Suite] = [registry.get("suite", name) for name in options.suite or registry.names("suite")]
     if options.data is not None:
         if not Path(options.data).is_dir():
@@ -52,7 +55,8 @@ def cells(options: Options) -> list[CellSpec]:
         for name in sorted({s.data for s in suites if s.data}):
             datasets.check_folder(name, options.data)
     common: dict[str, Any] = {
-        "model": options.model if model.kind in ("folder", "gguf", "stories") else model.name,
+        "model": model.name,
+        "model_spec": options.model,
         "scale": options.scale,
         "seed": options.seed,
         "device": options.device,
@@ -71,13 +75,20 @@ def cells(options: Options) -> list[CellSpec]:
 
 def _decoders(options: Options) -> list[tuple[str, str | None]]:
     """Spec strings with the import error of those that stand for a broken plugin."""
-    named = options.decoder or headline()
+    named = options.decoder or [*headline(), *_of_files(options.decoder_file)]
     wanted = [decoders.build(text) for text in named]
     if options.sweep:
         wanted = [neighbour for one in wanted for neighbour in decoders.swept(one)]
     specs: list[tuple[str, str | None]] = [(d.spec, None) for d in wanted]
     broken = [(b.name, f"{b.source}\n{b.error}") for b in registry.broken]
     return list(dict.fromkeys([*specs, *broken]))
+
+
+def _of_files(paths: Sequence[str]) -> list[str]:
+    """Every decoder of the named files that is not in the headline set anyway: who names a file wants to see it run."""
+    files = {Path(p).resolve() for p in paths}
+    entries = [e for (kind, _), e in registry.entries.items() if kind == "decoder"]
+    return [e.name for e in entries if Path(e.source).resolve() in files and e.value.info.headline is None]
 
 
 def headline() -> list[str]:

@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(
         "--model", default=default.model, metavar="SPEC", help=f"name, hub id, folder or GGUF (default {default.model})"
     )
-    add("--baseline", default=default.baseline, metavar="SPEC", help="decoder that ratios are against (default greedy)")
+    add("--baseline", default=default.baseline, metavar="SPEC", help="one more decoder to compare with, side by side")
     add("--data", default=None, metavar="DIR", help="folder with the data sets (or set DECODATHLON_DATA)")
     add("--results", default=None, metavar="PATH", help="results file (default results.duckdb beside pyproject.toml)")
     add("--seed", type=int, default=default.seed, metavar="N", help="same seed, same tokens (default 0)")
@@ -115,7 +115,7 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
     run = config.stash.get(_RUN, None)
     if run is None or report.when != "call" or not any(key == "decodathlon" for key, _ in report.user_properties):
         return None
-    return report.outcome, "", ""  # the progress line has said it
+    return report.outcome, "", report.outcome.upper()  # the progress line has said it
 
 
 @pytest.hookimpl(wrapper=True)
@@ -136,6 +136,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     fine = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     if fine and not session.config.option.collectonly and not any(o.status == "ok" for o in run.outcomes):
         session.exitstatus = EXIT_NOTHING_MEASURED
+    elif fine and run.failed_to_ingest:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -159,12 +161,14 @@ class Run:
     def __init__(self, config: pytest.Config) -> None:
         given = {f.name: getattr(config.option, "decodathlon_" + f.name) for f in fields(Options)}
         self.options = Options(**given | {"data": given["data"] or environment.data_folder()})
-        self.results = Path(config.option.decodathlon_results or config.rootpath / "results.duckdb")
+        # resolved, so that a link to a shared file stays a link
+        self.results = Path(config.option.decodathlon_results or config.rootpath / "results.duckdb").resolve()
         store.check(self.results)
         self.specs = cells(self.options)
         self.waiting: dict[str, CellSpec] = {}
         self.outcomes: list[Outcome] = []
         self.closing: list[str] = []
+        self.failed_to_ingest = False
         self.run_id = environment.run_id()
         self.folder = shards.folder_of(self.results, self.run_id)
         self._config = config
@@ -176,13 +180,16 @@ class Run:
         """Run one cell and say how it went and how long the rest will take."""
         if not self.outcomes:
             self._record()
+            reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+            if reporter is not None:
+                reporter._show_progress_info = False  # our lines tell how far we are; pytest's percentage would cut in
         outcome = self._executor.run(spec)
         self.outcomes.append(outcome)
         self.waiting.pop(spec.cell_id, None)
         done = len(self.outcomes)
         self._say(
             f"  [{done}/{done + len(self.waiting)}] {spec.suite} {spec.label}: {outcome.status} in "
-            f"{outcome.seconds.get('total', 0):.0f} s, {table.short(outcome)}{self._time_left()}"
+            f"{_measuring(outcome):.0f} s, {table.short(outcome)}{self._time_left()}"
         )
         return outcome
 
@@ -196,14 +203,15 @@ class Run:
             f"run {self.run_id}: {len(self.outcomes)} cells in {_duration(took)}; shards in {self.folder}"
         )
         if not store.available():
-            self.closing.append(
-                f"DuckDB is not installed here: install it, or ingest the shards elsewhere, to fill {self.results}"
-            )
+            self.closing.append(f"DuckDB is not installed here; where it is: python scripts/ingest.py {self.folder}")
             return
         try:
             added = store.ingest(self.results, [self.folder])
         except DecodathlonError as error:
-            self.closing.append(f"NOT INGESTED, the shards are safe: {error}")
+            self.closing.append(
+                f"NOT INGESTED, the shards are safe: {error}. Then: python scripts/ingest.py {self.folder}"
+            )
+            self.failed_to_ingest = True
             return
         self.closing.append(f"{added} cells added to {self.results}")
 
@@ -213,6 +221,7 @@ class Run:
         options = asdict(self.options) | {
             "data": Path(self.options.data).name if self.options.data else None,
             "decoder_file": [Path(p).name for p in self.options.decoder_file],
+            "model": self.specs[0].model if self.specs else self.options.model,
         }
         shards.write(
             self.folder / shards.RUN_FILE,
@@ -231,7 +240,7 @@ class Run:
             return ""
         past: dict[str, list[float]] = {}
         for outcome in self.outcomes:
-            past.setdefault(outcome.spec.suite, []).append(outcome.seconds.get("total", 0.0))
+            past.setdefault(outcome.spec.suite, []).append(_measuring(outcome))
         mean = {suite: sum(times) / len(times) for suite, times in past.items()}
         overall = sum(mean.values()) / len(mean)
         return f" (about {_duration(sum(mean.get(s.suite, overall) for s in self.waiting.values()))} left)"
@@ -249,6 +258,11 @@ class Run:
             reporter.currentfspath = None
             reporter.write_line(text)
             reporter.currentfspath = self._announced = path
+
+
+def _measuring(outcome: Outcome) -> float:
+    """Seconds of a cell without what it spent on loading, which the next cell need not spend again."""
+    return outcome.seconds.get("total", 0.0) - outcome.seconds.get("prepare", 0.0)
 
 
 def _duration(seconds: float) -> str:

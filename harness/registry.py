@@ -99,7 +99,7 @@ class Registry:
                 self._loaded.add(point.value)
                 try:
                     point.load()
-                except Exception:  # noqa: BLE001 - whatever a stranger's module raises becomes its `failed` row
+                except (Exception, SystemExit):  # noqa: BLE001 - whatever a stranger's module raises becomes its `failed` row
                     source = f"{point.value} ({point.dist.name if point.dist else 'unknown package'})"
                     self.broken.append(Broken(point.name, source, traceback.format_exc()))
 
@@ -126,7 +126,7 @@ class Registry:
         except SpecError:
             del sys.modules[name]
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
             line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1

@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 HEAD = """# Metrics
 
 Made from `harness/results/metrics.py` by `python scripts/make_metrics_page.py`. Intervals are 95 %: for ratios and
-times the sign-test interval of the median over pairs, for text scores a bootstrap over windows.
+times the sign-test interval of the median over pairs, for text scores the t interval of a ratio over windows.
 
 | metric | unit | better | meaning |
 |---|---|---|---|

@@ -8,11 +8,11 @@ from decodathlon import suite
     version=1,
     asks="How well does the decoder's own next-token law predict real text?",
     data="wikitext-2-raw-v1",
-    table=["ppl_mixture", "ppl", "coverage", "ppl_epsilon", "sparsemax_score"],
+    table=["ppl_epsilon", "sparsemax_score", "coverage", "ppl", "ppl_mixture"],
     sizes={
-        "smoke": {"tokens": 513, "validation": 257, "context": 256},
-        "quick": {"tokens": 8193, "validation": 2049, "context": 1024},
-        "full": {"tokens": None, "validation": 32769, "context": 1024},
+        "smoke": {"tokens": 512, "validation": 256, "context": 256},
+        "quick": {"tokens": 8192, "validation": 2048, "context": 1024},
+        "full": {"tokens": None, "validation": 32768, "context": 1024},
     },
 )
 def test_wikitext2(cell):

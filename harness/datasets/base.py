@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -66,10 +66,19 @@ class DataSet:
     hub: Callable[[Split, bool], tuple[tuple[str, ...], str]]
     stand_in: Callable[[Split], Text]
     joint: str
+    #: sha256 of each joined split; text that differs does not carry the data set's name.
+    sha256: Mapping[Split, str]
+
+    def text(self, split: Split, source: Source, rows: tuple[str, ...], revision: str) -> Text:
+        """The rows under their name, or as unverified where they are not the known ones."""
+        found = Text(self.name, revision, split, source, rows, self.joint)
+        if found.sha256 != self.sha256[split]:
+            found = replace(found, name=f"unverified-{self.name}-{found.sha256[:8]}")
+        return found
 
 
-def find(name: str, split: Split, folder: str | None) -> Text:
-    """The rows of a split: from `folder` if one is given, else the hub cache, the hub, the stand-in.
+def find(name: str, split: Split, folder: str | None, say: Callable[[str], None] = lambda text: None) -> Text:
+    """The rows of a split: from `folder` if one is given, else the hub cache, the hub, the stand-in (`say` tells).
 
     Raises:
         MissingError: `folder` was given and lacks the file, or the file cannot be read.
@@ -82,7 +91,8 @@ def find(name: str, split: Split, folder: str | None) -> Text:
             rows, revision = data.hub(split, source == "hub-cache")
         except MissingError:
             continue
-        return Text(data.name, revision, split, "hub" if source == "hub" else "hub-cache", rows, data.joint)
+        return data.text(split, "hub" if source == "hub" else "hub-cache", rows, revision)
+    say(f"{name} is not at hand (no --data, not in the hub cache, no hub): stand-in text instead")
     return data.stand_in(split)
 
 
@@ -109,4 +119,4 @@ def _from_folder(data: DataSet, split: Split, folder: Path) -> Text:
     if not any(row.strip() for row in rows):
         raise MissingError(f"{path} has no text")
     revision = f"file-{hashlib.sha256(raw).hexdigest()[:12]}"
-    return Text(data.name, revision, split, "folder", rows, data.joint)
+    return data.text(split, "folder", rows, revision)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
 
     On CUDA what torch allocated; on a CPU anonymous memory, because mapped files are not the process's own.
     """
+    gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -24,6 +28,8 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
         return int(torch.cuda.max_memory_allocated())
     if not SMAPS.exists():
         return None
+    with contextlib.suppress(OSError, AttributeError):  # another libc keeps what was freed; then so does the number
+        ctypes.CDLL(None).malloc_trim(0)
     peak, done = anonymous_bytes(), threading.Event()
 
     def watch() -> None:

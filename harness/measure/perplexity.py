@@ -17,6 +17,7 @@ import torch
 
 from decodathlon.harness.decoder import Decoder, Sampler
 from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.law import check
 from decodathlon.harness.measure import statistics
 from decodathlon.harness.measure.statistics import Estimate
 
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
     from decodathlon.harness.targets.base import Target
 
-#: The model's weights in a mixture with it that the validation text chooses among.
-MODEL_WEIGHTS = np.linspace(0.0, 1.0, 101)
+#: The model's weights in a mixture with it that the validation text chooses among. Never 0: where the validation text
+#: happens to lose no token, the test text's score must stay finite all the same.
+MODEL_WEIGHTS = np.concatenate([[1e-3], np.linspace(0.01, 1.0, 100)])
 #: The uniform law's weights; the paper's range ends at 0.7.
-UNIFORM_WEIGHTS = np.concatenate([[0.0], np.geomspace(1e-8, 0.7, 100)])
+UNIFORM_WEIGHTS = np.geomspace(1e-8, 0.7, 101)
 #: Rows of logits that are processed at once; 256 rows of 150,000 tokens in float32 are 150 MB.
 ROWS_AT_ONCE = 256
 
@@ -65,8 +67,10 @@ def score(decoder: Decoder, target: Target, tokens: Sequence[int], context: int)
     Raises:
         UnsupportedError: the decoder has no next-token law of its own.
     """
-    if not isinstance(decoder, Sampler) or type(decoder).shape is Sampler.shape:
+    if not isinstance(decoder, Sampler):
         raise UnsupportedError("a next-token law", f"{decoder.spec} draws no token from a law that can be stated")
+    if not decoder.stateless:
+        raise UnsupportedError("a law without state", f"{decoder.spec} draws from more than the logits of one step")
     context = min(context, target.context_length)
     parts: list[tuple[np.ndarray[Any, Any], ...]] = []
     for number, (begin, end, counted) in enumerate(windows(len(tokens), context)):
@@ -82,8 +86,7 @@ def _judge(sampler: Sampler, logits: torch.Tensor, real: torch.Tensor) -> tuple[
     found = []
     for part, token in zip(logits.split(ROWS_AT_ONCE), real.split(ROWS_AT_ONCE), strict=True):
         law = sampler.shape(part)
-        if bool(law.isnan().any()):
-            raise ValueError(f"{sampler.spec}: its law has NaN")
+        check(law, part, sampler.spec)
         own = law.gather(-1, token[:, None])[:, 0]
         raw = part.gather(-1, token[:, None])[:, 0] - part.logsumexp(-1)
         found.append(torch.stack([own.double(), raw.double(), law.exp().square().sum(-1).double()]))
@@ -125,11 +128,11 @@ def metrics(test: Scores, validation: Scores) -> dict[str, Estimate]:
     found = {
         "ppl": perplexity(-test.decoder),
         "ppl_model": perplexity(-test.model),
-        "coverage": statistics.weighted_mean(per_cluster(covered.astype(float)), counts),
+        "coverage": statistics.share(per_cluster(covered.astype(float)), counts),
         "ppl_mixture": perplexity(mixture_nats(test, model_weight, uniform=False)),
         "mixture_weight": Estimate(model_weight, n=len(validation.decoder)),
         "ppl_epsilon": perplexity(mixture_nats(test, uniform_weight, uniform=True)),
-        "sparsemax_score": statistics.weighted_mean(per_cluster(score), counts),
+        "sparsemax_score": statistics.share(per_cluster(score), counts),
     }
     if covered.any():
         nats, some = zip(*[(n, k) for n, k in zip(per_cluster(inside), kept, strict=True) if k], strict=True)

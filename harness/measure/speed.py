@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from decodathlon.harness import law
 from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
 from decodathlon.harness.measure import statistics
 from decodathlon.harness.measure.statistics import Estimate
@@ -33,6 +34,8 @@ class Pair:
     first: float = math.nan
     prefill: float = math.nan
     answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    #: Whether both runs of every decoder, which have the same seed, gave the same tokens.
+    repeatable: bool = True
 
     def log_ratio(self, rival: str) -> float:
         """log of (rival's time / candidate's time), each the geometric mean of its two runs."""
@@ -66,6 +69,8 @@ def generate(
     for answer in answers:
         if len(answer.tokens) != tokens:
             raise ValueError(f"{decoder.spec} returned {len(answer.tokens)} tokens where exactly {tokens} were due")
+        if answer.log_prob is not None and not math.isfinite(answer.log_prob):
+            raise ValueError(f"{decoder.spec} drew a token whose probability is {answer.log_prob} or NaN")
         if not all(0 <= token < target.vocab_size for token in answer.tokens):
             raise ValueError(f"{decoder.spec} returned a token outside the vocabulary of {target.vocab_size}")
     return answers
@@ -84,6 +89,7 @@ def measure(
     # On a GPU the warm-up is as long as what is timed, so that every graph has been captured.
     warm_up = tokens if target.device.type == "cuda" else min(tokens, WARM_UP_TOKENS)
     for runner in runners.values():
+        _check_law(runner, target, batches[0])
         generate(runner, target, batches[0], warm_up, seed)
     pairs = []
     for number, prompts in enumerate(batches):
@@ -92,11 +98,23 @@ def measure(
         for name in [*forth, *reversed(forth)]:
             seconds, answers = timed(target, partial(generate, runners[name], target, prompts, tokens, seed + number))
             pair.seconds.setdefault(name, []).append(seconds)
-            pair.answers[name] = [a.tokens for a in answers]
+            tokens_now = [a.tokens for a in answers]
+            pair.repeatable &= pair.answers.setdefault(name, tokens_now) == tokens_now
         pair.first, _ = timed(target, partial(generate, decoder, target, prompts, 1, seed + number))
         pair.prefill, _ = timed(target, partial(target.open, prompts, capacity=max(map(len, prompts)) + tokens))
         pairs.append(pair)
     return pairs
+
+
+@torch.no_grad()
+def _check_law(decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]]) -> None:
+    """
+    Raises:
+        ValueError: a sampler's law is none; `draw` would renormalise it silently.
+    """
+    if isinstance(decoder, Sampler) and decoder.stateless:
+        logits = target.open(prompts, capacity=max(map(len, prompts)) + 1).next_logits
+        law.check(decoder.shape(logits), logits, decoder.spec)
 
 
 def metrics(pairs: Sequence[Pair], batches: Sequence[Sequence[Sequence[int]]], tokens: int) -> dict[str, Estimate]:

@@ -6,7 +6,6 @@ import os
 import platform
 import secrets
 import subprocess
-import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +26,8 @@ PACKAGES = (
 )
 #: Tracked files that a run itself writes; a change in them is not dirty code.
 OWN_OUTPUT = ("results.duckdb",)
+#: Where an untracked file is code that may run; elsewhere it is the user's own.
+CODE = ("harness/", "decoders/", "kernels/", "suites/", "leaderboard/")
 
 
 def describe() -> dict[str, Any]:
@@ -42,15 +43,12 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
-def hardware_name(record: dict[str, Any], device: str) -> str:
-    """One line for the table: the GPU where it was used, else the CPU and its cores."""
-    if device.startswith("cuda") and record["gpus"]:
-        return str(record["gpus"][0]["name"])
-    return f"{record['cpu']}, {record['cores']} cores"
+def hardware_name(record: dict[str, Any], model: dict[str, Any]) -> str:
+    """One line for the table: the GPU that computed, else the CPU and the threads on it."""
+    return str(model.get("processor") or f"{record['cpu']}, {model.get('threads', record['cores'])} threads")
 
 
 def git_state(root: Path) -> tuple[str, bool | None]:
@@ -66,7 +64,8 @@ def git_state(root: Path) -> tuple[str, bool | None]:
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
     if commit is None or changed is None:
         return "", None
-    dirty = [line for line in changed.splitlines() if line[3:].strip('"') not in OWN_OUTPUT]
+    paths = [(line[:2], line[3:].strip('"')) for line in changed.splitlines()]
+    dirty = [p for state, p in paths if p not in OWN_OUTPUT and (state != "??" or p.startswith(CODE))]
     return commit.strip(), bool(dirty)
 
 

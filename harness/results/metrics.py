@@ -81,7 +81,8 @@ METRICS: dict[str, Metric] = {
     "peak_memory_bytes": Metric(
         "B",
         "lower",
-        "Peak during generation: allocated on a GPU, anonymous memory of the process on a CPU; the weights included.",
+        "Peak while the decoder generates: what torch allocated on a GPU; on a CPU anonymous memory of the process, in "
+        "which weights that stay mapped from their file (float32 safetensors) do not count.",
     ),
     "sampler_share": Metric(
         "1",
@@ -107,7 +108,7 @@ METRICS: dict[str, Metric] = {
     "ratio_to_self": Metric(
         "1",
         "none",
-        "A decoder against itself (A/A): how far from 1 noise alone goes.",
+        "A decoder against itself (A/A), in the rows of those that others are compared with: how far noise goes.",
     ),
     "greedy_match": Metric(
         "1",

@@ -28,7 +28,7 @@ CREATE TABLE cell (
     dtype VARCHAR,
     device VARCHAR,
     dataset VARCHAR,
-    data JSON,                 -- revision, split, source, hashes
+    data JSON,                 -- revision, split, source, hash of the text
     sizes JSON,                -- the fixed sample sizes
     seed BIGINT,
     status VARCHAR,

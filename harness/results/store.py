@@ -55,6 +55,8 @@ def check(path: Path) -> None:
     folder = path.resolve().parent
     if not folder.is_dir():
         raise StoreError(f"--results {path}: the folder {folder} does not exist; create it")
+    if path.suffix == ".shards":
+        raise StoreError(f"--results {path}: .shards is the ending of the folder beside it; use {path.stem}.duckdb")
     if path.is_dir():
         raise StoreError(f"--results {path} is a folder; name a file such as {path / 'results.duckdb'}")
     if not os.access(folder, os.W_OK):
@@ -81,7 +83,9 @@ def connect(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     try:
         connection = duckdb.connect(str(path), read_only=True)
     except duckdb.Error as error:
-        raise StoreError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from error
+        first = str(error).splitlines()[0]
+        remedy = "; close the program that has it open for writing" if "lock" in first else ""
+        raise StoreError(f"{path} cannot be opened: {first}{remedy}") from error
     try:
         _check_version(connection, path)
         yield connection
@@ -97,13 +101,13 @@ def ingest(path: Path, folders: Sequence[Path]) -> int:
         MissingError: DuckDB is not installed.
     """
     if not available():
-        raise MissingError("ingesting needs the package duckdb: pip install duckdb, then decodathlon ingest")
+        raise MissingError("ingesting needs the package duckdb: pip install duckdb")
     import duckdb
 
     rows = _rows(folders)
     with file_lock(path.with_name(f".{path.name}.lock"), timeout=60):
         copy = path.with_name(f".{path.name}.next")
-        copy.unlink(missing_ok=True)
+        _remove(copy)  # a writer that was killed may have left one, and a log that would be replayed into ours
         try:
             if path.exists():
                 with connect(path):
@@ -119,12 +123,16 @@ def ingest(path: Path, folders: Sequence[Path]) -> int:
                 connection.execute("CHECKPOINT")
                 added = _count(connection) - before
             os.replace(copy, path)
-        except duckdb.Error as error:
+        except (duckdb.Error, OSError) as error:
             raise StoreError(f"{path} was left as it is: {str(error).splitlines()[0]}") from error
         finally:
-            copy.unlink(missing_ok=True)
-            copy.with_name(f"{copy.name}.wal").unlink(missing_ok=True)
+            _remove(copy)
     return added
+
+
+def _remove(copy: Path) -> None:
+    copy.unlink(missing_ok=True)
+    copy.with_name(f"{copy.name}.wal").unlink(missing_ok=True)
 
 
 def _create(path: Path) -> None:
@@ -155,8 +163,8 @@ def _rows(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     for folder in folders:
         run = shards.read(folder / shards.RUN_FILE)
         found = [shards.read(path) for path in shards.cells(folder)]
-        device = next((s["model"]["device"] for s in found if s["model"]), "cpu")
-        rows["run"].append({**run, "hardware": hardware_name(run["environment"], device)})
+        model: dict[str, Any] = next((s["model"] for s in found if s["model"]), {})
+        rows["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
         for shard in found:
             _add_cell(rows, shard)
     return rows

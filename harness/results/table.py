@@ -12,7 +12,7 @@ from decodathlon.harness.results.metrics import METRICS
 
 DASH = "–"
 #: Metrics whose interval the table shows; the others have theirs in the results file.
-INTERVALS_OF = ("ratio_", "ppl_mixture")
+INTERVALS_OF = ("ratio_", "ppl_epsilon")
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -60,19 +60,23 @@ def tables(outcomes: Sequence[Outcome]) -> list[str]:
 def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
     columns = [c for c in registry.get("suite", suite).table if any(_metric(o, c) for o in members)]
     best = {c: _best(c, members) for c in columns}
-    rows = [["decoder", *columns]]
+    rows = [["decoder", "claim", *columns]]
     for outcome in members:
         label = outcome.decoder.get("spec", outcome.spec.decoder)
         if outcome.status in ("ok", "partial"):
             found = {c: _metric(outcome, c) for c in columns}
-            rows.append([label, *[_cell_text(found[c], best[c]) for c in columns]])
+            rows.append([label, outcome.decoder["claim"], *[_cell_text(found[c], best[c]) for c in columns]])
         else:
             rows.append([label, f"{outcome.status}: {outcome.reason}"])
     widths = [max(len(r[i]) for r in rows if len(r) == len(rows[0])) for i in range(len(rows[0]))]
     widths[0] = max(len(r[0]) for r in rows)
-    body = ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=False)).rstrip() for r in rows]
+    body = [
+        "  ".join([*(x.ljust(w) for x, w in zip(r, widths, strict=False)), *r[len(widths) :]]).rstrip() for r in rows
+    ]
     title = f"{suite} {part}" if part != "all" else suite
-    return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:]]
+    measured = any(o.status == "ok" for o in members)
+    warning = [] if not measured or any(best.values()) or len(members) < 2 else ["(too few observations to rank)"]
+    return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:], *warning]
 
 
 def _about(members: Sequence[Outcome]) -> str:
@@ -90,10 +94,12 @@ def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
 
 
 def _best(name: str, members: Sequence[Outcome]) -> float | None:
-    values: list[float] = [m["value"] for o in members if (m := _metric(o, name)) and math.isfinite(m["value"])]
-    if len(values) < 2 or METRICS[name].better == "none":
+    """The best value of a column; None where there is no rank to speak of: without an interval nothing is marked."""
+    found = [m for o in members if (m := _metric(o, name)) and math.isfinite(m["value"])]
+    if len(found) < 2 or METRICS[name].better == "none":
         return None
-    return max(values) if METRICS[name].better == "higher" else min(values)
+    best = (max if METRICS[name].better == "higher" else min)(found, key=lambda m: float(m["value"]))
+    return float(best["value"]) if best["ci_low"] is not None else None
 
 
 def _cell_text(metric: dict[str, Any] | None, best: float | None) -> str:

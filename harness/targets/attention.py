@@ -130,6 +130,13 @@ class RowCache(Cache):  # type: ignore[misc]
         self.rows, self.capacity = rows, capacity
         super().__init__(layers=[RowLayer(self) for _ in range(layers)])
 
+    def clear(self) -> None:
+        """Forget what unused slots hold: a NaN that an earlier text left there would reach a masked sum."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
+
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots (B, P) of every row to other slots (B, P); gathers before it writes, so they may overlap."""
         row = torch.arange(self.rows, device=source.device)[:, None]

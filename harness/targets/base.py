@@ -96,6 +96,8 @@ class Target(ABC):
     #: Every name that `capabilities` may hold.
     CAPABILITIES: ClassVar[frozenset[str]] = frozenset({"logits", "hidden", "gradient", "energy", "text", "hf-model"})
     capabilities: frozenset[str] = frozenset({"logits"})
+    #: Whether targets/graphs.py can drive it.
+    static_loop: bool = False
     #: Remarks that belong into the record, such as a lean forward left aside.
     notes: tuple[str, ...] = ()
     #: Parameters of the model, for FLOP estimates; 0 where it has none.
@@ -159,6 +161,9 @@ class Target(ABC):
     def energy(self, sequences: Tensor) -> Tensor:
         """(B,) float64 energy of whole sequences: minus the log-probability, up to a constant."""
         raise UnsupportedError("energy", f"{self.name} has no energy")
+
+    def release(self) -> None:  # noqa: B027 - most targets keep nothing
+        """Drop buffers that are kept between requests, so that memory can be measured."""
 
     def check_room(self, prompts: Sequence[Sequence[int]], capacity: int) -> None:
         """Refuse an empty prompt and a capacity beyond the context, with the numbers.

@@ -66,6 +66,7 @@ class StaticLoop:
     def run(self, prompts: Sequence[Sequence[int]], noise: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities (B, up to T) after the prompts; `noise` is (B, T, 1 + uniforms)."""
         T = noise.shape[1]
+        self.cache.clear()
         context = self.target.open(prompts, capacity=self.capacity, cache=self.cache)
         self.logits.copy_(context.next_logits)
         self.lengths.copy_(context.lengths)
@@ -85,7 +86,13 @@ class StaticLoop:
             self.step(end)
             return
         if end not in self._graphs:
-            self._graphs[end] = self._captured(lambda: self.step(end))
+            try:
+                self._graphs[end] = self._captured(lambda: self.step(end))
+            except RuntimeError as error:  # a plugin's law, or an architecture, that asks the host something
+                self.capture = False
+                self.target.notes += (f"{self.sampler.spec} ran without CUDA graphs: {str(error).splitlines()[0]}",)
+                self.step(end)
+                return
         self._graphs[end].replay()
 
     def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -119,7 +126,7 @@ def run(
     """Generate through a loop that the target keeps for this sampler and batch; the newest few are kept."""
     capacity = max(map(len, prompts)) + noise.shape[1]
     target.check_room(prompts, capacity)
-    loops: list[StaticLoop] = target.__dict__.setdefault("_static_loops", [])
+    loops: list[StaticLoop] = target.static_loops
     fitting = [x for x in loops if x.sampler == sampler and x.rows == len(prompts) and x.capacity >= capacity]
     if not fitting:
         del loops[: max(0, len(loops) + 1 - LOOPS_KEPT)]

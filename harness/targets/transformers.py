@@ -40,6 +40,7 @@ class TransformersContext(Context):
         self._last_logits: Tensor | None = None
         self._next_logits: Tensor | None = None
         self._last_width = 0
+        self._last_tree: Tensor | None = None
 
     def extend(
         self,
@@ -63,7 +64,7 @@ class TransformersContext(Context):
         layout = Layout(self.lengths, Q, end, start=start, tree=tree)
         logits, states = self._target.forward(tokens.to(self.lengths.device), layout, self.cache, hidden, logits_at)
         self._last_logits = logits if logits_at is None else None
-        self._last_width = Q
+        self._last_width, self._last_tree = Q, tree
         return Step(logits, states)
 
     def _checked_tree(self, tree: Tensor, B: int, Q: int) -> Tensor:
@@ -86,6 +87,7 @@ class TransformersContext(Context):
             raise ValueError(f"keep can take 0 to {width} tokens per row after this extend, not {count}")
         if path is not None:
             path = path.to(self.lengths.device)
+            self._check_path(path, count)
             steps = torch.arange(width, device=path.device)
             self.cache.move(self.lengths[:, None] + path, self.lengths[:, None] + steps)
         if max(count) > 0:
@@ -93,6 +95,18 @@ class TransformersContext(Context):
         self._host = [n + c for n, c in zip(self._host, count, strict=True)]
         self.lengths = torch.tensor(self._host, device=self.lengths.device)
         self._last_width, self._last_logits = 0, None
+
+    def _check_path(self, path: Tensor, count: list[int]) -> None:
+        """On a GPU the look would wait for the device; there a wrong path is the caller's."""
+        tree = self._last_tree
+        if tree is None or path.device.type != "cpu":
+            return
+        for b, c in enumerate(count):
+            kept = path[b, :c]
+            if not torch.equal(tree[b][kept].sum(-1), torch.arange(1, c + 1)) or not bool(
+                tree[b][kept][:, kept].tril().sum() == c * (c + 1) // 2
+            ):
+                raise ValueError(f"row {b}: {kept.tolist()} is not a path from the root of the tree")
 
     def _logits_after(self, count: list[int], path: Tensor | None) -> Tensor | None:
         """(B, V) logits behind the last token that each row keeps; rows that keep none hold theirs."""
@@ -118,6 +132,8 @@ class TransformersContext(Context):
         self._next_logits = logits
 
     def select(self, rows: Sequence[int] | Tensor) -> None:
+        if torch.as_tensor(rows).dtype is torch.bool:
+            raise ValueError("select takes row numbers, not a mask")
         index = torch.as_tensor(rows, dtype=torch.long, device=self.lengths.device)
         self.cache.select(index)
         self.lengths = self.lengths[index]
@@ -138,6 +154,8 @@ class TransformersTarget(Target):
     Raises:
         UnsupportedError: the architecture has layers that cannot be rolled back, or the probe disagrees.
     """
+
+    static_loop = True
 
     def __init__(self, model: Any, tokenizer: Any = None, *, name: str, lean: bool = True) -> None:
         self.name = name
@@ -163,7 +181,12 @@ class TransformersTarget(Target):
             windows += [config.sliding_window] if getattr(config, "sliding_window", None) else []
         self.smallest_window = min(windows, default=None)
         self._lean: LeanForward | None = None
+        #: What targets/graphs.py keeps between requests.
+        self.static_loops: list[Any] = []
         self._probe(lean)
+
+    def release(self) -> None:
+        self.static_loops.clear()
 
     # -- reading text ------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ _PR_SET_PDEATHSIG = 1
 def main(incoming: int, outgoing: int) -> None:
     """Serve until the other end closes its pipe."""
     _die_with_parent()
+    for pipe in (incoming, outgoing):
+        os.set_inheritable(pipe, False)  # no child of a decoder may hold them
     with os.fdopen(incoming, encoding="utf-8") as requests, os.fdopen(outgoing, "w", encoding="utf-8") as answers:
 
         def answer(**message: Any) -> None:

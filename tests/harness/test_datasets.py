@@ -24,8 +24,8 @@ def test_file_lines_become_the_hubs_rows(folder):
     assert text.rows == ("", " = Title = \n", "", " A first paragraph . \n", "", " A second one . \n")
     assert text.joined.startswith("\n\n = Title = \n\n\n\n\n A first")
     assert text.record() == {
-        "dataset": NAME, "revision": text.revision, "split": "test", "source": "folder",
-        "sha256": hashlib.sha256(text.joined.encode()).hexdigest(), "rows": 6,
+        "dataset": f"unverified-{NAME}-{text.sha256[:8]}", "revision": text.revision, "split": "test",
+        "source": "folder", "sha256": hashlib.sha256(text.joined.encode()).hexdigest(), "rows": 6,
     }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_the_real_files_join_to_the_hubs_bytes(data_folder):
     }
     for split, (sha256, rows) in expected.items():
         text = datasets.find(NAME, split, str(data_folder))
-        assert (text.sha256, len(text.rows)) == (sha256, rows)
+        assert (text.name, text.sha256, len(text.rows)) == (NAME, sha256, rows)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,15 @@ def test_the_order_is_cache_then_hub_then_stand_in(monkeypatch):
         return read
 
     data = base.registry.get("dataset", NAME)
+    said = []
     for fails, source in ((set(), "hub-cache"), ({"hub-cache"}, "hub"), ({"hub-cache", "hub"}, "stand-in")):
         changed = base.DataSet(**{**vars(data), "hub": hub(fails)})
         monkeypatch.setattr(base.registry, "get", lambda kind, name, changed=changed: changed)
-        found = datasets.find(NAME, "test", None)
+        found = datasets.find(NAME, "test", None, said.append)
         assert found.source == source
-        assert (found.name == NAME) == (source != "stand-in")
+        assert (NAME in found.name) == (source != "stand-in")
+    assert len(said) == 1
+    assert "stand-in text instead" in said[0]
     assert asked == ["hub-cache", "hub-cache", "hub", "hub-cache", "hub"]
 
 

@@ -58,6 +58,17 @@ def test_the_guessed_nucleus_equals_the_sorted_one(monkeypatch):
         assert torch.equal(found, process(x, top_p=p))
 
 
+def test_ties_are_kept_together_whatever_the_device_sorts_first(monkeypatch):
+    x = logits(rows=50, vocabulary=2000).bfloat16().float()
+    quick = {p: process(x, top_p=p) for p in (0.3, 0.9)}
+    monkeypatch.setattr(law, "_NUCLEUS_GUESSES", ())
+    for p, found in quick.items():
+        assert torch.equal(found, process(x, top_p=p))
+        turned = process(x.flip(-1), top_p=p).flip(-1)
+        assert torch.equal(found > -math.inf, turned > -math.inf)
+    assert process(torch.zeros(1, 8), top_p=0.5).exp().tolist() == [[0.125] * 8]
+
+
 def test_one_hot_takes_the_first_of_the_greatest():
     assert law.one_hot(torch.tensor([[1.0, 5.0, 5.0]])).exp().tolist() == [[0.0, 1.0, 0.0]]
 

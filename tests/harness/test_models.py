@@ -139,6 +139,17 @@ def test_torn_weights_are_one_line(tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_weights_that_are_not_there_are_not_filled_with_random_ones(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_models.save_folder(tmp_path / "tiny")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingError, match=r"lacks 1 weights, among them model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(str(folder))
+
+
 def test_a_corrupt_gguf_is_one_line(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(MissingError, match="model bad cannot be read") as caught:

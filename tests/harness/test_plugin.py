@@ -59,6 +59,15 @@ class Exits(Sampler):
         print("last words", file=sys.stderr, flush=True)
         os._exit(3)
 
+@decoder("forks", claim="heuristic")
+class Forks(Sampler):
+    """Leaves a child that holds whatever it inherited, then dies."""
+    def shape(self, logits):
+        import time
+        if os.fork() == 0:
+            time.sleep(120)
+        os._exit(4)
+
 @decoder("miscounts", claim="heuristic")
 class Miscounts(Decoder):
     def generate(self, target, prompts, limits, rng):
@@ -97,21 +106,22 @@ def test_a_run_measures_shows_and_stores(model, tmp_path):
     assert json.loads(environment)["packages"]["torch"]
     assert json.loads(options)["scale"] == "smoke"
     shard = shards_of(results)["wikitext2", "top-p[p=0.5]"]
-    assert len(shard["arrays"]["decoder_log_prob"]) == 512
-    assert shard["sizes"]["tokens"] == 513
+    assert len(shard["arrays"]["decoder_log_prob"]) == 511
+    assert shard["sizes"]["tokens"] == 512
     assert shard["data"]["source"] == "stand-in"
 
 
 def test_a_failing_crashing_or_lying_decoder_becomes_a_row_and_the_run_goes_on(model, tmp_path):
     file, results = tmp_path / "mine.py", tmp_path / "r.duckdb"
     file.write_text(DECODERS)
-    chosen = [x for name in ("raises", "exits", "miscounts", "strange", "third") for x in ("--decoder", name)]
+    chosen = [x for name in ("raises", "exits", "forks", "miscounts", "strange", "third") for x in ("--decoder", name)]
     done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results,
                       "--suite", "throughput",                      "--decoder-file", file, *chosen)  # fmt: skip
     assert done.returncode == 1
     by_decoder = {d: c for (_, d), c in shards_of(results).items()}
     assert {d: c["status"] for d, c in by_decoder.items()} == {
-        "raises": "failed", "exits": "crashed", "miscounts": "failed", "strange": "failed", "third": "ok",
+        "raises": "failed", "exits": "crashed", "forks": "crashed", "miscounts": "failed", "strange": "failed",
+        "third": "ok",
     }  # fmt: skip
     assert by_decoder["raises"]["reason"] == "RuntimeError: on purpose"
     assert "in shape" in by_decoder["raises"]["error"]
@@ -120,7 +130,10 @@ def test_a_failing_crashing_or_lying_decoder_becomes_a_row_and_the_run_goes_on(m
     assert "returned 1 tokens where exactly 4 were due" in by_decoder["miscounts"]["reason"]
     assert "outside the vocabulary" in by_decoder["strange"]["reason"]
     with store.connect(results) as connection:
-        assert connection.execute("SELECT count(*) FROM cell").fetchone() == (5,)
+        assert connection.execute("SELECT count(*) FROM cell").fetchone() == (6,)
+    assert "crashed: the worker ended with exit code 3" in done.stdout
+    everything = "".join(p.read_text() for p in results.with_suffix(".shards").rglob("*.json"))
+    assert str(model.parent) not in everything.replace(json.dumps(by_decoder["raises"]["error"])[1:-1], "")
 
 
 def test_inline_and_local_executors_draw_the_same_and_sweeps_add_neighbours(model, tmp_path):
@@ -163,6 +176,10 @@ def test_without_the_flag_suites_are_deselected_and_say_why():
         (["--results", "/nowhere/r.duckdb"], "does not exist; create it"),
         (["--results", str(ROOT / "pyproject.toml")], "cannot be opened"),
         (["--decoder-file", "none.py"], "there is no such file"),
+        (["--seed", "99999999999999999999"], "does not fit into 64 bits"),
+        (["--results", "/tmp/r.shards"], ".shards is the ending of the folder beside it"),
+        (["--model", "nobody/nothing"], "is not in the hub cache and HF_HUB_OFFLINE is set"),
+        (["--model", "smollm2-135m-instruct[load=nf4]", "--device", "cpu"], "load=nf4 needs CUDA and bitsandbytes"),
         (["--decoder-file", str(ROOT / "tests" / "tiny_models.py")], "registers nothing"),
     ],
 )
@@ -193,6 +210,17 @@ def package(folder, name, code):
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[decodathlon.decoders]\n{name.replace('_', '-')} = {name}\n")
+
+
+def test_the_decoders_of_a_named_file_join_the_headline_set_and_exits_are_caught(tmp_path):
+    (tmp_path / "mine.py").write_text(DECODERS)
+    done = pytest_run("--benchmark", "--decoder-file", tmp_path / "mine.py", "--collect-only", "-q")
+    assert "test_wikitext2[third]" in done.stdout
+    assert "test_wikitext2[greedy]" in done.stdout
+    (tmp_path / "quits.py").write_text("import sys\nsys.exit(0)\n")
+    done = pytest_run("--benchmark", "--decoder-file", tmp_path / "quits.py")
+    assert done.returncode == 4
+    assert "quits.py, line 2: SystemExit" in done.stderr
 
 
 def test_third_party_packages_join_and_a_broken_one_becomes_a_failed_row(model, tmp_path):

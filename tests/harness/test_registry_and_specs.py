@@ -37,7 +37,7 @@ def test_defaults_and_order_and_spaces_do_not_matter():
         ("top-p[p=2]", r"p=2 is outside \(0, 1\]"),
         ("top-p[p=nan]", r"p=nan is outside \(0, 1\]"),
         ("top-p[p=0]", r"p=0 is outside \(0, 1\]"),
-        ("temperature[temperature=0]", r"is outside \(0, inf\)"),
+        ("temperature[temperature=0]", r"is outside \[0.01, 100\]"),
         ("top-k[k=1.5]", "k=1.5 is not a whole number"),
         ("hf-generate[sample=maybe]", "is not true or false"),
         ("top-p[p]", "'p' is not of the form key=value"),

@@ -7,12 +7,13 @@ import pytest
 import tiny_models
 import torch
 
-from decodathlon import Sampler, decoder
+from decodathlon import Sampler
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.errors import UnsupportedError
-from decodathlon.harness.measure import perplexity
+from decodathlon.harness.law import one_hot
+from decodathlon.harness.measure import perplexity, speed
 from decodathlon.harness.measure.perplexity import Scores
-from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets.transformers import TransformersTarget
 
 load_builtins()
@@ -107,12 +108,21 @@ def test_sparsemax_score_is_one_minus_half_the_brier_score(target, tokens):
 
 
 def test_a_better_truncation_earns_weight():
-    """A law that halves the mass on wrong tokens, tuned on text where it never cuts the real one: weight 0 wins."""
+    """A law that halves the mass on wrong tokens and never cuts the real one: the least model weight wins."""
     n = 200
     scores = Scores(np.full(n, math.log(0.8)), np.full(n, math.log(0.4)), np.full(n, 0.7), np.arange(n) // 20, 50)
     found = perplexity.metrics(scores, scores)
-    assert found["mixture_weight"].value == 0
-    assert found["ppl_mixture"].value == pytest.approx(1 / 0.8)
+    assert found["mixture_weight"].value == 1e-3
+    assert found["ppl_mixture"].value == pytest.approx(1 / (0.999 * 0.8 + 0.001 * 0.4))
+
+
+def test_mixtures_stay_finite_when_only_the_test_text_loses_a_token():
+    calm = Scores(np.full(60, -1.0), np.full(60, -1.5), np.full(60, 0.5), np.arange(60) // 6, 50)
+    hit = Scores(np.where(np.arange(60) == 7, -np.inf, -1.0), calm.model, calm.concentration, calm.cluster, 50)
+    found = perplexity.metrics(hit, calm)
+    assert found["ppl"].value == math.inf
+    assert math.isfinite(found["ppl_mixture"].value)
+    assert math.isfinite(found["ppl_epsilon"].value)
 
 
 def test_only_decoders_with_a_stated_law_are_scored(target, tokens):
@@ -120,14 +130,39 @@ def test_only_decoders_with_a_stated_law_are_scored(target, tokens):
         perplexity.score(decoders.build("hf-generate"), target, tokens, 16)
 
 
-def test_nan_in_a_law_is_an_error_not_a_number(target, tokens):
-    @decoder("nan-law", claim="heuristic")
-    class NaN(Sampler):
-        def shape(self, logits):
-            return logits * float("nan")
+class Bare(Sampler):
+    """A sampler outside the registry."""
 
-    try:
-        with pytest.raises(ValueError, match="nan-law: its law has NaN"):
-            perplexity.score(NaN(), target, tokens, 16)
-    finally:
-        del registry.entries["decoder", "nan-law"]
+    claim = "shaped"
+    spec = "bare"
+
+
+@pytest.mark.parametrize(
+    ("law", "message"),
+    [
+        (lambda logits: logits * float("nan"), "bare: its law has NaN"),
+        (lambda logits: logits, "bare: its law sums to .*, not 1; end with log_softmax"),
+        (lambda logits: logits.log_softmax(-1) + 0.18, "bare: its law sums to 1.197, not 1"),
+        (lambda logits: logits.log_softmax(-1)[:, :-1], r"bare: shape got logits \(.*61\) and returned \(.*60\)"),
+        (lambda logits: torch.full_like(logits, -math.inf), "bare: its law sums to 0, not 1"),
+    ],
+)
+def test_what_is_no_law_is_an_error_not_a_number(target, tokens, law, message):
+    bare = type("Bare", (Bare,), {"shape": lambda self, logits: law(logits)})()
+    with pytest.raises(ValueError, match=message):
+        perplexity.score(bare, target, tokens, 16)
+    with pytest.raises(ValueError, match=message):
+        speed.measure(bare, {}, target, [[tokens[:5]]], tokens=2, seed=0)
+
+
+def test_a_law_that_is_not_the_one_drawn_from_is_not_scored(target, tokens):
+    def next_law(self, logits, state, u):
+        return one_hot(logits), state
+
+    def shape(self, logits):
+        return logits.log_softmax(-1)
+
+    for changed in ({"next_law": next_law}, {"start": lambda self, rows: []}, {"choose": lambda self, x, s, u: (x, s)}):
+        sampler = type("Bare", (Bare,), {"shape": shape, **changed})()
+        with pytest.raises(UnsupportedError, match="bare draws from more than the logits of one step"):
+            perplexity.score(sampler, target, tokens, 16)

@@ -59,9 +59,9 @@ def test_a_run_becomes_rows_of_the_view(tmp_path):
         path, "SELECT metric, value, ci_low, n, status, reason, hardware, seed FROM results ORDER BY seed, metric"
     )
     assert rows == [
-        ("coverage", 0.5, 0.4, 5, "ok", "", "a CPU, 2 cores", 0),
-        ("ppl", math.inf, None, 5, "ok", "", "a CPU, 2 cores", 0),
-        (None, None, None, None, "failed", "why", "a CPU, 2 cores", 1),
+        ("coverage", 0.5, 0.4, 5, "ok", "", "a CPU, 2 threads", 0),
+        ("ppl", math.inf, None, 5, "ok", "", "a CPU, 2 threads", 0),
+        (None, None, None, None, "failed", "why", "a CPU, 2 threads", 1),
     ]
     assert query(path, "SELECT data->'$.seconds[1]' FROM sample") == [("2.5",)]
     columns = [d[0] for d in query(path, "DESCRIBE results")]
@@ -187,3 +187,19 @@ def test_an_outcome_survives_its_shard_without_the_users_folders(tmp_path):
     shards.write(tmp_path / "a.json", o.as_shard())
     back = Outcome.from_shard(shards.read(tmp_path / "a.json"))
     assert (back.metrics, back.spec.cell_id, back.status) == (o.metrics, o.spec.cell_id, "ok")
+
+
+def test_what_a_killed_writer_left_is_not_replayed(tmp_path):
+    """A log of an unfinished copy must not slip rows into the next one."""
+    path, copy = tmp_path / "results.duckdb", tmp_path / ".results.duckdb.next"
+    store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
+    code = (
+        "import duckdb, os, shutil, sys; shutil.copy(sys.argv[1], sys.argv[2]); c = duckdb.connect(sys.argv[2]);"
+        "c.execute(\"INSERT INTO cell (run_id, cell_id) VALUES ('ghost', 'ghost')\"); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, path, copy], check=False)
+    assert copy.with_name(f"{copy.name}.wal").exists()
+    copy.unlink()
+    assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]) == 1
+    assert query(path, "SELECT run_id FROM cell ORDER BY 1") == [("r1",), ("r2",)]
+    assert sorted(p.name for p in tmp_path.glob(".*.next*")) == []

@@ -35,6 +35,17 @@ def test_the_static_step_equals_the_eager_loop(target, spec, ignore_eos, monkeyp
             assert abs(float(log_probs[b, :n].sum()) - completion.log_prob) < 1e-3
 
 
+def test_what_an_earlier_text_left_does_not_reach_the_next(target):
+    loop = graphs.StaticLoop(decoders.build("greedy"), target, rows=3, capacity=47, capture=False)
+    noise = RowRandom(3, range(3)).uniforms(8, 1)
+    clean, _ = loop.run(PROMPTS, noise, Limits(8, ignore_eos=True))
+    for layer in loop.cache.layers:
+        layer.keys.fill_(float("nan"))
+        layer.values.fill_(float("nan"))
+    again, _ = loop.run(PROMPTS, noise, Limits(8, ignore_eos=True))
+    assert torch.equal(clean, again)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_captured_graphs_equal_the_eager_loop(target):

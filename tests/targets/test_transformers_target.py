@@ -211,6 +211,16 @@ def test_bad_keep_and_tree_are_refused(llama):
         context.extend(fresh((1, 2)), tree=torch.tensor([[True, True], [False, True]]))
 
 
+def test_a_path_must_lead_from_the_root_and_rows_are_numbers(llama):
+    context = llama.open([[3, 4, 5]])
+    context.extend(fresh((1, 5)), tree=ancestors(TREE_PARENTS))
+    for wrong in ([0, 2, 3], [1], [0, 0]):
+        with pytest.raises(ValueError, match="is not a path from the root"):
+            context.keep([len(wrong)], path=torch.tensor([wrong]))
+    with pytest.raises(ValueError, match="row numbers, not a mask"):
+        context.select(torch.tensor([True]))
+
+
 def test_trees_longer_than_the_window_are_refused_by_name():
     target = TransformersTarget(tiny_models.build("mistral"), name="tiny-mistral")
     with pytest.raises(UnsupportedError, match="tiny-mistral has a window of 5 tokens, the tree has 6 nodes"):
