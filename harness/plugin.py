@@ -151,7 +151,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("nothing was measured: name the suites, as in `pytest suites/ --benchmark`")
         return
     terminalreporter.section("decodathlon")
-    for line in [*table.tables(run.outcomes), "", *run.closing]:
+    for line in [*table.tables(run.outcomes)[1:], "", *run.closing]:
         terminalreporter.write_line(line)
 
 
@@ -200,7 +200,7 @@ class Run:
             return
         took = time.monotonic() - self._began
         self.closing.append(
-            f"run {self.run_id}: {len(self.outcomes)} cells in {_duration(took)}; shards in {self.folder}"
+            f"run {self.run_id}: {_cells(len(self.outcomes))} in {_duration(took)}; shards in {self.folder}"
         )
         if not store.available():
             self.closing.append(f"DuckDB is not installed here; where it is: python scripts/ingest.py {self.folder}")
@@ -213,7 +213,7 @@ class Run:
             )
             self.failed_to_ingest = True
             return
-        self.closing.append(f"{added} cells added to {self.results}")
+        self.closing.append(f"{_cells(added)} added to {self.results}")
 
     def _record(self) -> None:
         """What code, machine and options: written before the first cell, so that even a killed run has it."""
@@ -258,6 +258,10 @@ class Run:
             reporter.currentfspath = None
             reporter.write_line(text)
             reporter.currentfspath = self._announced = path
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell" if count == 1 else f"{count} cells"
 
 
 def _measuring(outcome: Outcome) -> float:

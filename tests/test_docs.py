@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -55,3 +56,10 @@ def test_the_published_database_is_the_published_text(tmp_path):
     published, tracked = contents
     for name, ours, theirs in zip(tables, published, tracked, strict=True):
         assert set(ours) <= set(theirs), f"results.duckdb lacks published rows of {name}"
+
+
+def test_the_readmes_query_runs_on_the_tracked_file():
+    command = re.search(r"```bash\n(python -c .*?)```", README, re.DOTALL)[1]
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ratio_to_greedy" in done.stdout

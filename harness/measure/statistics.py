@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -92,6 +93,7 @@ def perplexity(nats: Sequence[float], counts: Sequence[int]) -> Estimate:
     return Estimate(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
 
 
+@functools.cache
 def t_quantile(p: float, freedom: int) -> float:
     """Quantile (p > 0.5) of Student's t, by integrating its density."""
     x = np.linspace(0.0, 60.0, 600_001)

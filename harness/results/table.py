@@ -94,9 +94,12 @@ def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
 
 
 def _best(name: str, members: Sequence[Outcome]) -> float | None:
-    """The best value of a column; None where there is no rank to speak of: without an interval nothing is marked."""
+    """The best value of a column; None where there is no rank to speak of.
+
+    Nothing is marked without an interval, nor times and sizes: cells run one after another, so only paired ratios rank.
+    """
     found = [m for o in members if (m := _metric(o, name)) and math.isfinite(m["value"])]
-    if len(found) < 2 or METRICS[name].better == "none":
+    if len(found) < 2 or METRICS[name].better == "none" or METRICS[name].unit != "1":
         return None
     best = (max if METRICS[name].better == "higher" else min)(found, key=lambda m: float(m["value"]))
     return float(best["value"]) if best["ci_low"] is not None else None
