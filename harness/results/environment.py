@@ -37,7 +37,7 @@ def describe() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": dirty,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": "-".join([platform.system(), platform.machine(), *platform.libc_ver()]),
         "packages": packages(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
