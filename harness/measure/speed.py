@@ -1,4 +1,4 @@
-"""Speed as paired ratios: decoders run interleaved over the same prompts in the same process, mirrored (A B B A).
+"""Speed as paired ratios: decoders run interleaved over the same prompts in one process, mirrored (A B B A, B A A B).
 
 A pair's two runs of each decoder see the same drift of clocks and neighbours, so the ratio within the pair does not;
 the median over pairs does not see a stall. Every decoder makes the same number of tokens, stop tokens ignored.
@@ -94,7 +94,10 @@ def measure(
     pairs = []
     for number, prompts in enumerate(batches):
         pair = Pair()
-        forth = list(runners)
+        # Who runs first, and who runs twice in a row in the middle, changes from pair to pair: either place has its own
+        # speed (caches are cold after another engine, warm after oneself), and a fixed order would favour one decoder.
+        turn = number % len(runners)
+        forth = [*list(runners)[turn:], *list(runners)[:turn]]
         for name in [*forth, *reversed(forth)]:
             seconds, answers = timed(target, partial(generate, runners[name], target, prompts, tokens, seed + number))
             pair.seconds.setdefault(name, []).append(seconds)
