@@ -106,9 +106,11 @@ def test_transformers_imports_beside_an_installed_hf_kernels(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_python_m_pytest_from_the_root_collects_the_suites():
+def test_python_m_pytest_from_the_root_collects_the_suites(tmp_path):
     command = [sys.executable, "-m", "pytest", "suites", "--benchmark", "--collect-only", "-q", "--results"]
-    done = subprocess.run([*command, "/tmp/none.duckdb"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [*command, str(tmp_path / "none.duckdb")], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "suites/test_throughput.py::test_throughput[greedy-batch-1]" in done.stdout
 
