@@ -131,7 +131,9 @@ class Bench:
             outcome.reason = f"{type(error).__name__}: {error}".splitlines()[0]
             outcome.error = traceback.format_exc()
         if cell is not None:
-            outcome.metrics, outcome.samples, outcome.notes = cell.metrics, cell.samples, cell.notes
+            outcome.samples, outcome.notes = cell.samples, cell.notes
+            # What a cell reported before it failed is no result; the raw observations above are kept.
+            outcome.metrics = cell.metrics if outcome.status == "ok" else []
             outcome.arrays = {name: [float(f"{x:.7g}") for x in values] for name, values in cell.arrays.items()}
         outcome.seconds["total"] = time.perf_counter() - begin
         return outcome

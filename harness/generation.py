@@ -23,9 +23,9 @@ def autoregressive(
     On a CUDA device a stateless sampler's step is one graph replay (targets/graphs.py); else the loop below runs.
     """
     sampler.check(target)
-    noise = rng.uniforms(limits.max_new_tokens, 1 + sampler.uniforms)
     if limits.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}")
+    noise = rng.uniforms(limits.max_new_tokens, 1 + sampler.uniforms)
     capacity = max(map(len, prompts), default=0) + limits.max_new_tokens
     if sampler.stateless and target.static_loop and target.device.type == "cuda":
         from decodathlon.harness.targets import graphs

@@ -48,7 +48,9 @@ def cells(options: Options) -> list[CellSpec]:
         raise SpecError(f"--seed {options.seed} does not fit into 64 bits")
     model = models.resolve(options.model)
     models.check(model, options.device)
-    suites: list[Suite] = [registry.get("suite", name) for name in options.suite or registry.names("suite")]
+    suites: list[Suite] = [
+        registry.get("suite", name) for name in dict.fromkeys(options.suite or registry.names("suite"))
+    ]
     if options.data is not None:
         if not Path(options.data).is_dir():
             raise MissingError(f"--data {options.data}: there is no such folder")

@@ -91,7 +91,11 @@ class Registry:
             importlib.import_module(info.name)
 
     def load_entry_points(self) -> None:
-        """Import third-party plugins; one that fails is remembered in `broken`, the others run."""
+        """Import third-party plugins; one that fails is remembered in `broken`, the others run.
+
+        Raises:
+            SpecError: a plugin registers a name that is taken, or one that is malformed.
+        """
         for group in ENTRY_POINT_GROUPS:
             for point in entry_points(group=group):
                 if point.value in self._loaded:
@@ -99,6 +103,8 @@ class Registry:
                 self._loaded.add(point.value)
                 try:
                     point.load()
+                except SpecError:
+                    raise
                 except (Exception, SystemExit):  # noqa: BLE001 - whatever a stranger's module raises becomes its `failed` row
                     source = f"{point.value} ({point.dist.name if point.dist else 'unknown package'})"
                     self.broken.append(Broken(point.name, source, traceback.format_exc()))

@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
 def median(values: Sequence[float]) -> Estimate:
     """Median with its sign-test interval, interpolated to 95 % (Hettmansperger and Sheather 1986).
 
-    It assumes nothing of the noise but independence; a bootstrap of the median covers 91 % at eight observations.
+    It assumes nothing of the noise but independence; a bootstrap of the median covers too little at so few.
     """
     x = np.sort(np.asarray(values, dtype=np.float64))
     n = len(x)

@@ -199,7 +199,7 @@ def _insert(
     rows: Sequence[dict[str, Any]],
     copy: Path,
 ) -> None:
-    """Through a file of JSON lines: DuckDB reads it a hundred times faster than it takes single rows."""
+    """Through a file of JSON lines, which DuckDB reads as a whole; it takes single rows slowly."""
     if not rows:
         return
     types = dict(

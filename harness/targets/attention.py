@@ -164,8 +164,8 @@ def attend(
 ) -> Tensor:
     """Attention of (B, H, Q, D) queries over (B, K, end, D) keys, returned as (B, Q, H, D).
 
-    The G query heads that share a key head are folded into the query dimension: on a CPU that is four times faster
-    for one token than a broadcast, and the result is the same.
+    The G query heads that share a key head are folded into the query dimension: on a CPU that is much faster for
+    one token than a broadcast, and the result is the same.
     """
     B, H, Q, D = query.shape
     K = key.shape[1]

@@ -23,7 +23,7 @@ from decodathlon.harness.targets.lean import LeanForward
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 #: Largest root-mean-square difference of logits, relative to their spread, between two forwards of one model.
-#: Float32 and wider leave room for the order of sums only; a wrong mask or position is off by a tenth or more.
+#: Float32 and wider leave room for the order of sums only; a wrong mask or position is off by far more.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 PROBE_WINDOW = 6
 

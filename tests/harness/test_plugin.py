@@ -203,6 +203,37 @@ def test_a_broken_decoder_file_names_its_line(tmp_path):
     assert "taken.py" in done.stderr
 
 
+def test_a_package_that_takes_a_name_is_a_usage_error_that_names_both(tmp_path):
+    package(tmp_path, "taker_plugin", DECODERS.replace('"third"', '"greedy"'))
+    done = pytest_run("--benchmark", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 4
+    assert "decoder 'greedy' is defined twice" in done.stderr
+    assert "taker_plugin.py" in done.stderr
+
+
+def test_a_cell_that_fails_after_it_reported_has_no_metrics(model, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from decodathlon import suite\n"
+        "from decodathlon.harness.measure.statistics import Estimate\n"
+        "@suite('late', version=1, asks='?', sizes={'smoke': {}, 'quick': {}, 'full': {}})\n"
+        "def test_late(cell):\n"
+        "    cell.report('ppl', Estimate(1.0))\n"
+        "    cell.sample('raw', seen=1)\n"
+        "    raise RuntimeError('too late')\n"
+    )
+    from decodathlon.harness.cells import Bench, CellSpec
+    from decodathlon.harness.registry import registry
+
+    spec = CellSpec("late", 1, "all", "greedy", str(model), "smoke", 0, device="cpu", decoder_files=(str(file),))
+    try:
+        outcome = Bench(lambda text: None).measure(spec, "r")
+    finally:
+        registry.entries.pop(("suite", "late"), None)
+    assert (outcome.status, outcome.reason, outcome.metrics) == ("failed", "RuntimeError: too late", [])
+    assert outcome.samples == [{"row": "raw", "data": {"seen": 1}}]
+
+
 def package(folder, name, code):
     """A third-party package as pip would leave it: a module and its metadata with an entry point."""
     (folder / f"{name}.py").write_text(code)

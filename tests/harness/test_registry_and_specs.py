@@ -161,4 +161,13 @@ def test_listing_and_collecting_do_not_import_torch():
         "plan.cells(plan.Options()); assert len(registry.registry.names('decoder')) >= 6;"
         "heavy = {'torch', 'transformers', 'duckdb', 'datasets'} & set(sys.modules); assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_naming_a_suite_twice_measures_it_once():
+    from decodathlon.harness import plan
+
+    once = plan.cells(plan.Options(suite=["wikitext2"]))
+    assert plan.cells(plan.Options(suite=["wikitext2", "wikitext2"])) == once
+    assert len({c.cell_id for c in once}) == len(once)
