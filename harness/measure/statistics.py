@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+Array = np.ndarray[Any, Any]
 LEVEL = 0.95
 #: With fewer independent observations a 95 % interval cannot be had: even the whole range covers less (2 * 0.5 ** n).
 FEWEST_FOR_INTERVAL = 6
@@ -101,3 +103,170 @@ def t_quantile(p: float, freedom: int) -> float:
     density = np.exp(scale - (freedom + 1) / 2 * np.log1p(x * x / freedom))
     mass = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2) * (x[1] - x[0])])
     return float(np.interp(p, mass, x))
+
+
+# --- Bootstrap ---------------------------------------------------------------------------------------------------
+
+
+def weighted_mean(values: Sequence[float]) -> Callable[[Array], Array]:
+    """A statistic for `bootstrap`: the mean of the values under weights (R, n)."""
+    x = np.asarray(values, dtype=np.float64)
+    return lambda weights: (weights @ x) / weights.sum(-1)
+
+
+def bootstrap(
+    statistic: Callable[[Array], Array],
+    clusters: Sequence[Hashable],
+    *,
+    method: Literal["bca", "percentile"] = "bca",
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic with its bootstrap interval; whole clusters are drawn, because observations in one depend on another.
+
+    For statistics without a closed form; where there is one (`ratio_of_sums`, `median`, `wilson`) that covers better.
+    The percentiles are expanded as Student's t would, because few clusters spread too little (Hesterberg 2015).
+
+    Args:
+        statistic: (R, n) weights of the n observations, how often each was drawn, to (R,) values.
+        clusters: (n,) the cluster of each observation; all different where they are independent.
+        method: `bca` corrects the percentiles for bias and skewness (Efron 1987); `percentile` does not.
+
+    Returns:
+        n is the number of observations; there is no interval for fewer than six clusters or a constant statistic.
+    """
+    names, member = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
+    N = len(names)
+    if N == 0:
+        raise ValueError("a bootstrap needs at least one observation")
+    value = float(statistic(np.ones((1, len(member))))[0])
+    if N < FEWEST_FOR_INTERVAL:
+        return Estimate(value, None, None, len(member))
+    rng = np.random.default_rng(seed)
+    rows_at_once = max(1, 2_000_000 // len(member))
+    parts = []
+    for begin in range(0, resamples, rows_at_once):
+        drawn = rng.multinomial(N, np.full(N, 1 / N), size=min(rows_at_once, resamples - begin))
+        parts.append(statistic(drawn[:, member].astype(np.float64)))
+    found = np.sort(np.concatenate(parts))
+    if found[0] == found[-1]:
+        return Estimate(value, None, None, len(member))
+    reach = math.sqrt(N / (N - 1)) * t_quantile(0.5 + LEVEL / 2, N - 1)
+    tails = np.array([NormalDist().cdf(-reach), NormalDist().cdf(reach)])
+    if method == "bca":
+        without = statistic((1.0 - np.eye(N))[:, member])
+        tails = _bca_tails(tails, found, value, without)
+    low, high = np.quantile(found, tails)
+    return Estimate(value, float(low), float(high), len(member))
+
+
+def _bca_tails(tails: Array, found: Array, value: float, without: Array) -> Array:
+    """Percentiles corrected for bias (z0) and acceleration (a); `without` leaves out one cluster each."""
+    normal = NormalDist()
+    below = (np.sum(found < value) + 0.5 * np.sum(found == value)) / len(found)
+    z0 = normal.inv_cdf(min(max(float(below), 0.5 / len(found)), 1 - 0.5 / len(found)))
+    pull = without.mean() - without
+    spread = float(np.square(pull).sum())
+    a = 0.0 if spread == 0 else float((pull**3).sum()) / (6 * spread**1.5)
+    shifted = [z0 + (z0 + normal.inv_cdf(float(t))) / (1 - a * (z0 + normal.inv_cdf(float(t)))) for t in tails]
+    return np.array([normal.cdf(z) for z in shifted])
+
+
+# --- Shares and paired tests ---------------------------------------------------------------------------------------
+
+
+def wilson(successes: int, n: int) -> Estimate:
+    """A share of independent trials with its score interval (Wilson 1927)."""
+    if n == 0:
+        raise ValueError("a share needs at least one trial")
+    p, z = successes / n, NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p-value that two decoders solve equally many of the same problems (McNemar 1947).
+
+    Args:
+        only_a: problems that A solved and B did not.
+        only_b: the reverse. Problems on which they agree say nothing.
+    """
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def sign_test(differences: Sequence[float]) -> float:
+    """Two-sided exact p-value that differences are as often positive as negative; zeros say nothing."""
+    return mcnemar(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+
+
+def paired_share_difference(both: int, only_a: int, only_b: int, neither: int) -> Estimate:
+    """Share solved by A minus share solved by B on the same problems, with the interval of Agresti and Min (2005).
+
+    It is Wald's after half a problem was added to each of the four counts, which keeps its coverage at few problems.
+    """
+    n = both + only_a + only_b + neither
+    if n == 0:
+        raise ValueError("a difference of shares needs at least one problem")
+    b, c, N = only_a + 0.5, only_b + 0.5, n + 2.0
+    half = NormalDist().inv_cdf(0.5 + LEVEL / 2) * math.sqrt(b + c - (b - c) ** 2 / N) / N
+    centre = (b - c) / N
+    return Estimate((only_a - only_b) / n, max(-1.0, centre - half), min(1.0, centre + half), n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted so that the chance of any false alarm in the family stays at the level (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+# --- Size of an effect, and what would have been seen ------------------------------------------------------------------
+
+
+def geometric_mean_ratio(log_ratios: Sequence[float]) -> Estimate:
+    """exp of the mean log-ratio over pairs with its t interval. Every pair counts, also a stalled one."""
+    found = ratio_of_sums(list(log_ratios), [1] * len(log_ratios))
+    if found.low is None or found.high is None:
+        return found._replace(value=math.exp(found.value))
+    return Estimate(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
+
+
+def standardised_difference(differences: Sequence[float]) -> float:
+    """Mean of paired differences in units of their standard deviation (Cohen's d_z), times Hedges' correction.
+
+    The correction J = 1 - 3 / (4 f - 1), f = n - 1, takes away the bias of a small sample (Hedges 1981).
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if len(d) < 2:
+        raise ValueError("a standardised difference needs at least two pairs")
+    spread = float(d.std(ddof=1))
+    if spread == 0:
+        return math.nan if d[0] == 0 else math.copysign(math.inf, d[0])
+    correction = 1.0 if len(d) == 2 else 1 - 3 / (4 * (len(d) - 1) - 1)
+    return float(d.mean()) / spread * correction
+
+
+def detectable_difference(differences: Sequence[float], *, power: float = 0.8) -> float:
+    """The smallest mean difference that a two-sided paired t test at 5 % would have seen with this power.
+
+    From the spread of the differences that were measured: (t_(0.975) + t_power) s / sqrt(n).
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if len(d) < 2:
+        return math.inf
+    reach = t_quantile(0.5 + LEVEL / 2, len(d) - 1) + t_quantile(power, len(d) - 1)
+    return float(reach * d.std(ddof=1) / math.sqrt(len(d)))
+
+
+def detectable_share(n: int, share: float = 0.5, *, power: float = 0.8) -> float:
+    """The smallest change from `share` that n independent trials would have shown at 5 % with this power."""
+    if n == 0:
+        return math.inf
+    reach = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(power)
+    return reach * math.sqrt(share * (1 - share) / n)

@@ -1,0 +1,144 @@
+"""What a metric was computed from: one number per independent unit (a prompt, a pair of runs, a window of text).
+
+The metric follows from its units, so two results over the same units can be compared unit by unit, long after the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from decodathlon.harness.measure import statistics
+from decodathlon.harness.measure.statistics import Array, Estimate
+
+
+@dataclass(frozen=True)
+class Observations:
+    """A metric's units and how they become one number.
+
+    Args:
+        rows: what each unit is called; the same name in another cell means the same prompt, window or pair.
+        sums: per unit, the total over what it counts.
+        counts: per unit, how many were counted (tokens of a window); 1 for medians.
+        kind: `mean` is total over total with a t interval over units, `median` the median of sums over counts with a
+            sign-test interval.
+        scale: `exp` where the units are logarithms (nats, log-ratios) and the metric is not.
+        share: the metric lies between 0 and 1.
+    """
+
+    rows: Sequence[str]
+    sums: Sequence[float]
+    counts: Sequence[float]
+    kind: Literal["mean", "median"] = "mean"
+    scale: Literal["identity", "exp"] = "identity"
+    share: bool = False
+
+    @classmethod
+    def each(
+        cls, rows: Sequence[str], values: Sequence[float], *, scale: Literal["identity", "exp"] = "identity"
+    ) -> Observations:
+        """One value per unit, whose median is the metric."""
+        return cls(rows, values, [1.0] * len(values), "median", scale)
+
+    def estimate(self) -> Estimate:
+        """The metric with its interval; n counts what was counted."""
+        if self.kind == "median":
+            found = statistics.median(self._values())
+        elif all(map(math.isfinite, self.sums)):
+            found = statistics.ratio_of_sums(self.sums, [int(c) for c in self.counts])
+        else:
+            found = Estimate(math.inf, None, None, int(sum(self.counts)))
+        if self.scale == "exp":
+            found = found._replace(value=_exp(found.value), low=_exp(found.low), high=_exp(found.high))
+        if self.share and found.low is not None and found.high is not None:
+            found = found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "rows": list(self.rows),
+            "sums": [float(f"{s:.9g}") for s in self.sums],
+            "counts": [int(c) if float(c).is_integer() else float(c) for c in self.counts],
+            "kind": self.kind,
+            "scale": self.scale,
+            "share": self.share,
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Observations:
+        # infinities travel as words
+        return cls(**stored | {"sums": [float(s) for s in stored["sums"]]})
+
+    def _values(self) -> list[float]:
+        return [s / c for s, c in zip(self.sums, self.counts, strict=True)]
+
+    def _on(self, rows: Sequence[str]) -> Observations:
+        at = {row: i for i, row in enumerate(self.rows)}
+        picked = [at[row] for row in rows]
+        return Observations(
+            rows, [self.sums[i] for i in picked], [self.counts[i] for i in picked], self.kind, self.scale, self.share
+        )
+
+    def _influence(self) -> tuple[float, Array]:
+        """The metric, and how much each unit moves it, linearised; they sum to zero."""
+        s, c = np.asarray(self.sums, dtype=np.float64), np.asarray(self.counts, dtype=np.float64)
+        mean = float(s.sum() / c.sum())
+        pull = (s - mean * c) / c.sum()
+        return (math.exp(mean), math.exp(mean) * pull) if self.scale == "exp" else (mean, pull)
+
+
+def compared(a: Observations, b: Observations, how: Literal["difference", "ratio"]) -> Estimate | None:
+    """A minus B, or A over B, over the units that both have; the spread that they share cancels.
+
+    Means are linearised (delta method) and get a t interval over units; medians are those of the units' own differences
+    or ratios, with a sign-test interval.
+
+    Returns:
+        n is the number of common units. None where they have none, differ in kind, or are not finite.
+    """
+    mine = set(b.rows)
+    rows = [row for row in a.rows if row in mine]
+    if not rows or (a.kind, a.scale) != (b.kind, b.scale):
+        return None
+    a, b = a._on(rows), b._on(rows)
+    if not all(map(math.isfinite, [*a.sums, *b.sums])):
+        return None
+    if a.kind == "median":
+        return _median_compared(np.asarray(a._values()), np.asarray(b._values()), a.scale, how)
+    (x, pull_x), (y, pull_y) = a._influence(), b._influence()
+    if how == "ratio":
+        if x <= 0 or y <= 0:
+            return None
+        return _log_interval(math.log(x / y), pull_x / x - pull_y / y)
+    return _t_interval(x - y, pull_x - pull_y)
+
+
+def _median_compared(x: Array, y: Array, scale: str, how: str) -> Estimate | None:
+    if how == "difference":
+        return statistics.median(list(np.exp(x) - np.exp(y) if scale == "exp" else x - y))
+    if scale == "identity":
+        if min(x.min(), y.min()) <= 0:
+            return None
+        x, y = np.log(x), np.log(y)
+    return statistics.paired_ratio(list(x - y))
+
+
+def _t_interval(value: float, pull: Array) -> Estimate:
+    N, spread = len(pull), float(np.square(pull).sum())
+    if N < statistics.FEWEST_FOR_INTERVAL or spread == 0:
+        return Estimate(value, None, None, N)
+    half = statistics.t_quantile(0.5 + statistics.LEVEL / 2, N - 1) * math.sqrt(N / (N - 1) * spread)
+    return Estimate(value, value - half, value + half, N)
+
+
+def _log_interval(value: float, pull: Array) -> Estimate:
+    found = _t_interval(value, pull)
+    return found._replace(value=math.exp(value), low=_exp(found.low), high=_exp(found.high))
+
+
+def _exp(value: Any) -> Any:
+    return None if value is None else math.exp(value) if value < 709 else math.inf
