@@ -124,38 +124,43 @@ def load(model: Model, *, device: str, dtype: str, say: Callable[[str], None]) -
         UnsupportedError: an architecture that the targets refuse.
     """
     import torch
-    import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     place = pick_device(device)
     if model.kind == "plugin":
         # A plugin's loader gets the whole spec, the device and the dtype as typed, and returns a Target.
         return registry.get("model-loader", model.location)(model.name, device=place, dtype=dtype)
 
+    import transformers
+
     from decodathlon.harness.targets.transformers import TransformersTarget
 
+    transformers.utils.logging.disable_progress_bar()
     kind = getattr(torch, pick_dtype(dtype, place))
-    weights, tokenizer = _read(model, kind, place, say)
+    weights, tokenizer, revision = _read(model, kind, place, say)
     weights = weights.to(place) if model.options.load == "full" else weights
-    return TransformersTarget(weights, tokenizer, name=model.name)
+    target = TransformersTarget(weights, tokenizer, name=model.name)
+    target.revision = revision
+    return target
 
 
-def _read(model: Model, dtype: Any, device: str, say: Callable[[str], None]) -> tuple[Any, Any]:
+def _read(model: Model, dtype: Any, device: str, say: Callable[[str], None]) -> tuple[Any, Any, str]:
+    """Weights, tokenizer and, where the source has one, its revision."""
     if model.kind == "stories":
         from decodathlon.harness import llama2c
 
         weights, tokenizer = llama2c.load(Path(model.location))
-        return weights.to(dtype), tokenizer
-    source, extra = model.location, _quantisation(model, device)
+        return weights.to(dtype), tokenizer, ""
+    source, extra, revision = model.location, _quantisation(model, device), ""
     if model.kind == "embedded":
-        source = str(embedded.prepare(say))
+        source, revision = str(embedded.prepare(say)), f"gguf-sha256-{embedded.GGUF_SHA256}"
     elif model.kind == "hub":
         source = _hub_snapshot(model, say)
+        revision = Path(source).name  # the hub's cache calls a snapshot's folder by its commit
     elif model.kind == "gguf":
         source, extra = _gguf(Path(model.location))
     else:
         _check_folder(Path(source))
-    return _from_pretrained(source, dtype, extra, model.name)
+    return *_from_pretrained(source, dtype, extra, model.name), revision
 
 
 def check(model: Model, device: str) -> None:

@@ -1,24 +1,25 @@
 """The pytest plugin: options, cells out of suites and decoders, progress, the summary, the exit code.
 
-The controller knows no torch. It plans cells, hands each to an executor, and ingests the shards that come out.
+The controller knows no torch. run.py plans cells, hands each to an executor, and ingests the shards that come out.
 """
 
 from __future__ import annotations
 
-import time
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, fields
-from datetime import UTC, datetime
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from decodathlon.harness.cells import CellSpec, Outcome
-from decodathlon.harness.errors import DecodathlonError
-from decodathlon.harness.plan import Options, cells
-from decodathlon.harness.results import environment, shards, store, table
+from decodathlon.harness.cells import CellSpec
+from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError
+from decodathlon.harness.plan import Options
+from decodathlon.harness.results import environment, gates, table
+from decodathlon.harness.run import CELL_TIMEOUT, Run, Settings
 from decodathlon.harness.suite import SCALES
 from decodathlon.harness.workers.local import EXECUTORS
 
@@ -57,15 +58,66 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--sweep", action="store_true", help="also the sweep values of every decoder, one parameter at a time")
     add("--decoder-file", action="append", default=[], metavar="PATH", help="a Python file with decoders; repeatable")
     add("--executor", choices=sorted(EXECUTORS), default="local", help="a worker process, or this one for a debugger")
+    add(
+        "--cell-timeout",
+        type=_seconds,
+        default=None,
+        metavar="SECONDS",
+        help="how long a cell may measure, loading apart (default "
+        + ", ".join(f"{k} {v:.0f}" for k, v in CELL_TIMEOUT.items())
+        + ")",
+    )
+    add("--resume", default=None, metavar="RUN", help="go on with a run (its id, or `last`): what has no result yet")
+    add(
+        "--gates", default=None, metavar="PATH", help=f"rules that decide the exit code (default {gates.FILE}; or none)"
+    )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text} is not a positive number of seconds")
+    return value
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.option.decodathlon_benchmark:
         return
     try:
-        config.stash[_RUN] = Run(config)
+        config.stash[_RUN] = _run(config)
     except DecodathlonError as error:
         raise pytest.UsageError(str(error)) from None
+    if threading.current_thread() is threading.main_thread():
+        # What a cluster sends before it kills: the run then ends as after Ctrl-C, with its summary.
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(config: pytest.Config) -> Run:
+    option = config.option
+    # resolved, so that a link to a shared file stays a link
+    results = Path(option.decodathlon_results or config.rootpath / "results.duckdb").resolve()
+    rules = Path(option.decodathlon_gates or config.rootpath / gates.FILE)
+    wanted = option.decodathlon_gates != "none" and (option.decodathlon_gates is not None or rules.exists())
+    settings = Settings(
+        results=results,
+        executor=option.decodathlon_executor,
+        cell_timeout=option.decodathlon_cell_timeout,
+        gates=rules if wanted else None,
+    )
+    given = {f.name: getattr(option, "decodathlon_" + f.name) for f in fields(Options)}
+    resume = option.decodathlon_resume
+    if resume is not None:
+        for name, value in given.items():
+            usual = getattr(Options(), name)
+            if value != (list(usual) if isinstance(value, list) else usual):
+                raise SpecError(f"--resume takes what it measures from the run; leave --{name.replace('_', '-')} out")
+        return Run(settings, None, resume, _sayer(config))
+    options = Options(**given | {"data": given["data"] or environment.data_folder()})
+    return Run(settings, options, None, _sayer(config))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,8 +139,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if run is None:
             config.stash[_IDLE] = len(idle)
     if run is not None:
-        chosen = [spec for i in items if (spec := _spec(i)) is not None]
-        run.waiting = {spec.cell_id: spec for spec in chosen}
+        run.waiting = {spec.cell_id: spec for i in items if (spec := _spec(i)) is not None}
 
 
 def _spec(item: pytest.Item) -> CellSpec | None:
@@ -98,11 +149,29 @@ def _spec(item: pytest.Item) -> CellSpec | None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    run = session.config.stash.get(_RUN, None)
+    if run is None or session.config.option.collectonly or not run.waiting:
+        return
+    try:
+        run.begin(list(run.waiting.values()))
+    except DecodathlonError as error:
+        raise pytest.UsageError(str(error)) from None
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter._show_progress_info = False  # our lines tell how far we are; pytest's percentage would cut in
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     spec = _spec(pyfuncitem)
     if spec is None:
         return None
-    outcome = pyfuncitem.config.stash[_RUN].measure(spec)
+    try:
+        outcome = pyfuncitem.config.stash[_RUN].measure(spec)
+    except StoreError as error:  # no shard can be written, so nothing more can be kept: what is there stays
+        pyfuncitem.session.shouldstop = str(error)
+        pytest.fail(str(error), pytrace=False)
     if outcome.status == "unsupported":
         pytest.skip(outcome.reason)
     if outcome.status != "ok":
@@ -130,14 +199,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     run = session.config.stash.get(_RUN, None)
-    if run is None:
+    if run is None or session.config.option.collectonly:
         return
     run.finish()
     fine = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-    if fine and not session.config.option.collectonly and not any(o.status == "ok" for o in run.outcomes):
-        session.exitstatus = EXIT_NOTHING_MEASURED
-    elif fine and run.failed_to_ingest:
+    if not fine:
+        return
+    if run.measured_nothing:
+        session.exitstatus = gates.EXIT_NOTHING_MEASURED
+    elif run.failed_to_ingest:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    else:
+        # A default rule that speaks of nothing in this run is no verdict on it.
+        code = gates.exit_code(run.verdicts)
+        session.exitstatus = 0 if code == gates.EXIT_NOTHING_MEASURED else code
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -151,124 +226,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line("nothing was measured: name the suites, as in `pytest suites/ --benchmark`")
         return
     terminalreporter.section("decodathlon")
-    for line in [*table.tables(run.outcomes)[1:], "", *run.closing]:
+    judged = [v.line for v in run.verdicts if v.cell is not None]
+    for line in [*table.tables(run.outcomes)[1:], *(["", "gates:", *judged] if judged else []), "", *run.closing]:
         terminalreporter.write_line(line)
 
 
-class Run:
-    """One `--benchmark` invocation: its plan, its executor, its progress, its record."""
+def _sayer(config: pytest.Config) -> Any:
+    """Writes a line past pytest's capture, without making it name the suite's file anew for every cell."""
+    announced: Any = None
 
-    def __init__(self, config: pytest.Config) -> None:
-        given = {f.name: getattr(config.option, "decodathlon_" + f.name) for f in fields(Options)}
-        self.options = Options(**given | {"data": given["data"] or environment.data_folder()})
-        # resolved, so that a link to a shared file stays a link
-        self.results = Path(config.option.decodathlon_results or config.rootpath / "results.duckdb").resolve()
-        store.check(self.results)
-        self.specs = cells(self.options)
-        self.waiting: dict[str, CellSpec] = {}
-        self.outcomes: list[Outcome] = []
-        self.closing: list[str] = []
-        self.failed_to_ingest = False
-        self.run_id = environment.run_id()
-        self.folder = shards.folder_of(self.results, self.run_id)
-        self._config = config
-        self._began = time.monotonic()
-        self._announced: Any = None
-        self._executor = EXECUTORS[config.option.decodathlon_executor](self.run_id, self.folder, self._say)
-
-    def measure(self, spec: CellSpec) -> Outcome:
-        """Run one cell and say how it went and how long the rest will take."""
-        if not self.outcomes:
-            self._record()
-            reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
-            if reporter is not None:
-                reporter._show_progress_info = False  # our lines tell how far we are; pytest's percentage would cut in
-        outcome = self._executor.run(spec)
-        self.outcomes.append(outcome)
-        self.waiting.pop(spec.cell_id, None)
-        done = len(self.outcomes)
-        self._say(
-            f"  [{done}/{done + len(self.waiting)}] {spec.suite} {spec.label}: {outcome.status} in "
-            f"{_measuring(outcome):.0f} s, {table.short(outcome)}{self._time_left()}"
-        )
-        return outcome
-
-    def finish(self) -> None:
-        """End the workers and add what was measured to the results file."""
-        self._executor.close()
-        if not self.outcomes:
-            return
-        took = time.monotonic() - self._began
-        self.closing.append(
-            f"run {self.run_id}: {_cells(len(self.outcomes))} in {_duration(took)}; shards in {self.folder}"
-        )
-        if not store.available():
-            self.closing.append(f"DuckDB is not installed here; where it is: python scripts/ingest.py {self.folder}")
-            return
-        try:
-            added = store.ingest(self.results, [self.folder])
-        except DecodathlonError as error:
-            self.closing.append(
-                f"NOT INGESTED, the shards are safe: {error}. Then: python scripts/ingest.py {self.folder}"
-            )
-            self.failed_to_ingest = True
-            return
-        self.closing.append(f"{_cells(added)} added to {self.results}")
-
-    def _record(self) -> None:
-        """What code, machine and options: written before the first cell, so that even a killed run has it."""
-        described = environment.describe()
-        options = asdict(self.options) | {
-            "data": Path(self.options.data).name if self.options.data else None,
-            "decoder_file": [Path(p).name for p in self.options.decoder_file],
-            "model": self.specs[0].model if self.specs else self.options.model,
-        }
-        shards.write(
-            self.folder / shards.RUN_FILE,
-            {
-                "run_id": self.run_id,
-                "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "git_commit": described.pop("git_commit"),
-                "git_dirty": described.pop("git_dirty"),
-                "environment": described,
-                "options": options,
-            },
-        )
-
-    def _time_left(self) -> str:
-        if not self.waiting:
-            return ""
-        past: dict[str, list[float]] = {}
-        for outcome in self.outcomes:
-            past.setdefault(outcome.spec.suite, []).append(_measuring(outcome))
-        mean = {suite: sum(times) / len(times) for suite, times in past.items()}
-        overall = sum(mean.values()) / len(mean)
-        return f" (about {_duration(sum(mean.get(s.suite, overall) for s in self.waiting.values()))} left)"
-
-    def _say(self, text: str) -> None:
-        """Write a line past pytest's capture, without making it name the suite's file anew for every cell."""
-        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
-        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
+    def say(text: str) -> None:
+        nonlocal announced
+        reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+        capture: Any = config.pluginmanager.get_plugin("capturemanager")
         if reporter is None:
             return
         with capture.global_and_fixture_disabled() if capture is not None else nullcontext():
             path = reporter.currentfspath
-            if path != self._announced:
+            if path != announced:
                 reporter.ensure_newline()
             reporter.currentfspath = None
             reporter.write_line(text)
-            reporter.currentfspath = self._announced = path
+            reporter.currentfspath = announced = path
 
-
-def _cells(count: int) -> str:
-    return f"{count} cell" if count == 1 else f"{count} cells"
-
-
-def _measuring(outcome: Outcome) -> float:
-    """Seconds of a cell without what it spent on loading, which the next cell need not spend again."""
-    return outcome.seconds.get("total", 0.0) - outcome.seconds.get("prepare", 0.0)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return say

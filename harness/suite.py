@@ -6,20 +6,28 @@ A suite says what is measured, at which sizes, on which data. A cell is one suit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from decodathlon.harness.registry import registry
+from decodathlon.harness.results.journal import Journal
 from decodathlon.harness.results.metrics import METRICS
 
 if TYPE_CHECKING:
     from decodathlon.harness.datasets import Split, Text
     from decodathlon.harness.decoder import Decoder
+    from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
     from decodathlon.harness.targets.base import Target
 
 SCALES = ("smoke", "quick", "full")
+T = TypeVar("T")
+
+
+class LateError(Exception):
+    """The time of a cell was over before it had measured anything."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,8 @@ class Cell:
         slice: str,
         seed: int,
         texts: Mapping[Split, Text],
+        timeout: float | None = None,
+        notebook: Journal | None = None,
     ) -> None:
         self.suite = suite
         self.decoder = decoder
@@ -111,34 +121,62 @@ class Cell:
         self.samples: list[dict[str, Any]] = []
         self.arrays: dict[str, Sequence[float]] = {}
         self.notes: list[str] = list(target.notes)
+        #: Why the cell measured less than it should have; empty where it did not.
+        self.late = ""
+        self._timeout, self._deadline = timeout, float("inf")
+        self._notebook = notebook or Journal(None)
+
+    def begin(self) -> None:
+        """Start the clock of --cell-timeout."""
+        if self._timeout is not None:
+            self._deadline = time.monotonic() + self._timeout
+
+    def until_late(self, units: Sequence[T]) -> Iterator[T]:
+        """The units of work, one by one, until the cell's time is over; what was measured by then is kept.
+
+        Raises:
+            LateError: nothing had been measured.
+        """
+        for done, unit in enumerate(units):
+            if time.monotonic() > self._deadline:
+                self.late = f"after {self._timeout:.4g} s {done} of {len(units)} units were measured"
+                if done == 0:
+                    raise LateError(f"--cell-timeout {self._timeout:.4g}: nothing was measured in time")
+                return
+            yield unit
 
     def text(self, split: Split = "test") -> Text:
         """Rows of the suite's data set."""
         return self._texts[split]
 
-    def report(self, metric: str, estimate: Estimate, *, baseline: str | None = None) -> None:
-        """Record one number.
+    def report(self, metric: str, found: Estimate | Observations, *, baseline: str | None = None) -> None:
+        """Record one number; with its units, where it has some, so that it can be compared unit by unit.
 
         Raises:
             KeyError: the metric is not in the table of results/metrics.py.
         """
         known = METRICS[metric]
-        self.metrics.append(
-            {
-                "metric": metric,
-                "value": estimate.value,
-                "unit": known.unit,
-                "better": known.better,
-                "ci_low": estimate.low,
-                "ci_high": estimate.high,
-                "n": estimate.n,
-                "baseline": baseline,
-            }
-        )
+        units = None if isinstance(found, tuple) else found.as_json()
+        estimate = found if isinstance(found, tuple) else found.estimate()
+        row = {
+            "metric": metric,
+            "value": estimate.value,
+            "unit": known.unit,
+            "better": known.better,
+            "ci_low": estimate.low,
+            "ci_high": estimate.high,
+            "n": estimate.n,
+            "baseline": baseline,
+            "units": units,
+        }
+        self.metrics.append(row)
+        self._notebook.write("metrics", row)
 
     def sample(self, row: str, **values: Any) -> None:
         """Keep the raw observations of one prompt, window or pair."""
-        self.samples.append({"row": row, "data": values})
+        sample = {"row": row, "data": values}
+        self.samples.append(sample)
+        self._notebook.write("samples", sample)
 
     def array(self, name: str, values: Sequence[float]) -> None:
         """Keep raw numbers per token or per step."""

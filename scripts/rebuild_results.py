@@ -22,7 +22,7 @@ def rebuild(published: Path, results: Path) -> int:
     made = results.with_name(f".{results.name}.rebuilt")
     made.unlink(missing_ok=True)
     runs = sorted(p.parent for p in published.glob("*/run.json"))
-    count = store.ingest(made, runs)
+    count = store.ingest(made, runs).added
     made.replace(results)
     return count
 
@@ -31,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--add", type=Path, action="append", default=[], metavar="RUN_FOLDER")
     for folder in parser.parse_args().add:
-        shutil.copytree(folder, PUBLISHED / folder.name)
+        # what begins with a dot is the user's own: the plan with its paths, locks, journals
+        shutil.copytree(folder, PUBLISHED / folder.name, ignore=shutil.ignore_patterns(".*"))
     rebuild(PUBLISHED, ROOT / "results.duckdb")
 
 

@@ -5,7 +5,7 @@ from decodathlon import Sampler, suite
 
 @suite(
     "throughput",
-    version=1,
+    version=2,
     asks="How fast is the decoder, and how much memory does it take?",
     data="wikitext-2-raw-v1",
     rivals=["greedy", "hf-generate"],
@@ -29,30 +29,41 @@ def test_throughput(cell):
     from decodathlon.harness.measure.statistics import Estimate
 
     sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-"))
-    batches, row_ids = texts.prompts(cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"])
-    pairs = speed.measure(cell.decoder, cell.rivals, cell.target, batches, sizes["tokens"], cell.seed)
-    for number, pair in enumerate(pairs):
+    batches, row_ids, hashes = texts.prompts(
+        cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"]
+    )
+    pairs = []
+    for pair in speed.measure(
+        cell.decoder, cell.rivals, cell.target, cell.until_late(batches), sizes["tokens"], cell.seed
+    ):
+        number = len(pairs)
         cell.sample(
-            f"pair-{number}", rows=row_ids[number], seconds=pair.seconds, first=pair.first, prefill=pair.prefill
+            f"pair-{number}",
+            rows=row_ids[number],
+            hashes=hashes[number],
+            seconds=pair.seconds,
+            first=pair.first,
+            prefill=pair.prefill,
         )
+        pairs.append(pair)
 
-    found = speed.metrics(pairs, batches, sizes["tokens"])
+    found = speed.metrics(pairs, sizes["tokens"])
     for metric, estimate in found.items():
         cell.report(metric, estimate)
     for metric, rival in cell.rivals.items():
         cell.report(metric, speed.ratio(pairs, metric), baseline=rival.spec)
 
     if cell.decoder.claim == "greedy-exact" and "ratio_to_greedy" in cell.rivals:
-        parted = speed.divergences(cell.target, pairs, batches, "ratio_to_greedy")
+        parted = speed.divergences(cell.target, pairs, "ratio_to_greedy")
         for d in parted:
             cell.sample(f"pair-{d.pair}-row-{d.row}", first_divergence=d.position, top2_gap=d.top2_gap)
-        texts = len(pairs) * rows
-        cell.report("greedy_match", Estimate(1 - len(parted) / texts, n=texts), baseline="greedy")
+        answers = len(pairs) * rows
+        cell.report("greedy_match", Estimate(1 - len(parted) / answers, n=answers), baseline="greedy")
     if not all(pair.repeatable for pair in pairs):
         cell.note("the same seed gave other tokens the second time")
     if isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
         draw = speed.sampler_seconds(cell.decoder, cell.target, batches[0])
-        cell.report("sampler_share", Estimate(draw / found["tpot_s"].value, n=20))
+        cell.report("sampler_share", Estimate(draw / found["tpot_s"].estimate().value, n=20))
     cell.target.release()
     peak = memory.peak_bytes(
         lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed),

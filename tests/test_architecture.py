@@ -139,7 +139,7 @@ def test_the_measuring_core_runs_without_the_optional_packages():
         import importlib, pkgutil, decodathlon.harness as h
         for m in pkgutil.walk_packages(h.__path__, "decodathlon.harness."):
             importlib.import_module(m.name)
-        from decodathlon.harness.cells import Bench
+        from decodathlon.harness.bench import Bench
         from decodathlon.harness.plan import Options, cells
         from decodathlon.harness.targets import toy
         assert cells(Options())

@@ -37,6 +37,10 @@ class Text:
         """Of the joined text, so that copies of other sources with the same content agree."""
         return hashlib.sha256(self.joined.encode()).hexdigest()
 
+    def row_hash(self, row: int) -> str:
+        """Short hash of one row: a result names the row without carrying its text."""
+        return hashlib.sha256(self.rows[row].encode()).hexdigest()[:12]
+
     def record(self) -> dict[str, object]:
         """What a result row stores of the data."""
         return {

@@ -8,9 +8,10 @@ A truncating law gives some real tokens probability zero. They are neither skipp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ import torch
 from decodathlon.harness.decoder import Decoder, Sampler
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.law import check
-from decodathlon.harness.measure import statistics
-from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Array, Estimate
+from decodathlon.harness.randomness import RowRandom
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +35,10 @@ MODEL_WEIGHTS = np.concatenate([[1e-3], np.linspace(0.01, 1.0, 100)])
 UNIFORM_WEIGHTS = np.geomspace(1e-8, 0.7, 101)
 #: Rows of logits that are processed at once; 256 rows of 150,000 tokens in float32 are 150 MB.
 ROWS_AT_ONCE = 256
+#: Independent copies of a state with random numbers of its own, over which its law is averaged.
+STATE_COPIES = 32
+#: Begin, end, first counted token.
+Window = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,17 @@ class Scores:
     """Per counted token, in the order of the text; the tokens of one window step form a cluster."""
 
     #: Natural log-probability of the real token under the decoder's law, -inf where cut.
-    decoder: np.ndarray[Any, Any]
+    decoder: Array
     #: The same under the model's unprocessed law.
-    model: np.ndarray[Any, Any]
+    model: Array
     #: Sum of the squared probabilities of the decoder's law.
-    concentration: np.ndarray[Any, Any]
+    concentration: Array
     #: Number of the window step in which the token was new.
-    cluster: np.ndarray[Any, Any]
+    cluster: Array
     vocabulary: int
 
 
-def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
+def windows(length: int, context: int) -> Iterator[Window]:
     """(begin, end, first counted) of each window over `length` tokens. Every token but the very first counts once."""
     stride = context // 2
     counted, begin = 1, 0
@@ -61,43 +67,91 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def score(decoder: Decoder, target: Target, tokens: Sequence[int], context: int) -> Scores:
+def score(
+    decoder: Decoder,
+    target: Target,
+    tokens: Sequence[int],
+    context: int,
+    until_late: Callable[[Sequence[Window]], Iterable[Window]] = iter,
+) -> Scores:
     """Teacher-force `tokens` through the target and score each under the decoder's law.
+
+    Args:
+        until_late: passes on the windows that there is time for.
 
     Raises:
         UnsupportedError: the decoder has no next-token law of its own.
     """
-    if not isinstance(decoder, Sampler):
-        raise UnsupportedError("a next-token law", f"{decoder.spec} draws no token from a law that can be stated")
-    if not decoder.stateless:
-        raise UnsupportedError("a law without state", f"{decoder.spec} draws from more than the logits of one step")
-    context = min(context, target.context_length)
-    parts: list[tuple[np.ndarray[Any, Any], ...]] = []
-    for number, (begin, end, counted) in enumerate(windows(len(tokens), context)):
+    judge = _judge_of(decoder)
+    parts: list[tuple[Array, ...]] = []
+    all_windows = list(windows(len(tokens), min(context, target.context_length)))
+    for number, (begin, end, counted) in enumerate(until_late(all_windows)):
         at = torch.arange(counted - begin - 1, end - begin - 1)
         logits = target.logits(torch.tensor([tokens[begin : end - 1]]), at)[0]
         real = torch.tensor(tokens[counted:end], device=logits.device)
-        parts.append((*_judge(decoder, logits, real), np.full(end - counted, number)))
+        parts.append((*judge(logits, real), np.full(end - counted, number)))
     decoder_law, model_law, concentration, cluster = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Scores(decoder_law, model_law, concentration, cluster, target.vocab_size)
 
 
-def _judge(sampler: Sampler, logits: torch.Tensor, real: torch.Tensor) -> tuple[np.ndarray[Any, Any], ...]:
+def _judge_of(decoder: Decoder) -> Callable[[torch.Tensor, torch.Tensor], tuple[Array, ...]]:
+    """What scores one window after another under this decoder's law: (n, V) logits and (n,) real tokens."""
+    if not isinstance(decoder, Sampler):
+        raise UnsupportedError("a next-token law", f"{decoder.spec} draws no token from a law that can be stated")
+    if decoder.stateless:
+        return partial(_judge, decoder)
+    base = Sampler
+    if type(decoder).choose is not base.choose or type(decoder).next_law is base.next_law:
+        raise UnsupportedError("a law that it draws from", f"{decoder.spec} chooses tokens by other means than its law")
+    return _StatefulJudge(decoder)
+
+
+def _judge(sampler: Sampler, logits: torch.Tensor, real: torch.Tensor) -> tuple[Array, ...]:
     found = []
     for part, token in zip(logits.split(ROWS_AT_ONCE), real.split(ROWS_AT_ONCE), strict=True):
         law = sampler.shape(part)
         check(law, part, sampler.spec)
         own = law.gather(-1, token[:, None])[:, 0]
-        raw = part.gather(-1, token[:, None])[:, 0] - part.logsumexp(-1)
-        found.append(torch.stack([own.double(), raw.double(), law.exp().square().sum(-1).double()]))
+        found.append(torch.stack([own.double(), _raw(part, token), law.exp().square().sum(-1).double()]))
     return tuple(torch.cat(found, dim=1).cpu().numpy())
 
 
-def mixture_nats(scores: Scores, weight: float, *, uniform: bool) -> np.ndarray[Any, Any]:
+def _raw(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return (logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)).double()
+
+
+class _StatefulJudge:
+    """Scores a sampler whose law depends on what it drew before, along the real text.
+
+    The state follows the real tokens. Where the law also depends on random numbers of its own, the probability of the
+    real token is the mean over independent copies of the state (of probabilities, not of their logarithms).
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.copies = STATE_COPIES if sampler.uniforms else 1
+        self.state = sampler.start(self.copies)
+        self.random = RowRandom(0, range(self.copies))
+
+    def __call__(self, logits: torch.Tensor, real: torch.Tensor) -> tuple[Array, ...]:
+        own, concentration = [], []
+        for row, token in zip(logits, real, strict=True):
+            rows = row.expand(self.copies, -1)
+            noise = self.random.uniforms(self.sampler.uniforms).to(row.device)
+            law, self.state = self.sampler.next_law(rows, self.state, noise)
+            check(law, rows, self.sampler.spec)
+            self.state = self.sampler.advance(self.state, token.expand(self.copies))
+            mean = law.double().logsumexp(0) - math.log(self.copies)
+            own.append(mean[token])
+            concentration.append(mean.exp().square().sum())
+        return tuple(x.cpu().numpy() for x in (torch.stack(own), _raw(logits, real), torch.stack(concentration)))
+
+
+def mixture_nats(scores: Scores, weight: float, *, uniform: bool) -> Array:
     """-log((1 - weight) p + weight r) per token, with r the model's law or the uniform one."""
     other = -math.log(scores.vocabulary) if uniform else scores.model
     with np.errstate(divide="ignore"):
-        nats: np.ndarray[Any, Any] = -np.logaddexp(np.log1p(-weight) + scores.decoder, np.log(weight) + other)
+        nats: Array = -np.logaddexp(np.log1p(-weight) + scores.decoder, np.log(weight) + other)
     return nats
 
 
@@ -108,33 +162,37 @@ def tuned_weight(validation: Scores, *, uniform: bool) -> float:
     return float(grid[int(np.argmin(totals))])
 
 
-def metrics(test: Scores, validation: Scores) -> dict[str, Estimate]:
+def metrics(test: Scores, validation: Scores) -> dict[str, Estimate | Observations]:
     """Every perplexity of the suite, by metric name."""
     clusters = [test.cluster == c for c in np.unique(test.cluster)]
     counts = [int(c.sum()) for c in clusters]
     covered = np.isfinite(test.decoder)
 
-    def per_cluster(values: np.ndarray[Any, Any]) -> list[float]:
+    def per_cluster(values: Array) -> list[float]:
         return [float(values[c].sum()) for c in clusters]
 
-    def perplexity(nats: np.ndarray[Any, Any]) -> Estimate:
-        return statistics.perplexity(per_cluster(nats), counts)
+    names = [f"window-{c}" for c in np.unique(test.cluster)]
+
+    def perplexity(nats: Array) -> Observations:
+        return Observations(names, per_cluster(nats), counts, scale="exp")
 
     model_weight = tuned_weight(validation, uniform=False)
     uniform_weight = tuned_weight(validation, uniform=True)
-    kept = [int((c & covered).sum()) for c in clusters]
-    inside = np.where(covered, -test.decoder, 0.0)
     score = np.exp(test.decoder) + 0.5 * (1.0 - test.concentration)
-    found = {
+    found: dict[str, Estimate | Observations] = {
         "ppl": perplexity(-test.decoder),
         "ppl_model": perplexity(-test.model),
-        "coverage": statistics.share(per_cluster(covered.astype(float)), counts),
+        "coverage": Observations(names, per_cluster(covered.astype(float)), counts, share=True),
         "ppl_mixture": perplexity(mixture_nats(test, model_weight, uniform=False)),
         "mixture_weight": Estimate(model_weight, n=len(validation.decoder)),
         "ppl_epsilon": perplexity(mixture_nats(test, uniform_weight, uniform=True)),
-        "sparsemax_score": statistics.share(per_cluster(score), counts),
+        "sparsemax_score": Observations(names, per_cluster(score), counts, share=True),
     }
     if covered.any():
-        nats, some = zip(*[(n, k) for n, k in zip(per_cluster(inside), kept, strict=True) if k], strict=True)
-        found["ppl_conditional"] = statistics.perplexity(nats, some)
+        inside = per_cluster(np.where(covered, -test.decoder, 0.0))
+        kept = [int((c & covered).sum()) for c in clusters]
+        some = [i for i, k in enumerate(kept) if k]
+        found["ppl_conditional"] = Observations(
+            [names[i] for i in some], [inside[i] for i in some], [kept[i] for i in some], scale="exp"
+        )
     return found

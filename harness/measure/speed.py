@@ -6,9 +6,10 @@ the median over pairs does not see a stall. Every decoder makes the same number 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
 from decodathlon.harness.measure import statistics
+from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.targets.base import Target
@@ -34,6 +36,7 @@ class Pair:
     first: float = math.nan
     prefill: float = math.nan
     answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    prompts: Sequence[Sequence[int]] = ()
     #: Whether both runs of every decoder, which have the same seed, gave the same tokens.
     repeatable: bool = True
 
@@ -80,20 +83,20 @@ def measure(
     decoder: Decoder,
     rivals: Mapping[str, Decoder],
     target: Target,
-    batches: Sequence[Sequence[Sequence[int]]],
+    batches: Iterable[Sequence[Sequence[int]]],
     tokens: int,
     seed: int,
-) -> list[Pair]:
-    """One `Pair` per batch of prompts."""
+) -> Iterator[Pair]:
+    """One `Pair` per batch of prompts, as soon as it is measured; the first batch also warms everybody up."""
     runners = {"candidate": decoder, **rivals}
     # On a GPU the warm-up is as long as what is timed, so that every graph has been captured.
     warm_up = tokens if target.device.type == "cuda" else min(tokens, WARM_UP_TOKENS)
-    for runner in runners.values():
-        _check_law(runner, target, batches[0])
-        generate(runner, target, batches[0], warm_up, seed)
-    pairs = []
     for number, prompts in enumerate(batches):
-        pair = Pair()
+        if number == 0:
+            for runner in runners.values():
+                _check_law(runner, target, prompts)
+                generate(runner, target, prompts, warm_up, seed)
+        pair = Pair(prompts=prompts)
         # Who runs first, and who runs twice in a row in the middle, changes from pair to pair: either place has its own
         # speed (caches are cold after another engine, warm after oneself), and a fixed order would favour one decoder.
         turn = number % len(runners)
@@ -105,8 +108,7 @@ def measure(
             pair.repeatable &= pair.answers.setdefault(name, tokens_now) == tokens_now
         pair.first, _ = timed(target, partial(generate, decoder, target, prompts, 1, seed + number))
         pair.prefill, _ = timed(target, partial(target.open, prompts, capacity=max(map(len, prompts)) + tokens))
-        pairs.append(pair)
-    return pairs
+        yield pair
 
 
 @torch.no_grad()
@@ -120,24 +122,29 @@ def _check_law(decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]
         law.check(decoder.shape(logits), logits, decoder.spec)
 
 
-def metrics(pairs: Sequence[Pair], batches: Sequence[Sequence[Sequence[int]]], tokens: int) -> dict[str, Estimate]:
+def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observations]:
     """Absolute speeds of the candidate, by metric name; medians over pairs."""
-    rows = len(batches[0])
+    rows, names = len(pairs[0].prompts), _names(pairs)
     whole = [sum(p.seconds["candidate"]) / len(p.seconds["candidate"]) for p in pairs]
     per_token = [(t - p.first) / (tokens - 1) for t, p in zip(whole, pairs, strict=True)]
-    prompt = [sum(map(len, prompts)) / p.prefill for prompts, p in zip(batches, pairs, strict=True)]
     return {
-        "tokens_per_s": statistics.median([rows / t for t in per_token]),
-        "tpot_s": statistics.median(per_token),
-        "ttft_s": statistics.median([p.first for p in pairs]),
-        "prefill_tokens_per_s": statistics.median(prompt),
+        "tokens_per_s": Observations.each(names, [rows / t for t in per_token]),
+        "tpot_s": Observations.each(names, per_token),
+        "ttft_s": Observations.each(names, [p.first for p in pairs]),
+        "prefill_tokens_per_s": Observations.each(names, [sum(map(len, p.prompts)) / p.prefill for p in pairs]),
         "generated_tokens": Estimate(float(2 * len(pairs) * rows * tokens), n=len(pairs)),
     }
 
 
-def ratio(pairs: Sequence[Pair], rival: str) -> Estimate:
+def ratio(pairs: Sequence[Pair], rival: str) -> Observations:
     """Rival's time over the candidate's."""
-    return statistics.paired_ratio([p.log_ratio(rival) for p in pairs])
+    return Observations.each(_names(pairs), [p.log_ratio(rival) for p in pairs], scale="exp")
+
+
+def _names(pairs: Sequence[Pair]) -> list[str]:
+    """A pair is named by its place and its prompts: in another run it is the same one only on the same prompts."""
+    prompts = [repr([list(p) for p in pair.prompts]).encode() for pair in pairs]
+    return [f"pair-{i}-{hashlib.blake2b(text, digest_size=4).hexdigest()}" for i, text in enumerate(prompts)]
 
 
 @torch.no_grad()
@@ -160,19 +167,17 @@ class Divergence(NamedTuple):
 
 
 @torch.no_grad()
-def divergences(
-    target: Target, pairs: Sequence[Pair], batches: Sequence[Sequence[Sequence[int]]], reference: str
-) -> list[Divergence]:
+def divergences(target: Target, pairs: Sequence[Pair], reference: str) -> list[Divergence]:
     """The first difference of every candidate's text from the reference rival's.
 
     A gap within the rounding of the logits says that both are greedy; a wide gap says that one of them is wrong.
     """
     found = []
-    for number, (pair, prompts) in enumerate(zip(pairs, batches, strict=True)):
+    for number, pair in enumerate(pairs):
         for row, (ours, theirs) in enumerate(zip(pair.answers["candidate"], pair.answers[reference], strict=True)):
             place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
             if place is not None:
-                read = [*prompts[row], *theirs[:place]]
+                read = [*pair.prompts[row], *theirs[:place]]
                 top = target.open([read], capacity=len(read)).next_logits[0].topk(2).values
                 found.append(Divergence(number, row, place, float(top[0] - top[1])))
     return found

@@ -194,7 +194,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return float(min(1.0, 2 * tail / 2**n))
 
 
 def sign_test(differences: Sequence[float]) -> float:
@@ -226,7 +226,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-# --- Size of an effect, and what would have been seen ------------------------------------------------------------------
+# --- Size of an effect, and what would have been seen --------------------------------------------------------------
 
 
 def geometric_mean_ratio(log_ratios: Sequence[float]) -> Estimate:
@@ -269,4 +269,4 @@ def detectable_share(n: int, share: float = 0.5, *, power: float = 0.8) -> float
     if n == 0:
         return math.inf
     reach = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(power)
-    return reach * math.sqrt(share * (1 - share) / n)
+    return float(reach * math.sqrt(share * (1 - share) / n))

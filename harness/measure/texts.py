@@ -23,8 +23,9 @@ class Head(NamedTuple):
 class Prompts(NamedTuple):
     #: One batch of token lists per pair.
     batches: list[list[list[int]]]
-    #: Per batch, the row that each prompt begins.
+    #: Per batch, the row that each prompt begins, and a hash of that row's text.
     rows: list[list[int]]
+    hashes: list[list[str]]
 
 
 def head(text: Text, target: Target, tokens: int | None) -> Head:
@@ -63,7 +64,9 @@ def prompts(text: Text, target: Target, *, pairs: int, rows: int, length: int) -
         if len(found) == pairs * rows:
             cuts = range(0, len(found), rows)
             return Prompts(
-                [[t for _, t in found[i : i + rows]] for i in cuts], [[n for n, _ in found[i : i + rows]] for i in cuts]
+                [[t for _, t in found[i : i + rows]] for i in cuts],
+                [[n for n, _ in found[i : i + rows]] for i in cuts],
+                [[text.row_hash(n) for n, _ in found[i : i + rows]] for i in cuts],
             )
     raise MissingError(
         f"{text.name} ({text.split}) has {len(found)} rows of {length} tokens, {pairs * rows} are needed"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import platform
 import secrets
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,18 @@ CODE = ("harness/", "decoders/", "kernels/", "suites/", "leaderboard/")
 
 def describe() -> dict[str, Any]:
     """Everything that can be told without importing torch."""
-    commit, dirty = git_state(ROOT)
+    commit, dirty, change = git_state(ROOT)
     return {
         "git_commit": commit,
         "git_dirty": dirty,
+        "git_diff_sha256": change,
+        "machine": machine(),
+        "container": container(),
         "python": platform.python_version(),
         "platform": "-".join([platform.system(), platform.machine(), *platform.libc_ver()]),
         "packages": packages(),
+        "all_packages_sha256": all_packages_hash(),
+        "editable_packages": editable_packages(),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory_bytes(),
@@ -51,22 +59,64 @@ def hardware_name(record: dict[str, Any], model: dict[str, Any]) -> str:
     return str(model.get("processor") or f"{record['cpu']}, {model.get('threads', record['cores'])} threads")
 
 
-def git_state(root: Path) -> tuple[str, bool | None]:
-    """Commit and whether tracked code differs from it; ('', None) outside a repository."""
+def git_state(root: Path) -> tuple[str, bool | None, str]:
+    """Commit, whether code differs from it, and a hash of the difference; ('', None, '') outside a repository."""
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=False, errors="replace"
+            )
         except OSError:
             return None
         return done.stdout if done.returncode == 0 else None
 
-    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-z", "--untracked-files=all")
     if commit is None or changed is None:
-        return "", None
-    paths = [(line[:2], line[3:].strip('"')) for line in changed.splitlines()]
-    dirty = [p for state, p in paths if p not in OWN_OUTPUT and (state != "??" or p.startswith(CODE))]
-    return commit.strip(), bool(dirty)
+        return "", None, ""
+    entries = [(line[:2], line[3:]) for line in changed.split("\0") if len(line) > 3]
+    dirty = [(state, p) for state, p in entries if p not in OWN_OUTPUT and (state != "??" or p.startswith(CODE))]
+    if not dirty:
+        return commit.strip(), False, ""
+    digest = hashlib.sha256((git("diff", "HEAD", "--", ".", *[f":!{p}" for p in OWN_OUTPUT]) or "").encode())
+    for state, path in sorted(dirty):
+        if state == "??" and (root / path).is_file():
+            digest.update(path.encode() + (root / path).read_bytes())
+    return commit.strip(), True, digest.hexdigest()[:16]
+
+
+def machine() -> str:
+    """A name for this machine that tells nothing of it: rows of one machine can be put together."""
+    for place in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            return hashlib.sha256(Path(place).read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+
+
+def container() -> str | None:
+    """Which container runtime this process is in, where it shows."""
+    if Path("/.dockerenv").exists():
+        return "docker"
+    if Path("/run/.containerenv").exists():
+        return "podman"
+    kubernetes = "kubernetes" if "KUBERNETES_SERVICE_HOST" in os.environ else None
+    return os.environ.get("container") or kubernetes  # noqa: SIM112 - the name that systemd gave it
+
+
+def all_packages_hash() -> str:
+    """Of every installed distribution with its version."""
+    lines = sorted({f"{d.name}=={d.version}" for d in distributions() if d.name})
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def editable_packages() -> list[str]:
+    """Distributions whose code can change under their version number."""
+    found = set()
+    for distribution in distributions():
+        direct = distribution.read_text("direct_url.json")
+        if direct and json.loads(direct).get("dir_info", {}).get("editable"):
+            found.add(str(distribution.name))
+    return sorted(found)
 
 
 def packages() -> dict[str, str]:
@@ -97,7 +147,10 @@ def memory_bytes() -> int | None:
 
 def gpus() -> list[dict[str, str]]:
     """What nvidia-smi tells of each GPU; empty where there is none."""
-    fields = ["name", "uuid", "driver_version", "memory.total", "power.limit", "clocks.max.sm"]
+    fields = [
+        "name", "uuid", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory",
+        "persistence_mode", "ecc.mode.current", "mig.mode.current", "compute_mode",
+    ]  # fmt: skip
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],

@@ -108,7 +108,7 @@ METRICS: dict[str, Metric] = {
     "ratio_to_self": Metric(
         "1",
         "none",
-        "A decoder against itself (A/A), in the rows of those that others are compared with: how far noise goes.",
+        "A decoder against itself (A/A), run beside itself like any rival: how far noise and the order of runs go.",
     ),
     "greedy_match": Metric(
         "1",

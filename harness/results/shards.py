@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,9 @@ from typing import Any
 from decodathlon.harness.errors import StoreError
 
 RUN_FILE = "run.json"
+#: What the gates said of the run, and what it plans (with the user's own paths, so it is never published).
+GATES_FILE = "gates.json"
+PLAN_FILE = ".plan.json"
 
 
 def folder_of(results: Path, run_id: str) -> Path:
@@ -34,7 +38,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink(missing_ok=True)
         raise StoreError(f"{path} cannot be written: {error.strerror}") from error
 
 
@@ -54,7 +59,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def cells(folder: Path) -> Iterator[Path]:
     """The cell shards of a run's folder."""
-    return (p for p in sorted(folder.glob("*.json")) if p.name != RUN_FILE)
+    others = (RUN_FILE, GATES_FILE)
+    return (p for p in sorted(folder.glob("*.json")) if p.name not in others and not p.name.startswith("."))
 
 
 def plain(value: Any) -> Any:

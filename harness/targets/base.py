@@ -100,6 +100,8 @@ class Target(ABC):
     static_loop: bool = False
     #: Remarks that belong into the record, such as a lean forward left aside.
     notes: tuple[str, ...] = ()
+    #: Commit or hash of the source of the weights, where it has one.
+    revision: str = ""
     #: Parameters of the model, for FLOP estimates; 0 where it has none.
     parameters: int = 0
 

@@ -1,1 +1,1 @@
-"""Where cells run: in worker processes (`local`), or in this one."""
+"""Where cells run: in worker processes (`local`), or in this one (`inline`)."""

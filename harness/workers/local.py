@@ -1,56 +1,72 @@
-"""Executors: where a cell runs. `LocalExecutor` in one process beside this one, `InlineExecutor` right here."""
+"""Executors: where a cell runs. `LocalExecutor` in one process beside this one, `InlineExecutor` right here.
+
+An executor always returns an outcome, and every outcome has left its shard. A worker that hangs, dies or was out of
+memory is replaced; what its cell had observed is in the journal.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from decodathlon.harness.cells import Bench, CellSpec, Outcome
-from decodathlon.harness.results import shards
+from decodathlon.harness.bench import Bench
+from decodathlon.harness.cells import CellSpec, Outcome, Status
+from decodathlon.harness.results import journal, shards
 
-#: How much of a dead worker's stderr its row keeps.
+#: How much of a dead worker's output its row keeps.
 TAIL_CHARACTERS = 4000
 #: How often we look whether a silent worker still lives.
 POLL_SECONDS = 0.5
+#: A cell looks at its time between units of work; one that does not come to its end is killed so much later.
+GRACE_SHARE, GRACE_SECONDS = 0.1, 5.0
+#: The time to fetch, convert and load a model, and to read the data.
+PREPARE_SECONDS = 3600.0
 
 
 class Executor(ABC):
     """Runs cells one after another; every finished cell has left its shard."""
 
-    def __init__(self, run_id: str, folder: Path, say: Callable[[str], None]) -> None:
-        self.run_id, self.folder, self.say = run_id, folder, say
+    def __init__(self, run_id: str, folder: Path, timeout: float, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            timeout: seconds that a cell may measure; loading is apart.
+        """
+        self.run_id, self.folder, self.timeout, self.say = run_id, folder, timeout, say
 
     @abstractmethod
-    def run(self, spec: CellSpec) -> Outcome:
-        """Measure one cell."""
+    def run(self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = ()) -> Outcome:
+        """Measure one cell; `attempts` is how it ended before."""
 
     @abstractmethod
     def close(self) -> None:
         """End what was started."""
 
+    def _shard(self, spec: CellSpec) -> Path:
+        return self.folder / f"{spec.cell_id}.json"
+
 
 class InlineExecutor(Executor):
-    """In this process, for a debugger. A decoder that crashes takes the run with it."""
+    """In this process, for a debugger. A decoder that crashes takes the run with it, and one that hangs hangs."""
 
-    def __init__(self, run_id: str, folder: Path, say: Callable[[str], None]) -> None:
-        super().__init__(run_id, folder, say)
+    def __init__(self, run_id: str, folder: Path, timeout: float, say: Callable[[str], None]) -> None:
+        super().__init__(run_id, folder, timeout, say)
         self._bench = Bench(say)
 
-    def run(self, spec: CellSpec) -> Outcome:
-        outcome = self._bench.measure(spec, self.run_id)
-        shards.write(self.folder / f"{spec.cell_id}.json", outcome.as_shard())
-        return outcome
+    def run(self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = ()) -> Outcome:
+        return self._bench.run(spec, self.run_id, self.folder, timeout=self.timeout, attempts=attempts)
 
     def close(self) -> None:
         """Nothing was started."""
@@ -59,34 +75,69 @@ class InlineExecutor(Executor):
 class LocalExecutor(Executor):
     """In a worker process of its own group, which keeps the loaded model between cells and is replaced when it dies."""
 
-    def __init__(self, run_id: str, folder: Path, say: Callable[[str], None]) -> None:
-        super().__init__(run_id, folder, say)
+    def __init__(self, run_id: str, folder: Path, timeout: float, say: Callable[[str], None]) -> None:
+        super().__init__(run_id, folder, timeout, say)
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers: int | None = None
+        self._deadline, self._late = math.inf, False
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the executor
 
-    def run(self, spec: CellSpec) -> Outcome:
+    def run(self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = ()) -> Outcome:
         if self._process is None:
             self._start()
         assert self._requests is not None
-        assert self._answers is not None
         log_begin = self._log.seek(0, os.SEEK_END)
-        request = {"cell": asdict(spec), "run_id": self.run_id, "folder": str(self.folder)}
-        with contextlib.suppress(BrokenPipeError):  # it died before it read; told below like any other death
-            self._requests.write(json.dumps(request) + "\n")
-            self._requests.flush()
-        for line in self._lines():
-            message: dict[str, Any] = json.loads(line)
-            if "done" in message:
-                return Outcome.from_shard(shards.read(Path(message["done"])))
-            self.say(message["say"])
-        return self._died(spec, log_begin)
+        kills = kernel_kills()
+        request = {
+            "cell": asdict(spec),
+            "run_id": self.run_id,
+            "folder": str(self.folder),
+            "timeout": self.timeout,
+            "attempts": list(attempts),
+        }
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died before it read; told below like any other death
+                self._requests.write(json.dumps(request) + "\n")
+                self._requests.flush()
+            patience = max(PREPARE_SECONDS, self.timeout)
+            self._deadline = time.monotonic() + patience
+            for line in self._lines():
+                message: dict[str, Any] = json.loads(line)
+                if "done" in message:
+                    outcome = Outcome.from_shard(shards.read(Path(message["done"])))
+                    if self._spoilt(outcome):
+                        self.close()
+                    return outcome
+                if "ready" in message:
+                    patience = self.timeout + max(GRACE_SECONDS, GRACE_SHARE * self.timeout)
+                    self._deadline = time.monotonic() + patience
+                else:
+                    self.say(message["say"])
+        except KeyboardInterrupt:
+            self._bury(spec, attempts, log_begin, "cancelled", "interrupted")
+            raise
+        if self._late:
+            reason = f"killed: it did not come to an end within {patience:.4g} s (--cell-timeout {self.timeout:.4g})"
+            return self._bury(spec, attempts, log_begin, "timeout", reason)
+        assert self._process is not None
+        code = self._process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGKILL and kernel_kills() > kills:
+            return self._bury(spec, attempts, log_begin, "oom", "the system killed the worker for want of memory")
+        return self._bury(spec, attempts, log_begin, "crashed", f"the worker {how}")
+
+    @staticmethod
+    def _spoilt(outcome: Outcome) -> bool:
+        """Whether the worker should go: its memory may be in pieces, or its CUDA context broken."""
+        on_gpu = str(outcome.model.get("device", "")).startswith("cuda")
+        return outcome.status in ("oom", "timeout") or (outcome.status == "failed" and on_gpu)
 
     def _lines(self) -> Iterator[bytes]:
-        """What the worker answers, until it is dead. Its pipe alone does not tell: a child that it forked holds it."""
+        """What the worker answers, until it is dead or late. Its pipe alone does not tell: a child may hold it."""
         assert self._process is not None
         assert self._answers is not None
+        self._late = False
         pending = b""
         while True:
             alive = self._process.poll() is None
@@ -96,6 +147,9 @@ class LocalExecutor(Executor):
                 return
             *lines, pending = (pending + chunk).split(b"\n")
             yield from lines
+            if time.monotonic() > self._deadline:
+                self._late = True
+                return
 
     def _start(self) -> None:
         to_worker, from_us = os.pipe()
@@ -114,18 +168,27 @@ class LocalExecutor(Executor):
         self._requests = os.fdopen(from_us, "w", encoding="utf-8")
         self._answers = to_us
 
-    def _died(self, spec: CellSpec, log_begin: int) -> Outcome:
-        assert self._process is not None
-        code = self._process.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    def _bury(
+        self, spec: CellSpec, attempts: Sequence[dict[str, Any]], log_begin: int, status: Status, reason: str
+    ) -> Outcome:
+        """End the worker and write the shard that it could not write, from its journal."""
+        self.close()
+        path, notes = self._shard(spec), journal.path_of(self.folder, spec.cell_id)
+        if path.exists() and not notes.exists():  # it had finished, and died before it could say so
+            found = Outcome.from_shard(shards.read(path))
+            if len(found.attempts) == len(attempts):
+                return found
         self._log.seek(log_begin)
         tail = self._log.read().decode(errors="replace")[-TAIL_CHARACTERS:]
-        self.close()
-        path = self.folder / f"{spec.cell_id}.json"
-        if path.exists():  # it had finished, and died before it could say so
-            return Outcome.from_shard(shards.read(path))
-        outcome = Outcome(spec, self.run_id, status="crashed", reason=f"the worker {how}", error=tail)
+        seen = journal.read(notes)
+        seen["metrics"] = []  # of half a measurement; the observations are kept
+        if status == "timeout" and seen["samples"]:
+            status = "partial"
+        outcome = Outcome(
+            spec, self.run_id, status=status, reason=reason, error=tail, log=tail, attempts=list(attempts), **seen
+        )
         shards.write(path, outcome.as_shard())
+        notes.unlink(missing_ok=True)
         return outcome
 
     def close(self) -> None:
@@ -140,6 +203,15 @@ class LocalExecutor(Executor):
         if self._answers is not None:
             os.close(self._answers)
         self._process = None
+
+
+def kernel_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started; 0 where it does not tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 EXECUTORS: dict[str, type[Executor]] = {"local": LocalExecutor, "inline": InlineExecutor}

@@ -14,13 +14,16 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness.cells import Bench, CellSpec
-from decodathlon.harness.results import shards
+from decodathlon.harness.bench import Bench
+from decodathlon.harness.cells import CellSpec
 
 _PR_SET_PDEATHSIG = 1
+#: How much of its own output a cell that was not measured keeps.
+TAIL_BYTES = 4000
 
 
 def main(incoming: int, outgoing: int) -> None:
@@ -34,14 +37,28 @@ def main(incoming: int, outgoing: int) -> None:
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 
-        bench = Bench(say=lambda text: answer(say=text))
+        bench = Bench(say=lambda text: answer(say=text), ready=lambda: answer(ready=True))
         for line in requests:
             request = json.loads(line)
             spec = CellSpec(**request["cell"])
-            outcome = bench.measure(spec, request["run_id"])
-            path = Path(request["folder"]) / f"{spec.cell_id}.json"
-            shards.write(path, outcome.as_shard())
-            answer(done=str(path))
+            folder = Path(request["folder"])
+            bench.run(
+                spec,
+                request["run_id"],
+                folder,
+                timeout=request["timeout"],
+                attempts=request["attempts"],
+                log=partial(_printed, begin=os.lseek(2, 0, os.SEEK_END)),
+            )
+            answer(done=str(folder / f"{spec.cell_id}.json"))
+
+
+def _printed(begin: int) -> str:
+    """The end of what went to stdout and stderr since `begin`; both are one file that local.py opened for us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end = os.lseek(2, 0, os.SEEK_END)
+    return os.pread(2, TAIL_BYTES, max(begin, end - TAIL_BYTES)).decode(errors="replace")
 
 
 def _die_with_parent() -> None:

@@ -60,7 +60,7 @@ def test_runs_are_mirrored_and_equal_decoders_answer_alike(target, text, monkeyp
     monkeypatch.setattr(speed, "generate", spy)
     batches = texts.prompts(text, target, pairs=2, rows=2, length=20).batches
     rivals = {"ratio_to_self": decoders.build("top-k"), "ratio_to_greedy": decoders.build("greedy")}
-    pairs = speed.measure(decoders.build("top-k"), rivals, target, batches, tokens=6, seed=3)
+    pairs = list(speed.measure(decoders.build("top-k"), rivals, target, batches, tokens=6, seed=3))
     k, g, first = ("top-k", 6), ("greedy", 6), ("top-k", 1)
     assert order[3:] == [k, k, g, g, k, k, first, k, g, k, k, g, k, first]  # after three warm-ups; the order turns
     for pair in pairs:
@@ -70,21 +70,21 @@ def test_runs_are_mirrored_and_equal_decoders_answer_alike(target, text, monkeyp
             "ratio_to_greedy": 2,
         }
         assert pair.answers["candidate"] == pair.answers["ratio_to_self"] != pair.answers["ratio_to_greedy"]
-    found = speed.metrics(pairs, batches, tokens=6)
+    found = speed.metrics(pairs, tokens=6)
     assert found["generated_tokens"].value == 2 * 2 * 2 * 6
-    assert found["tokens_per_s"].value == pytest.approx(2 / found["tpot_s"].value, rel=0.5)
+    assert found["tokens_per_s"].estimate().value == pytest.approx(2 / found["tpot_s"].estimate().value, rel=0.5)
 
 
 def test_a_ratio_is_the_rivals_time_over_the_candidates():
     pairs = [Pair(seconds={"candidate": [1.0, 4.0], "slow": [3.0, 12.0]}) for _ in range(6)]
-    found = speed.ratio(pairs, "slow")
+    found = speed.ratio(pairs, "slow").estimate()
     assert found.value == pytest.approx(3.0)
     assert (found.low, found.high) == pytest.approx((3.0, 3.0))
 
 
 def test_speeds_from_known_times():
-    pairs = [Pair(seconds={"candidate": [1.0, 1.2]}, first=0.1, prefill=0.05) for _ in range(6)]
-    found = speed.metrics(pairs, [[[1] * 10] * 4] * 6, tokens=11)
+    pairs = [Pair({"candidate": [1.0, 1.2]}, first=0.1, prefill=0.05, prompts=[[1] * 10] * 4) for _ in range(6)]
+    found = {name: f if isinstance(f, tuple) else f.estimate() for name, f in speed.metrics(pairs, tokens=11).items()}
     assert found["tpot_s"].value == pytest.approx(0.1)
     assert found["tokens_per_s"].value == pytest.approx(40.0)
     assert found["ttft_s"].value == 0.1
@@ -97,8 +97,8 @@ def test_divergences_name_the_place_and_the_gap(target, text):
     logits = target.open([[*batch[1], *greedy[1][:3]]]).next_logits[0]
     top = logits.topk(2)
     other = [*greedy[1][:3], int(top.indices[1]), 0]
-    pair = Pair(answers={"candidate": [greedy[0], other], "ratio_to_greedy": greedy})
-    ((_, row, place, gap),) = speed.divergences(target, [pair], [batch], "ratio_to_greedy")
+    pair = Pair(answers={"candidate": [greedy[0], other], "ratio_to_greedy": greedy}, prompts=batch)
+    ((_, row, place, gap),) = speed.divergences(target, [pair], "ratio_to_greedy")
     assert (row, place) == (1, 3)
     assert gap == pytest.approx(float(top.values[0] - top.values[1]), abs=1e-4)
 

@@ -21,23 +21,23 @@ def repository(tmp_path):
 
 
 def test_a_changed_results_file_is_no_dirt_and_changed_code_is(repository):
-    commit, dirty = environment.git_state(repository)
+    commit, dirty, change = environment.git_state(repository)
     assert len(commit) == 40
-    assert dirty is False
+    assert (dirty, change) == (False, "")
     (repository / "results.duckdb").write_bytes(b"new")
-    assert environment.git_state(repository) == (commit, False)
+    assert environment.git_state(repository) == (commit, False, "")
     (repository / "my_notes.py").write_text("untracked, beside the code")
-    assert environment.git_state(repository) == (commit, False)
+    assert environment.git_state(repository) == (commit, False, "")
     (repository / "decoders").mkdir()
     (repository / "decoders" / "new.py").write_text("untracked, and it runs")
-    assert environment.git_state(repository) == (commit, True)
+    assert environment.git_state(repository)[:2] == (commit, True)
     (repository / "decoders" / "new.py").unlink()
     (repository / "code.py").write_text("x = 2\n")
-    assert environment.git_state(repository) == (commit, True)
+    assert environment.git_state(repository)[:2] == (commit, True)
 
 
 def test_outside_a_repository_nothing_is_claimed(tmp_path):
-    assert environment.git_state(tmp_path) == ("", None)
+    assert environment.git_state(tmp_path) == ("", None, "")
 
 
 def test_the_description_has_versions_and_the_machine():

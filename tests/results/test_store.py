@@ -54,7 +54,7 @@ def test_a_run_becomes_rows_of_the_view(tmp_path):
         tmp_path, "r1", [outcome("r1"), outcome("r1", 1, status="failed", reason="why", metrics=[], samples=[])]
     )
     path = tmp_path / "results.duckdb"
-    assert store.ingest(path, [run]) == 2
+    assert store.ingest(path, [run]).added == 2
     rows = query(
         path, "SELECT metric, value, ci_low, n, status, reason, hardware, seed FROM results ORDER BY seed, metric"
     )
@@ -75,7 +75,7 @@ def test_a_run_becomes_rows_of_the_view(tmp_path):
 def test_ingesting_twice_adds_nothing(tmp_path):
     run = make_run(tmp_path, "r1", [outcome("r1")])
     path = tmp_path / "results.duckdb"
-    assert [store.ingest(path, [run]) for _ in range(3)] == [1, 0, 0]
+    assert [store.ingest(path, [run]).added for _ in range(3)] == [1, 0, 0]
     assert query(path, "SELECT count(*) FROM metric") == [(2,)]
 
 
@@ -98,7 +98,7 @@ def test_readers_and_writers_do_not_block_each_other(tmp_path):
     command = [sys.executable, "-c", code, path]
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert reader.stdout.readline() == "open\n"
-    assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]) == 1
+    assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]).added == 1
     assert reader.communicate("\n")[0] == "1\n"  # the old file, to its end
     assert query(path, "SELECT count(*) FROM cell") == [(2,)]
 
@@ -200,6 +200,6 @@ def test_what_a_killed_writer_left_is_not_replayed(tmp_path):
     subprocess.run([sys.executable, "-c", code, path, copy], check=False)
     assert copy.with_name(f"{copy.name}.wal").exists()
     copy.unlink()
-    assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]) == 1
+    assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]).added == 1
     assert query(path, "SELECT run_id FROM cell ORDER BY 1") == [("r1",), ("r2",)]
     assert sorted(p.name for p in tmp_path.glob(".*.next*")) == []

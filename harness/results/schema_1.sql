@@ -1,4 +1,5 @@
--- The store. Append-only facts, no foreign keys; `results` is what people read.
+-- Schema 1, 2026-11-21. Append-only facts, no foreign keys; `results` (views.sql) is what people read.
+-- Files in use have this; a change is a new schema_N.sql.
 
 CREATE TABLE migration (version INTEGER PRIMARY KEY, applied TIMESTAMPTZ DEFAULT now());
 
@@ -58,17 +59,3 @@ CREATE TABLE sample (run_id VARCHAR, cell_id VARCHAR, place INTEGER, row VARCHAR
 CREATE TABLE cycle (run_id VARCHAR, cell_id VARCHAR, place INTEGER, data JSON, PRIMARY KEY (run_id, cell_id, place));
 CREATE TABLE profile (run_id VARCHAR, cell_id VARCHAR, stack VARCHAR, seconds DOUBLE);
 CREATE TABLE vote (vote_id VARCHAR PRIMARY KEY, pair_id VARCHAR, annotator VARCHAR, choice VARCHAR, voted TIMESTAMPTZ);
-
--- One row per metric, and one with a null metric for a cell that has none. `audit` is null until a cell was audited.
-CREATE VIEW results AS
-SELECT c.run_id, c.cell_id, c.started, c.suite, c.scale, c.decoder, c.family, c.params, c.claim,
-       NULL::VARCHAR AS audit, c.model, c.dtype, c.dataset, c.slice, m.metric, m.value, m.unit, m.better, m.ci_low,
-       m.ci_high, m.n, m.baseline, c.seed, c.status, c.reason, r.hardware, r.git_commit, r.git_dirty
-FROM cell c
-LEFT JOIN metric m USING (run_id, cell_id)
-LEFT JOIN run r USING (run_id);
-
--- The newest row of each thing measured on each kind of machine.
-CREATE VIEW latest AS
-SELECT * FROM results
-QUALIFY row_number() OVER (PARTITION BY cell_id, metric, hardware, dataset ORDER BY started DESC) = 1;

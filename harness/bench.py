@@ -1,0 +1,208 @@
+"""The bench: measures one cell after another in this process, keeping the loaded model in between."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness import datasets, models
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.cells import CellSpec, Outcome
+from decodathlon.harness.decoder import Decoder
+from decodathlon.harness.errors import DecodathlonError, UnsupportedError
+from decodathlon.harness.measure.conditions import Conditions
+from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.results import journal, shards
+from decodathlon.harness.results.journal import Journal
+from decodathlon.harness.suite import Cell, LateError, Suite
+
+
+class Bench:
+    """Runs cells in this process."""
+
+    def __init__(self, say: Callable[[str], None], ready: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            say: receives one line when something takes long.
+            ready: called when a cell's model is loaded and its measurement begins.
+        """
+        self._say, self._ready = say, ready
+        self._target: tuple[tuple[str, str, str], Any] | None = None
+        self._unloadable: dict[tuple[str, str, str], DecodathlonError] = {}
+        self._texts: dict[tuple[str, str, str | None], datasets.Text] = {}
+
+    def run(
+        self,
+        spec: CellSpec,
+        run_id: str,
+        folder: Path,
+        *,
+        timeout: float | None = None,
+        attempts: Sequence[dict[str, Any]] = (),
+        log: Callable[[], str] = lambda: "",
+    ) -> Outcome:
+        """Measure one cell, leave its shard in `folder`, take its journal away.
+
+        Args:
+            timeout: seconds after which no further unit of work begins; the cell is then `partial`.
+            attempts: how it ended before, in a run that is resumed.
+            log: what the process has printed since the cell began.
+        """
+        path = journal.path_of(folder, spec.cell_id)
+        notebook = Journal(path)
+        outcome = self.measure(spec, run_id, timeout=timeout, notebook=notebook)
+        notebook.close()
+        outcome.attempts = list(attempts)
+        if outcome.status not in ("ok", "unsupported"):
+            outcome.log = log()
+        shards.write(folder / f"{spec.cell_id}.json", outcome.as_shard())
+        path.unlink(missing_ok=True)
+        return outcome
+
+    def measure(
+        self, spec: CellSpec, run_id: str, *, timeout: float | None = None, notebook: Journal | None = None
+    ) -> Outcome:
+        """Run one cell to its end, whatever that is; only a dying process is not turned into an outcome."""
+        outcome, notebook = Outcome(spec, run_id), notebook or Journal(None)
+        begin = time.perf_counter()
+        cell: Cell | None = None
+        conditions = Conditions()
+        try:
+            if spec.broken is not None:
+                raise _BrokenPluginError(spec.broken)
+            cell = self._prepare(spec, outcome, timeout, notebook)
+            outcome.seconds["prepare"] = time.perf_counter() - begin
+            for part in ("decoder", "model", "data", "sizes", "seconds"):
+                notebook.write(part, getattr(outcome, part))
+            conditions.begin(cell.target.device)
+            self._ready()
+            cell.begin()
+            cell.suite.function(cell)
+            if cell.late:
+                outcome.status, outcome.reason = "partial", cell.late
+        except LateError as error:
+            outcome.status, outcome.reason = "timeout", str(error)
+        except UnsupportedError as error:
+            outcome.status, outcome.reason = "unsupported", str(error)
+        except _BrokenPluginError as error:
+            outcome.status, outcome.error = "failed", str(error)
+            outcome.reason = "plugin cannot be imported: " + str(error).strip().splitlines()[-1]
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a cell raises is its result
+            outcome.status = "oom" if _is_out_of_memory(error) else "failed"
+            outcome.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            outcome.error = traceback.format_exc()
+        outcome.seconds["total"] = time.perf_counter() - begin
+        outcome.conditions = conditions.end()
+        if cell is not None:
+            outcome.samples, outcome.notes = cell.samples, [*cell.notes, *conditions.remarks]
+            # What a cell reported before it failed is no result; the raw observations above are kept.
+            outcome.metrics = cell.metrics if outcome.status in ("ok", "partial") else []
+            outcome.arrays = {name: [float(f"{x:.7g}") for x in values] for name, values in cell.arrays.items()}
+        return outcome
+
+    def _prepare(self, spec: CellSpec, outcome: Outcome, timeout: float | None, notebook: Journal) -> Cell:
+        """Everything that can be wrong is looked at before the model is loaded."""
+        load_builtins()
+        registry.load_entry_points()
+        for path in spec.decoder_files:
+            registry.load_file(path)
+        suite: Suite = registry.get("suite", spec.suite)
+        decoder = decoders.build(spec.decoder)
+        outcome.decoder = describe(decoder)
+        outcome.sizes = dict(suite.sizes[spec.scale])
+        texts = {}
+        if suite.data is not None:
+            texts = {split: self._text(suite.data, split, spec.data) for split in ("test", "validation")}
+            outcome.data = texts["test"].record() | {"validation_sha256": texts["validation"].sha256}
+        target = self._load(spec)
+        from decodathlon.harness.measure import identity  # needs torch, which the controller does not load
+
+        outcome.model = identity.record(target)
+        decoder.check(target)
+        rivals, left_out = _rivals(suite, decoder, spec.baseline, target)
+        cell = Cell(
+            suite=suite,
+            decoder=decoder,
+            target=target,
+            rivals=rivals,
+            scale=spec.scale,
+            slice=spec.slice,
+            seed=spec.seed,
+            texts=texts,
+            timeout=timeout,
+            notebook=notebook,
+        )
+        cell.notes += left_out
+        return cell
+
+    def _text(self, name: str, split: datasets.Split, folder: str | None) -> datasets.Text:
+        key = (name, split, folder)
+        if key not in self._texts:
+            self._texts[key] = datasets.find(name, split, folder, self._say)
+        return self._texts[key]
+
+    def _load(self, spec: CellSpec) -> Any:
+        named = spec.model_spec or spec.model
+        key = (named, spec.device, spec.dtype)
+        if key in self._unloadable:  # it would take as long to fail again
+            raise self._unloadable[key]
+        if self._target is None or self._target[0] != key:
+            self._target = None  # the old model must be gone before the new one comes
+            model = models.resolve(named)
+            self._say(f"loading {model.name}")
+            try:
+                self._target = (key, models.load(model, device=spec.device, dtype=spec.dtype, say=self._say))
+            except DecodathlonError as error:
+                self._unloadable[key] = error
+                raise
+        return self._target[1]
+
+
+def describe(decoder: Decoder) -> dict[str, Any]:
+    """What a row stores of a decoder."""
+    return {
+        "name": decoder.info.name,
+        "spec": decoder.spec,
+        "family": decoder.info.family,
+        "params": decoder.params(),
+        "claim": decoder.claim,
+        "source_sha256": hashlib.sha256(Path(inspect.getfile(type(decoder))).read_bytes()).hexdigest(),
+    }
+
+
+def _rivals(suite: Suite, decoder: Decoder, baseline: str, target: Any) -> tuple[dict[str, Decoder], list[str]]:
+    """Rivals by the metric their ratio goes under, and remarks on those that this target cannot run.
+
+    Every cell has the decoder itself among them: against itself it must give 1, so the row shows the noise.
+    """
+    rivals: dict[str, Decoder] = {}
+    remarks: list[str] = []
+    if not suite.rivals:
+        return rivals, remarks
+    named = {f"ratio_to_{name.replace('-', '_')}": name for name in suite.rivals}
+    if baseline not in suite.rivals:
+        named["ratio_to_baseline"] = baseline
+    for metric, text in named.items():
+        rival = decoders.build(text)
+        try:
+            rival.check(target)
+        except UnsupportedError as error:
+            remarks.append(f"no {metric}: {rival.spec} {error}")
+            continue
+        if rival.spec != decoder.spec:
+            rivals[metric] = rival
+    rivals["ratio_to_self"] = decoder
+    return rivals, remarks
+
+
+class _BrokenPluginError(Exception):
+    """Carries the traceback of an import."""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,0 +1,163 @@
+"""What else the machine did while a cell was measured: other processes, throttling, clocks, temperature.
+
+A number from a busy or a hot machine is not wrong, but its reader must be told. Nothing here touches a clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+#: Other processes' share of the cores from which a cell is called contended.
+CONTENDED = 0.1
+#: Seconds between two looks at the GPU.
+LOOK_EVERY = 5.0
+#: NVML's clock event reasons that slow a GPU down against what it could do; idling and set clocks are not among them.
+THROTTLES = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+_GPU_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu", "memory.used")
+#: Drivers before 535 call the same field by its older name.
+_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+
+
+class Conditions:
+    """Watches from `begin` to `end`. On a CPU it looks twice, on a GPU every few seconds."""
+
+    def __init__(self) -> None:
+        #: One line for each thing that a reader of the row should know.
+        self.remarks: list[str] = []
+        self._device: Any = None
+        self._found: dict[str, Any] = {}
+
+    def begin(self, device: Any) -> None:
+        """
+        Args:
+            device: the torch device that computes.
+        """
+        self._device = device
+        self._found = {"load_before": _load(), "switches": _switches(), "pid": os.getpid()}
+        self._at, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+        self._looks: list[dict[str, Any]] = []
+        self._done = threading.Event()
+        if getattr(device, "type", "cpu") == "cuda":
+            self._watcher = threading.Thread(target=self._watch, args=(_uuid(device),), daemon=True)
+            self._watcher.start()
+
+    def _watch(self, uuid: str | None) -> None:
+        while True:
+            look = gpu_look(uuid)
+            if look:
+                self._looks.append(look)
+            if self._done.wait(LOOK_EVERY):
+                return
+
+    def end(self) -> dict[str, Any]:
+        """What was seen, for the record; empty where `begin` was not reached."""
+        if self._device is None:
+            return {}
+        self._done.set()
+        found = self._found | {"load_after": _load()}
+        wall = max(time.monotonic() - self._at, 1e-9)
+        busy = _busy_seconds()
+        if busy is not None and self._busy is not None:
+            others = max(0.0, (busy - self._busy) - (_own_seconds() - self._own))
+            share = others / wall / (os.cpu_count() or 1)
+            found["others_share_of_cores"] = round(share, 4)
+            if share > CONTENDED:
+                self.remarks.append(f"contended: other processes used {share:.0%} of the cores")
+        if getattr(self._device, "type", "cpu") == "cuda":
+            self._watcher.join(timeout=30)
+            found["gpu"] = self._looks
+            self.remarks += gpu_remarks(self._looks, os.getpid())
+        return found
+
+
+def gpu_look(uuid: str | None) -> dict[str, Any]:
+    """Clocks, temperature, power, throttle reasons and processes of one GPU; empty where nvidia-smi does not tell."""
+    which = ["-i", uuid] if uuid else []
+    for reasons in _REASONS:
+        values = _nvidia_smi([*which, f"--query-gpu={','.join([*_GPU_FIELDS, reasons])}"])
+        if values:
+            look: dict[str, Any] = dict(zip([*_GPU_FIELDS, "reasons"], values[0], strict=False))
+            pids = [row[0] for row in _nvidia_smi([*which, "--query-compute-apps=pid"])]
+            look["pids"] = [int(p) for p in pids if p.isdigit()]
+            return look
+    return {}
+
+
+def gpu_remarks(looks: list[dict[str, Any]], own: int) -> list[str]:
+    """What of these looks a reader should know."""
+    remarks, slowed, foreign = [], set(), set()
+    for look in looks:
+        try:
+            bits = int(str(look.get("reasons", "0")), 16)
+        except ValueError:
+            bits = 0
+        slowed |= {name for bit, name in THROTTLES.items() if bits & bit}
+        foreign |= {pid for pid in look.get("pids", []) if pid != own}
+    if slowed:
+        remarks.append(f"throttled: {', '.join(sorted(slowed))}")
+    if foreign:
+        remarks.append(f"contended: {len(foreign)} other processes on the GPU")
+    return remarks
+
+
+def _nvidia_smi(words: list[str]) -> list[list[str]]:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *words, "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, check=False, timeout=20,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode != 0:
+        return []
+    return [[x.strip() for x in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+
+
+def _uuid(device: Any) -> str | None:
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{uuid}" if uuid is not None else None
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _busy_seconds() -> float | None:
+    """CPU time that all processes of the machine have used (Linux): user, nice, system, irq, softirq, steal."""
+    try:
+        values = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except (OSError, ValueError):
+        return None
+    return float(sum(values[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK"))
+
+
+def _own_seconds() -> float:
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def _switches() -> dict[str, Any]:
+    """Settings that change speed or rounding, as they stand when the measurement begins."""
+    import torch
+
+    return {
+        "torch_threads": torch.get_num_threads(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "gc": gc.isenabled(),
+    }

@@ -1,0 +1,117 @@
+"""Cells as gates and comparisons see them: what was measured, by which metric; from outcomes or from a results file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness.cells import Outcome
+from decodathlon.harness.errors import SpecError, near_miss
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.results import store
+
+_COLUMNS = (
+    "cell_id", "suite", "suite_version", "slice", "scale", "decoder", "model", "dtype", "device", "dataset", "seed",
+    "status", "reason",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Number:
+    """One metric of one cell."""
+
+    estimate: Estimate
+    unit: str
+    better: str
+    units: Observations | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell."""
+
+    cell_id: str
+    suite: str
+    suite_version: int
+    slice: str
+    scale: str
+    decoder: str
+    model: str
+    dtype: str
+    device: str
+    dataset: str | None
+    seed: int
+    status: str
+    reason: str
+    metrics: Mapping[str, Number] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite} {self.decoder}" + ("" if self.slice == "all" else f" {self.slice}")
+
+    @property
+    def where(self) -> tuple[Any, ...]:
+        """What must be equal for two decoders' numbers to share a line."""
+        return (self.suite, self.suite_version, self.slice, self.scale, self.model, self.dtype, self.device,
+                self.dataset, self.seed)  # fmt: skip
+
+
+def of_outcomes(outcomes: Sequence[Outcome]) -> list[Measured]:
+    return [
+        Measured(
+            cell_id=o.spec.cell_id,
+            suite=o.spec.suite,
+            suite_version=o.spec.suite_version,
+            slice=o.spec.slice,
+            scale=o.spec.scale,
+            decoder=o.decoder.get("spec", o.spec.decoder),
+            model=o.model.get("name", o.spec.model),
+            dtype=o.model.get("dtype", o.spec.dtype),
+            device=o.model.get("device", o.spec.device),
+            dataset=o.data.get("dataset"),
+            seed=o.spec.seed,
+            status=o.status,
+            reason=o.reason,
+            metrics={m["metric"]: _number(m) for m in o.metrics},
+        )
+        for o in outcomes
+    ]
+
+
+def of_run(path: Path, run: str) -> list[Measured]:
+    """Every cell of a run in a results file; `last` is the newest run.
+
+    Raises:
+        SpecError: the file has no such run.
+    """
+    with store.connect(path) as connection:
+        known = [r for (r,) in connection.execute("SELECT run_id FROM run ORDER BY started, run_id").fetchall()]
+        if run == "last" and known:
+            run = known[-1]
+        if run not in known:
+            raise SpecError(f"{path} has no run {run!r}{near_miss(run, known[-20:])}")
+        cells = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM cell WHERE run_id = ? ORDER BY started", [run])
+        found = [dict(zip(_COLUMNS, row, strict=True)) for row in cells.fetchall()]
+        names = ("cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "units")
+        rows = connection.execute(f"SELECT {', '.join(names)} FROM metric WHERE run_id = ?", [run]).fetchall()
+    metrics: dict[str, dict[str, Number]] = {}
+    for row in rows:
+        metric = dict(zip(names, row, strict=True))
+        metrics.setdefault(metric["cell_id"], {})[metric["metric"]] = _number(metric)
+    return [Measured(**cell, metrics=metrics.get(cell["cell_id"], {})) for cell in found]
+
+
+def _number(metric: dict[str, Any]) -> Number:
+    units = metric.get("units")
+    if isinstance(units, str):
+        units = json.loads(units)
+    return Number(
+        Estimate(metric["value"], metric["ci_low"], metric["ci_high"], metric["n"]),
+        metric["unit"],
+        metric["better"],
+        Observations.from_json(units) if units else None,
+    )

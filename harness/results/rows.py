@@ -1,0 +1,221 @@
+"""From shards, or another results file, to rows: staged beside the tables first, then merged by run and cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from decodathlon.harness.cells import Outcome
+from decodathlon.harness.errors import StoreError
+from decodathlon.harness.results import shards
+from decodathlon.harness.results.environment import hardware_name
+
+if TYPE_CHECKING:
+    import duckdb
+
+TABLES = {
+    "run": ["run_id", "started", "hardware", "git_commit", "git_dirty", "environment", "options"],
+    "cell": [
+        "run_id", "cell_id", "started", "suite", "suite_version", "slice", "scale", "decoder", "family", "params",
+        "claim", "model", "dtype", "device", "dataset", "data", "sizes", "seed", "status", "reason", "error", "seconds",
+        "notes", "attempts", "log", "conditions", "weights", "decoder_sha256", "shard_sha256",
+    ],
+    "metric": ["run_id", "cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "baseline", "units"],
+    "sample": ["run_id", "cell_id", "place", "row", "data"],
+    "gate": ["run_id", "gate", "decoder", "cell_id", "outcome", "detail"],
+}  # fmt: skip
+#: Tables whose rows belong to a cell and go with it when a later attempt takes its place.
+_OF_A_CELL = ("cell", "metric", "sample")
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def sources(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Run folders and results files among `paths`; a folder may also hold run folders.
+
+    Raises:
+        StoreError: a path is neither.
+    """
+    folders, files = [], []
+    for path in paths:
+        if (path / shards.RUN_FILE).is_file():
+            folders.append(path)
+        elif path.is_dir():
+            inside = sorted(p.parent for p in path.glob(f"*/{shards.RUN_FILE}"))
+            if not inside:
+                raise StoreError(f"{path} holds no run: neither it nor a folder in it has a {shards.RUN_FILE}")
+            folders += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise StoreError(f"{path}: there is no such file or folder")
+    return folders, files
+
+
+def of_folders(folders: Sequence[Path]) -> Rows:
+    """The rows of every shard.
+
+    Raises:
+        StoreError: a shard is damaged or was written by newer code.
+    """
+    found: Rows = {table: [] for table in TABLES}
+    for folder in folders:
+        run = shards.read(folder / shards.RUN_FILE)
+        cells = [shards.read(path) for path in shards.cells(folder)]
+        outcomes = [Outcome.from_shard(cell) for cell in cells]
+        model: dict[str, Any] = next((o.model for o in outcomes if o.model), {})
+        try:
+            found["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
+        except KeyError as error:
+            raise StoreError(f"{folder / shards.RUN_FILE} lacks {error}; it is not the record of a run") from error
+        for outcome in outcomes:
+            _add_cell(found, outcome)
+        if (folder / shards.GATES_FILE).is_file():
+            verdicts = shards.read(folder / shards.GATES_FILE).get("verdicts", [])
+            found["gate"] += [{"run_id": run["run_id"], **verdict} for verdict in verdicts]
+    return found
+
+
+def _add_cell(found: Rows, outcome: Outcome) -> None:
+    spec, decoder, model = outcome.spec, outcome.decoder, outcome.model
+    key = {"run_id": outcome.run_id, "cell_id": spec.cell_id}
+    parts = (
+        "started",
+        "status",
+        "reason",
+        "error",
+        "log",
+        "seconds",
+        "notes",
+        "data",
+        "sizes",
+        "attempts",
+        "conditions",
+    )
+    whole = json.dumps(shards.plain(outcome.as_shard()), sort_keys=True)
+    found["cell"].append(
+        {
+            **key,
+            **{k: getattr(spec, k) for k in ("suite", "suite_version", "slice", "scale", "seed")},
+            **{k: getattr(outcome, k) for k in parts},
+            "decoder": decoder.get("spec", spec.decoder),
+            "family": decoder.get("family"),
+            "params": decoder.get("params", {}),
+            "claim": decoder.get("claim"),
+            "decoder_sha256": decoder.get("source_sha256"),
+            "model": model.get("name", spec.model),
+            "dtype": model.get("dtype", spec.dtype),
+            "device": model.get("device", spec.device),
+            "weights": model,
+            "dataset": outcome.data.get("dataset"),
+            "shard_sha256": hashlib.sha256(whole.encode()).hexdigest(),
+        }
+    )
+    found["metric"] += [{**key, **metric} for metric in outcome.metrics]
+    found["sample"] += [{**key, "place": i, **sample} for i, sample in enumerate(outcome.samples)]
+
+
+def batches(folders: Sequence[Path]) -> list[list[Path]]:
+    """Folders in groups in which no run appears twice, so that two copies of a run are merged one after the other."""
+    found: list[dict[str, Path]] = []
+    for folder in folders:
+        run = str(shards.read(folder / shards.RUN_FILE).get("run_id"))
+        free = next((batch for batch in found if run not in batch), None)
+        if free is None:
+            found.append({run: folder})
+        else:
+            free[run] = folder
+    return [list(batch.values()) for batch in found]
+
+
+def stage(connection: duckdb.DuckDBPyConnection, found: Rows, scratch: Path) -> None:
+    """Put rows into `staged_*` tables, through files of JSON lines; DuckDB takes single rows slowly."""
+    for table, columns in TABLES.items():
+        connection.execute(
+            f"CREATE OR REPLACE TEMP TABLE staged_{table} AS SELECT {_names(columns)} FROM {table} LIMIT 0"
+        )
+        if not found[table]:
+            continue
+        types = dict(
+            connection.execute(
+                "SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = ? AND NOT internal", [table]
+            ).fetchall()
+        )
+        file = scratch / f"{table}.jsonl"
+        with file.open("w", encoding="utf-8") as handle:
+            for row in found[table]:
+                line = shards.plain({c: row.get(c) for c in columns})
+                handle.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        spec = ", ".join(f"{c}: '{types[c]}'" for c in columns)
+        connection.execute(
+            f"INSERT INTO staged_{table} SELECT {_names(columns)} FROM read_json('{quoted(file)}', "
+            f"format = 'newline_delimited', columns = {{{spec}}}, maximum_object_size = 268435456)"
+        )
+
+
+def stage_attached(connection: duckdb.DuckDBPyConnection, catalogue: str) -> None:
+    """Put the rows of an attached results file into `staged_*` tables."""
+    for table, columns in TABLES.items():
+        connection.execute(
+            f"CREATE OR REPLACE TEMP TABLE staged_{table} AS SELECT {_names(columns)} FROM {catalogue}.{table}"
+        )
+
+
+def merge(connection: duckdb.DuckDBPyConnection) -> tuple[int, int, list[str]]:
+    """Staged rows, of which none has a run and cell twice, into the tables: cells added, cells replaced, conflicts.
+
+    A cell that is there stays, unless the staged one has more attempts behind it. Where both have as many and are not
+    the same, the one that is there stays and the conflict is told.
+    """
+    tries = "coalesce(json_array_length({}.attempts), 0)"
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE incoming AS
+        SELECT s.run_id, s.cell_id, {tries.format("s")} AS tries, s.shard_sha256 AS sha,
+               c.run_id IS NOT NULL AS again, {tries.format("c")} AS before, c.shard_sha256 AS old
+        FROM staged_cell s LEFT JOIN cell c USING (run_id, cell_id)
+        """
+    )
+    connection.execute("CREATE OR REPLACE TEMP TABLE chosen AS FROM incoming WHERE NOT again OR tries > before")
+    conflicts = connection.execute(
+        "SELECT run_id, cell_id FROM incoming WHERE again AND tries = before AND sha <> old ORDER BY ALL"
+    ).fetchall()
+    runs = connection.execute(
+        """
+        SELECT DISTINCT run_id FROM staged_run s JOIN run r USING (run_id)
+        WHERE (s.git_commit, s.git_dirty) IS DISTINCT FROM (r.git_commit, r.git_dirty) ORDER BY 1
+        """
+    ).fetchall()
+    added, replaced = _counts(connection)
+    # Two transactions, because a key that was deleted may not come back within one. This is a copy: nobody looks.
+    for table in _OF_A_CELL:
+        connection.execute(f"DELETE FROM {table} t USING chosen c WHERE t.run_id = c.run_id AND t.cell_id = c.cell_id")
+    for table in _OF_A_CELL:
+        names = _names(TABLES[table])
+        connection.execute(
+            f"INSERT INTO {table} ({names}) SELECT {_names(TABLES[table], 's')} FROM staged_{table} s "
+            "JOIN chosen c ON s.run_id = c.run_id AND s.cell_id = c.cell_id"
+        )
+    # The gates of a resumed run have been judged again.
+    connection.execute("DELETE FROM gate t USING staged_gate s WHERE t.run_id = s.run_id")
+    for table in ("run", "gate"):
+        names = _names(TABLES[table])
+        connection.execute(f"INSERT OR IGNORE INTO {table} ({names}) SELECT {names} FROM staged_{table}")
+    told = [f"run {r}, cell {c}: is there with other content; the old row stayed" for r, c in conflicts]
+    told += [f"run {r}: is there with another commit; the old record stayed" for (r,) in runs]
+    return added, replaced, told
+
+
+def _counts(connection: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    row = connection.execute("SELECT count(*) FILTER (NOT again), count(*) FILTER (again) FROM chosen").fetchone()
+    return (int(row[0]), int(row[1])) if row else (0, 0)
+
+
+def _names(columns: Sequence[str], table: str = "") -> str:
+    return ", ".join(f"{table}.{c}" if table else c for c in columns)
+
+
+def quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

@@ -1,0 +1,285 @@
+"""One `--benchmark` invocation: its plan, its executor, its progress, its record, its end. Knows nothing of pytest.
+
+A run is a folder of shards. Killed at any moment it keeps every finished cell, and `--resume` measures the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness.cells import FINAL, MEASURED, CellSpec, Outcome, now
+from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError, near_miss
+from decodathlon.harness.locks import file_lock
+from decodathlon.harness.plan import Options, cells
+from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.results import environment, gates, measured, shards, store, table
+from decodathlon.harness.workers.local import EXECUTORS
+
+#: Seconds that a cell may measure, by scale, where --cell-timeout says nothing.
+CELL_TIMEOUT = {"smoke": 600.0, "quick": 1800.0, "full": 6 * 3600.0}
+#: What must be the same machine and libraries for two halves of a run to be one run.
+_SAME = ("git_commit", "git_diff_sha256", "machine", "cpu", "gpus", "python")
+_SAME_PACKAGES = ("decodathlon", "torch", "transformers", "triton", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run is carried out; none of it changes what a cell measures."""
+
+    results: Path
+    executor: str = "local"
+    cell_timeout: float | None = None
+    #: A file of gates; None for none.
+    gates: Path | None = None
+
+
+class Run:
+    """A new run, or one that is taken up again."""
+
+    def __init__(
+        self, settings: Settings, options: Options | None, resume: str | None, say: Callable[[str], None]
+    ) -> None:
+        """
+        Args:
+            options: what a new run measures; None where `resume` names a run.
+            resume: a run's id or `last`.
+            say: writes a line of progress.
+
+        Raises:
+            DecodathlonError: whatever is wrong with the options, the files or the run, before anything is loaded.
+        """
+        self.settings, self._say = settings, say
+        store.check(settings.results)
+        self.gates = gates.load(settings.gates) if settings.gates else []
+        self.outcomes: list[Outcome] = []
+        self.verdicts: list[gates.Verdict] = []
+        #: Lines that say where the results are.
+        self.closing: list[str] = []
+        self.failed_to_ingest = False
+        self._before: dict[str, Outcome] = {}
+        self._held = ExitStack()
+        if resume is not None:
+            self.folder = find(settings.results, resume)
+            self.run_id = self.folder.name
+            self._hold()
+            self.specs, scale = self._taken_up()
+        else:
+            assert options is not None
+            self.run_id = environment.run_id()
+            self.folder = shards.folder_of(settings.results, self.run_id)
+            self.specs, scale = cells(options), options.scale
+        self._options, self.resumed = options, resume is not None
+        timeout = settings.cell_timeout or CELL_TIMEOUT[scale]
+        self.waiting: dict[str, CellSpec] = {s.cell_id: s for s in self.specs}
+        self._began = time.monotonic()
+        self._executor = EXECUTORS[settings.executor](self.run_id, self.folder, timeout, say)
+
+    def _hold(self) -> None:
+        """A run has one controller."""
+        try:
+            self._held.enter_context(file_lock(self.folder / ".lock", timeout=0))
+        except StoreError:
+            raise StoreError(f"run {self.run_id} is being measured by another process") from None
+
+    def begin(self, chosen: Sequence[CellSpec]) -> None:
+        """Write down what will be measured, with what code and machine, before the first cell."""
+        self.waiting = {s.cell_id: s for s in chosen}
+        if self.resumed:
+            record = shards.read(self.folder / shards.RUN_FILE)
+            shards.write(self.folder / shards.RUN_FILE, record | {"resumed": [*record.get("resumed", []), now()]})
+            return
+        self._hold()
+        assert self._options is not None
+        shards.write(self.folder / shards.PLAN_FILE, {"cells": [asdict(s) for s in chosen], "decoders": _files(chosen)})
+        described = environment.describe()
+        options = asdict(self._options) | {
+            "data": Path(self._options.data).name if self._options.data else None,
+            "decoder_file": [Path(p).name for p in self._options.decoder_file],
+            "model": chosen[0].model if chosen else self._options.model,
+        }
+        record = {
+            "run_id": self.run_id,
+            "started": now(),
+            "git_commit": described.pop("git_commit"),
+            "git_dirty": described.pop("git_dirty"),
+            "environment": described,
+            "options": options,
+        }
+        shards.write(self.folder / shards.RUN_FILE, record)
+
+    def measure(self, spec: CellSpec) -> Outcome:
+        """Run one cell and say how it went and how long the rest will take."""
+        before = self._before.get(spec.cell_id)
+        attempts = [*before.attempts, before.as_attempt()] if before is not None else []
+        outcome = self._executor.run(spec, attempts)
+        self.outcomes = [o for o in self.outcomes if o.spec.cell_id != spec.cell_id] + [outcome]
+        self.waiting.pop(spec.cell_id, None)
+        done = len(self.outcomes)
+        self._say(
+            f"  [{done}/{done + len(self.waiting)}] {spec.suite} {spec.label}: {outcome.status} in "
+            f"{_measuring(outcome):.0f} s, {table.short(outcome)}{self._time_left()}"
+        )
+        return outcome
+
+    def finish(self) -> None:
+        """End the workers, judge the gates, and add what was measured to the results file."""
+        self._executor.close()
+        if (self.folder / shards.RUN_FILE).exists():
+            self._collect()
+            if self.outcomes:
+                self._judge()
+                self._ingest()
+            if self.waiting:
+                self.closing.append(f"{_cells(len(self.waiting))} not measured; go on with: {self.resume_command}")
+        self._held.close()
+
+    @property
+    def resume_command(self) -> str:
+        results = "" if self.settings.results.name == "results.duckdb" else f" --results {self.settings.results}"
+        return f"pytest suites/ --benchmark --resume {self.run_id}{results}"
+
+    def _collect(self) -> None:
+        """Also what the interrupted cell left: its executor wrote its shard, but nobody got its outcome."""
+        known = {o.spec.cell_id for o in self.outcomes}
+        for cell_id in list(self.waiting):
+            path = self.folder / f"{cell_id}.json"
+            if cell_id not in known and path.exists():
+                self.outcomes.append(Outcome.from_shard(shards.read(path)))
+
+    def _judge(self) -> None:
+        self.verdicts = gates.judge(self.gates, measured.of_outcomes(self.outcomes))
+        if self.verdicts:
+            rows = [
+                {
+                    "gate": v.gate.rule,
+                    "decoder": v.cell.decoder if v.cell else ", ".join(v.gate.decoder),
+                    "cell_id": v.cell.cell_id if v.cell else "",
+                    "outcome": v.outcome,
+                    "detail": v.detail,
+                }
+                for v in self.verdicts
+            ]
+            shards.write(self.folder / shards.GATES_FILE, {"run_id": self.run_id, "verdicts": rows})
+
+    def _ingest(self) -> None:
+        took = time.monotonic() - self._began
+        self.closing.append(
+            f"run {self.run_id}: {_cells(len(self.outcomes))} in {_duration(took)}; shards in {self.folder}"
+        )
+        if not store.available():
+            self.closing.append(f"DuckDB is not installed here; where it is: decodathlon ingest {self.folder}")
+            return
+        try:
+            found = store.ingest(self.settings.results, [self.folder])
+        except DecodathlonError as error:
+            self.closing.append(f"NOT INGESTED, the shards are safe: {error}. Then: decodathlon ingest {self.folder}")
+            self.failed_to_ingest = True
+            return
+        again = f", {found.replaced} replaced" if found.replaced else ""
+        self.closing.append(f"{_cells(found.added)} added{again} in {self.settings.results}")
+        self.closing += found.conflicts
+
+    def _taken_up(self) -> tuple[list[CellSpec], str]:
+        """The cells that are left of a run, and its scale.
+
+        Raises:
+            StoreError: code, machine or libraries are not those that it began with, or it left no plan.
+        """
+        plan = shards.read(self.folder / shards.PLAN_FILE)
+        planned = [CellSpec.from_json(c) for c in plan["cells"]]
+        self._refuse_changes(plan, planned)
+        for spec in planned:
+            path = self.folder / f"{spec.cell_id}.json"
+            if path.exists():
+                self._before[spec.cell_id] = Outcome.from_shard(shards.read(path))
+        self.outcomes = [o for o in self._before.values() if o.status in FINAL]
+        finished = {o.spec.cell_id for o in self.outcomes}
+        return [s for s in planned if s.cell_id not in finished], planned[0].scale
+
+    def _refuse_changes(self, plan: dict[str, Any], planned: Sequence[CellSpec]) -> None:
+        load_builtins()
+        registry.load_entry_points()
+        remedy = "a run is of one piece: start a new one"
+        for path in {p for s in planned for p in s.decoder_files}:
+            if not Path(path).is_file():
+                raise StoreError(f"--resume {self.run_id}: {path} is gone; put it back, or start a new run")
+            registry.load_file(path)
+        for path, digest in plan["decoders"].items():
+            if _digest(Path(path)) != digest:
+                raise StoreError(f"--resume {self.run_id}: {path} has changed since; {remedy}")
+        for spec in planned:
+            version = registry.get("suite", spec.suite).version
+            if version != spec.suite_version:
+                was = f"suite {spec.suite} was version {spec.suite_version} and is {version}"
+                raise StoreError(f"--resume {self.run_id}: {was}; {remedy}")
+        record = shards.read(self.folder / shards.RUN_FILE)
+        then, today = {**record["environment"], "git_commit": record["git_commit"]}, environment.describe()
+        for key in _SAME:
+            if then.get(key) != today.get(key):
+                what = "the code" if key.startswith("git") else key
+                raise StoreError(f"--resume {self.run_id}: {what} has changed since ({key}); {remedy}")
+        for name in _SAME_PACKAGES:
+            old, new = then["packages"].get(name), today["packages"].get(name)
+            if old != new:
+                raise StoreError(f"--resume {self.run_id}: {name} was {old} and is {new}; {remedy}")
+
+    def _time_left(self) -> str:
+        if not self.waiting:
+            return ""
+        past: dict[str, list[float]] = {}
+        for outcome in self.outcomes:
+            past.setdefault(outcome.spec.suite, []).append(_measuring(outcome))
+        mean = {suite: sum(times) / len(times) for suite, times in past.items()}
+        overall = sum(mean.values()) / len(mean)
+        return f" (about {_duration(sum(mean.get(s.suite, overall) for s in self.waiting.values()))} left)"
+
+    @property
+    def measured_nothing(self) -> bool:
+        return not any(o.status in MEASURED for o in self.outcomes)
+
+
+def find(results: Path, run: str) -> Path:
+    """The folder of a run beside a results file; `last` is the newest.
+
+    Raises:
+        SpecError: there is none of that name, or it left no plan.
+    """
+    beside = results.with_suffix(".shards")
+    runs = sorted(p.parent.name for p in beside.glob(f"*/{shards.PLAN_FILE}"))
+    begun = [r for r in runs if (beside / r / shards.RUN_FILE).is_file()]
+    if not begun:
+        raise SpecError(f"--resume {run}: there is no run to resume in {beside}")
+    name = begun[-1] if run == "last" else run
+    if name not in begun:
+        raise SpecError(f"--resume {run}: there is no such run in {beside}{near_miss(run, begun[-10:])}")
+    for left in (beside / name).glob(".*.json.*"):  # half a shard of a process that was killed
+        left.unlink(missing_ok=True)
+    return beside / name
+
+
+def _files(specs: Sequence[CellSpec]) -> dict[str, str]:
+    return {path: _digest(Path(path)) for spec in specs for path in spec.decoder_files}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell" if count == 1 else f"{count} cells"
+
+
+def _measuring(outcome: Outcome) -> float:
+    """Seconds of a cell without what it spent on loading, which the next cell need not spend again."""
+    return outcome.seconds.get("total", 0.0) - outcome.seconds.get("prepare", 0.0)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,374 @@
+"""Runs that hang, are interrupted, killed or resumed: nothing that was measured is lost, and nothing counts twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from decodathlon.harness.cells import CellSpec, Outcome
+from decodathlon.harness.errors import SpecError, StoreError
+from decodathlon.harness.results import journal, shards, store
+from decodathlon.harness.run import find
+from decodathlon.harness.workers import local
+
+ROOT = Path(__file__).parents[2]
+KILLS, CELLS = 30, 120
+
+DECODERS = '''
+import os, signal, sys, time
+import torch
+from decodathlon import Sampler, decoder
+
+class Plain(Sampler):
+    def shape(self, logits):
+        return logits.log_softmax(-1)
+
+@decoder("calm", claim="exact", bounds={"number": "[0, 100]"})
+class Calm(Plain):
+    number: int = 0
+
+@decoder("slow", claim="exact")
+class Slow(Plain):
+    def generate(self, *given):
+        time.sleep(0.3)
+        return super().generate(*given)
+
+@decoder("hangs", claim="exact")
+class Hangs(Plain):
+    def shape(self, logits):
+        print("about to hang", flush=True)
+        time.sleep(600)
+
+@decoder("hangs-late", claim="exact")
+class HangsLate(Plain):
+    """Measures one pair, then hangs."""
+    calls = 0
+    def generate(self, *given):
+        type(self).calls += 1
+        if type(self).calls > 9:
+            time.sleep(600)
+        return super().generate(*given)
+
+@decoder("greedy-for-memory", claim="exact")
+class Memory(Plain):
+    def shape(self, logits):
+        raise torch.OutOfMemoryError("CUDA out of memory (on purpose)")
+
+@decoder("killed", claim="exact")
+class Killed(Plain):
+    def shape(self, logits):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@decoder("interrupts", claim="exact")
+class Interrupts(Plain):
+    """Ctrl-C for whoever started the worker, in the middle of a cell."""
+    def shape(self, logits):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(600)
+'''
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models.save_folder(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def decoders(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(DECODERS)
+    return file
+
+
+def command(*options):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("DECODATHLON_")}
+    words = [sys.executable, "-m", "pytest", "suites/", "--benchmark", "--gates", "none", *map(str, options)]
+    return {"args": words, "cwd": ROOT, "env": inherited | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}}
+
+
+def measure(*options):
+    return subprocess.run(**command(*options), capture_output=True, text=True, check=False, timeout=300)
+
+
+def new_run(results, model, decoders, *names, suite="throughput"):
+    chosen = [x for name in names for x in ("--decoder", name)]
+    return ["--scale", "smoke", "--model", model, "--results", results, "--suite", suite, "--decoder-file", decoders,
+            *chosen]  # fmt: skip
+
+
+def by_decoder(results):
+    (run,) = results.with_suffix(".shards").iterdir()
+    return {c["spec"]["decoder"]: c for p in shards.cells(run) for c in [json.loads(p.read_text())]}
+
+
+def test_late_cells_keep_what_they_measured_and_hanging_ones_are_killed(model, decoders, tmp_path, monkeypatch):
+    results = tmp_path / "r.duckdb"
+    names = ["slow", "hangs", "hangs-late", "greedy-for-memory", "killed", "calm"]
+    began = time.monotonic()
+    done = measure(*new_run(results, model, decoders, *names), "--cell-timeout", "1.5")
+    assert done.returncode == 1
+    assert time.monotonic() - began < 60
+    found = by_decoder(results)
+    assert {d: c["status"] for d, c in found.items()} == {
+        "slow": "partial", "hangs": "timeout", "hangs-late": "partial", "greedy-for-memory": "oom", "killed": "crashed",
+        "calm": "ok",
+    }  # fmt: skip
+    assert found["slow"]["reason"] == "after 1.5 s 1 of 2 units were measured"
+    assert "tokens_per_s" in {m["metric"] for m in found["slow"]["metrics"]}
+    assert "did not come to an end" in found["hangs"]["reason"]
+    assert "about to hang" in found["hangs"]["log"]
+    assert found["hangs-late"]["metrics"] == []
+    assert [s["row"] for s in found["hangs-late"]["samples"]] == ["pair-0"]
+    assert found["hangs-late"]["decoder"]["spec"] == "hangs-late"  # from the journal: the worker could not tell
+    assert "killed by SIGKILL" in found["killed"]["reason"]
+    with store.connect(results) as connection:
+        assert connection.execute("SELECT count(*) FROM cell").fetchone() == (6,)
+        log = connection.execute("SELECT log FROM cell WHERE decoder = 'hangs'").fetchone()[0]
+    assert "about to hang" in log
+    assert not list(results.with_suffix(".shards").rglob("*.journal"))
+
+
+def test_ctrl_c_ends_cleanly_and_the_printed_command_goes_on(model, decoders, tmp_path):
+    results = tmp_path / "r.duckdb"
+    done = measure(*new_run(results, model, decoders, "calm", "interrupts", "calm[number=2]"))
+    assert done.returncode == 2
+    assert {d: c["status"] for d, c in by_decoder(results).items()} == {"calm": "ok", "interrupts": "cancelled"}
+    assert "tokens_per_s" in done.stdout  # the summary so far
+    (line,) = [x for x in done.stdout.splitlines() if "go on with: pytest" in x]
+    assert line.startswith("2 cells not measured")
+    again = measure(*line.partition("--benchmark ")[2].split(), "--executor", "local")
+    assert again.returncode == 2  # it interrupts again
+    found = by_decoder(results)
+    assert [a["status"] for a in found["interrupts"]["attempts"]] == ["cancelled"]
+    with store.connect(results) as connection:
+        rows = connection.execute("SELECT decoder, status FROM cell ORDER BY 1").fetchall()
+    assert rows == [("calm", "ok"), ("interrupts", "cancelled")]
+
+
+def test_resume_measures_only_what_has_no_result_and_replaces_its_row(model, tmp_path):
+    """The decoder fails until a file appears, so that its source stays as it is."""
+    file, results = tmp_path / "mine.py", tmp_path / "r.duckdb"
+    file.write_text(
+        DECODERS
+        + f"""
+@decoder("moody", claim="exact")
+class Moody(Plain):
+    def shape(self, logits):
+        if not os.path.exists({str(tmp_path / "mended")!r}):
+            raise RuntimeError("not yet")
+        return super().shape(logits)
+"""
+    )
+    first = measure(*new_run(results, model, file, "calm", "moody", suite="wikitext2"))
+    assert first.returncode == 1
+    before = by_decoder(results)
+    (tmp_path / "mended").touch()
+    again = measure("--resume", "last", "--results", results)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 replaced" in again.stdout
+    after = by_decoder(results)
+    assert after["calm"] == before["calm"]
+    assert after["moody"]["status"] == "ok"
+    assert [a["reason"] for a in after["moody"]["attempts"]] == ["RuntimeError: not yet"]
+    with store.connect(results) as connection:
+        assert connection.execute("SELECT decoder, status FROM cell ORDER BY 1").fetchall() == [
+            ("calm", "ok"), ("moody", "ok"),
+        ]  # fmt: skip
+        assert connection.execute("SELECT count(*) FROM run").fetchone() == (1,)
+    nothing_left = measure("--resume", "last", "--results", results)
+    assert nothing_left.returncode == 0
+    assert by_decoder(results) == after
+
+    file.write_text(file.read_text() + "# changed\n")
+    refused = measure("--resume", "last", "--results", results)
+    assert refused.returncode == 4
+    assert "mine.py has changed since; a run is of one piece" in refused.stderr
+
+
+def test_what_cannot_be_resumed_is_a_usage_error(model, tmp_path):
+    results = tmp_path / "r.duckdb"
+    done = measure("--resume", "last", "--results", results)
+    assert done.returncode == 4
+    assert "there is no run to resume" in done.stderr
+    done = measure("--resume", "last", "--results", results, "--decoder", "greedy")
+    assert done.returncode == 4
+    assert "leave --decoder out" in done.stderr
+    folder = results.with_suffix(".shards") / "20260101T000000-abcdef"
+    shards.write(folder / shards.RUN_FILE, {"run_id": folder.name})
+    shards.write(folder / shards.PLAN_FILE, {"cells": []})
+    with pytest.raises(SpecError, match="no such run .* did you mean '20260101T000000-abcdef'"):
+        find(results, "20260101T000000-abcdee")
+
+
+COUNTING = """
+import time
+from decodathlon import suite
+from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.registry import registry
+
+
+def load(name, *, device, dtype):
+    from decodathlon.harness.targets.toy import Ising
+
+    return Ising(4, 0.42)
+
+
+registry.add("model-loader", "ising-for-kills", load, __file__)
+
+
+@suite("counting", version=1, asks="?", sizes={s: {"units": 4} for s in ("smoke", "quick", "full")})
+def test_counting(cell):
+    for unit in cell.until_late(range(cell.sizes["units"])):
+        time.sleep(0.02)
+        cell.sample(f"unit-{unit}", square=unit * cell.decoder.k)
+    cell.report("generated_tokens", Estimate(float(cell.decoder.k), n=4))
+"""
+
+
+def test_a_killed_run_keeps_every_finished_cell(tmp_path):
+    """Killed at 30 random moments and resumed each time, it ends with the rows of a run that nobody touched."""
+    rng = random.Random(4)
+    suite = tmp_path / "test_counting.py"
+    suite.write_text(COUNTING)
+
+    def counting(results, *options):
+        given = command("--results", results, *options)
+        given["args"][3] = str(suite)
+        return given
+
+    calm, killed = tmp_path / "calm.duckdb", tmp_path / "killed.duckdb"
+    options = ["--model", "ising-for-kills", "--suite", "counting", "--decoder-file", suite]
+    options += [x for k in range(1, CELLS + 1) for x in ("--decoder", f"top-k[k={k}]")]
+    began = time.monotonic()
+    assert subprocess.run(**counting(calm, *options), check=False, stdout=subprocess.DEVNULL).returncode == 0
+    start = time.monotonic() - began - CELLS * 0.08  # what it takes until the first cell begins
+    kills, seen = 0, {}
+    for attempt in range(KILLS + 2):
+        process = subprocess.Popen(**counting(killed, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=rng.uniform(0.4, 1.1) * start + rng.uniform(0, 0.5) if attempt < KILLS else 120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        # One folder per beginning: until plan and record are written there is nothing to go on with.
+        begun = [f for f in killed.with_suffix(".shards").glob("*") if (f / shards.RUN_FILE).exists()]
+        assert len(begun) <= 1
+        if begun:
+            options = ["--resume", "last"]
+            finished = {p.name: p.read_bytes() for p in shards.cells(begun[0])}
+            for name, content in seen.items():
+                assert finished[name] == content or json.loads(content)["status"] != "ok"
+            seen = finished
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0
+    assert kills == KILLS
+    time.sleep(2)
+    assert orphans() == []
+    rows = {}
+    for path in (calm, killed):
+        with store.connect(path) as connection:
+            rows[path] = connection.execute(
+                "SELECT decoder, status, metric, value, n FROM results ORDER BY decoder, metric"
+            ).fetchall()
+            assert connection.execute("SELECT count(*) FROM sample").fetchone() == (4 * CELLS,)
+    assert rows[calm] == rows[killed]
+    assert {row[1] for row in rows[killed]} == {"ok"}
+
+
+def orphans():
+    """Workers whose controller is gone."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+            parent = (entry.parent / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if b"decodathlon.harness.workers.worker" in words and parent == "1":
+            found.append(entry.parent.name)
+    return found
+
+
+def test_two_runs_may_write_one_file(model, decoders, tmp_path):
+    results = tmp_path / "r.duckdb"
+    both = [
+        subprocess.Popen(**command(*new_run(results, model, decoders, name, suite="wikitext2")), stdout=subprocess.PIPE)
+        for name in ("calm", "calm[number=1]")
+    ]
+    for process in both:
+        process.communicate(timeout=300)
+        assert process.returncode == 0
+    with store.connect(results) as connection:
+        assert connection.execute("SELECT count(*), count(DISTINCT run_id) FROM cell").fetchone() == (2, 2)
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing_before(model, decoders, tmp_path):
+    """A file system of one megabyte would need root; instead the second shard's name is taken by a folder."""
+    results = tmp_path / "r.duckdb"
+    planned = measure(*new_run(results, model, decoders, "calm", "calm[number=1]", "calm[number=2]", suite="wikitext2"))
+    assert planned.returncode == 0
+    (run,) = results.with_suffix(".shards").iterdir()
+    cells = {json.loads(p.read_text())["spec"]["decoder"]: p for p in shards.cells(run)}
+    cells["calm[number=2]"].unlink()
+    cells["calm[number=1]"].unlink()
+    cells["calm[number=1]"].mkdir()
+    kept = cells["calm"].read_bytes()
+    done = measure("--resume", "last", "--results", results)
+    assert done.returncode == 4
+    assert "is not a whole shard" in done.stderr
+    assert cells["calm"].read_bytes() == kept
+
+
+def executor(folder, timeout=60.0):
+    return local.LocalExecutor("r", folder, timeout, lambda text: None)
+
+
+def test_a_shard_that_cannot_be_written_is_told_and_the_worker_ends(tmp_path, monkeypatch):
+    spec = CellSpec("wikitext2", 1, "all", "greedy", "m", "smoke", 0, broken="ImportError: not here")
+    blocked = tmp_path / "taken"
+    blocked.write_text("a file where the folder should be")
+    ours = executor(blocked)
+    with pytest.raises(StoreError, match="cannot be written"):
+        ours.run(spec)
+    assert ours._process is None
+
+
+def test_a_worker_that_the_kernel_killed_for_memory_is_oom(tmp_path, monkeypatch):
+    counts = iter([3, 4])
+    monkeypatch.setattr(local, "kernel_kills", lambda: next(counts))
+    monkeypatch.setenv("DECODATHLON_TEST", "1")
+    file = tmp_path / "mine.py"
+    file.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    spec = CellSpec("wikitext2", 1, "all", "greedy", "m", "smoke", 0, decoder_files=(str(file),))
+    outcome = executor(tmp_path / "run").run(spec)
+    assert (outcome.status, outcome.reason) == ("oom", "the system killed the worker for want of memory")
+    assert local.kernel_kills.__name__ == "<lambda>"
+
+
+def test_the_journal_is_read_up_to_its_torn_end(tmp_path):
+    path = tmp_path / "c.journal"
+    book = journal.Journal(path)
+    book.write("decoder", {"spec": "greedy"})
+    book.write("samples", {"row": "a", "data": {"x": float("inf")}})
+    book.write("samples", {"row": "b", "data": {}})
+    book.close()
+    path.write_text(path.read_text() + '{"samples": {"row": "torn')
+    found = journal.read(path)
+    assert [s["row"] for s in found["samples"]] == ["a", "b"]
+    assert found["decoder"] == {"spec": "greedy"}
+    assert journal.read(tmp_path / "none")["samples"] == []
+
+
+def test_a_later_attempt_remembers_the_earlier_ones(tmp_path):
+    outcome = Outcome(CellSpec("wikitext2", 1, "all", "greedy", "m", "smoke", 0), "r", status="timeout", reason="late")
+    assert outcome.as_attempt()["reason"] == "late"
+    assert "metrics" not in outcome.as_attempt()
