@@ -19,7 +19,7 @@ from decodathlon.harness.run import find
 from decodathlon.harness.workers import local
 
 ROOT = Path(__file__).parents[2]
-KILLS, CELLS = 30, 120
+KILLS, CELLS = 30, 30
 
 DECODERS = '''
 import os, signal, sys, time
@@ -233,55 +233,59 @@ def test_counting(cell):
 
 
 def test_a_killed_run_keeps_every_finished_cell(tmp_path):
-    """Killed at 30 random moments and resumed each time, it ends with the rows of a run that nobody touched."""
+    """Killed at 30 random moments and resumed each time, runs end with the rows of one that nobody touched."""
     rng = random.Random(4)
     suite = tmp_path / "test_counting.py"
     suite.write_text(COUNTING)
+    new = ["--model", "ising-for-kills", "--suite", "counting", "--decoder-file", suite]
+    new += [x for k in range(1, CELLS + 1) for x in ("--decoder", f"top-k[k={k}]")]
 
-    def counting(results, *options):
+    def run(results, *options):
         given = command("--results", results, *options)
         given["args"][3] = str(suite)
-        return given
+        return subprocess.Popen(**given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    calm, killed = tmp_path / "calm.duckdb", tmp_path / "killed.duckdb"
-    options = ["--model", "ising-for-kills", "--suite", "counting", "--decoder-file", suite]
-    options += [x for k in range(1, CELLS + 1) for x in ("--decoder", f"top-k[k={k}]")]
+    calm = tmp_path / "calm.duckdb"
     began = time.monotonic()
-    assert subprocess.run(**counting(calm, *options), check=False, stdout=subprocess.DEVNULL).returncode == 0
-    start = time.monotonic() - began - CELLS * 0.08  # what it takes until the first cell begins
-    kills, seen = 0, {}
-    for attempt in range(KILLS + 2):
-        process = subprocess.Popen(**counting(killed, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.4, 1.1) * start + rng.uniform(0, 0.5) if attempt < KILLS else 120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        # One folder per beginning: until plan and record are written there is nothing to go on with.
-        begun = [f for f in killed.with_suffix(".shards").glob("*") if (f / shards.RUN_FILE).exists()]
-        assert len(begun) <= 1
-        if begun:
-            options = ["--resume", "last"]
-            finished = {p.name: p.read_bytes() for p in shards.cells(begun[0])}
-            for name, content in seen.items():
-                assert finished[name] == content or json.loads(content)["status"] != "ok"
-            seen = finished
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0
-    assert kills == KILLS
+    assert run(calm, *new).wait() == 0
+    whole, expected = time.monotonic() - began, rows_of(calm)
+    assert len(expected) == CELLS
+
+    moments = [rng.uniform(0.2, 1.0) * whole for _ in range(KILLS)]
+    finished_runs = 0
+    while moments or finished_runs == 0:
+        results, options, seen = tmp_path / f"killed-{len(moments)}.duckdb", new, {}
+        while True:
+            process = run(results, *options)
+            try:
+                process.wait(timeout=moments.pop() if moments else 120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            # Until plan and record are written there is nothing to go on with, and no cell has begun.
+            begun = [f for f in results.with_suffix(".shards").glob("*") if (f / shards.RUN_FILE).exists()]
+            assert len(begun) <= 1
+            if begun:
+                options = ["--resume", "last"]
+                now = {p.name: p.read_bytes() for p in shards.cells(begun[0])}
+                for name, content in seen.items():
+                    assert now[name] == content or json.loads(content)["status"] != "ok"
+                seen = now
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+        assert rows_of(results) == expected
+        finished_runs += 1
     time.sleep(2)
     assert orphans() == []
-    rows = {}
-    for path in (calm, killed):
-        with store.connect(path) as connection:
-            rows[path] = connection.execute(
-                "SELECT decoder, status, metric, value, n FROM results ORDER BY decoder, metric"
-            ).fetchall()
-            assert connection.execute("SELECT count(*) FROM sample").fetchone() == (4 * CELLS,)
-    assert rows[calm] == rows[killed]
-    assert {row[1] for row in rows[killed]} == {"ok"}
+
+
+def rows_of(path):
+    with store.connect(path) as connection:
+        assert connection.execute("SELECT count(*) FROM sample").fetchone() == (4 * CELLS,)
+        return connection.execute(
+            "SELECT decoder, status, metric, value, n FROM results ORDER BY decoder, metric"
+        ).fetchall()
 
 
 def orphans():
