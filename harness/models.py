@@ -163,6 +163,21 @@ def _read(model: Model, dtype: Any, device: str, say: Callable[[str], None]) -> 
     return *_from_pretrained(source, dtype, extra, model.name), revision
 
 
+def fetch(model: Model, say: Callable[[str], None]) -> str:
+    """Have the files of a model at hand; returns where they are.
+
+    Raises:
+        MissingError: they cannot be had, or the model's plugin keeps them itself.
+    """
+    if model.kind == "embedded":
+        return str(embedded.prepare(say))
+    if model.kind == "hub":
+        return _hub_snapshot(model, say)
+    if model.kind == "plugin":
+        raise MissingError(f"model {model.name} comes from a plugin, which fetches what it needs when it is loaded")
+    return model.location
+
+
 def check(model: Model, device: str) -> None:
     """What can be known to fail before a run begins. Imports torch only where CUDA is asked for.
 

@@ -159,7 +159,8 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
         return EXIT_FAILED
     if any(v.outcome == "inconclusive" and v.gate.inconclusive == "fail" for v in verdicts):
         return EXIT_INCONCLUSIVE
-    lost = any(v.outcome == "not run" and v.cell is not None and v.cell.status != "unsupported" for v in verdicts)
+    cells = [v.cell for v in verdicts if v.cell is not None]
+    lost = any(c.status not in ("ok", "unsupported") for c in cells)
     nothing = bool(verdicts) and all(v.outcome == "not run" for v in verdicts)
     return EXIT_NOTHING_MEASURED if lost or nothing else 0
 
@@ -181,14 +182,14 @@ def _judge(gate: Gate, cell: Measured, cells: Sequence[Measured]) -> Verdict:
     limit, how = gate.limit, ""
     if gate.reference is None:
         found = number.estimate
-        floor = _floor(gate.metric, cell)
+        floor = noise_floor(gate.metric, cell)
     else:
         other = next((c for c in cells if c.decoder == gate.reference and c.where == cell.where), None)
         rival = other.metrics.get(gate.metric) if other is not None and other.status == "ok" else None
         if other is None or rival is None:
             return Verdict(gate, cell, "not run", f"{gate.reference} was not measured beside it")
         found, how = _relative(number, rival, "ratio" if gate.operator == "*" else "difference")
-        floor = max(_floor(gate.metric, cell), _floor(gate.metric, other)) if gate.operator == "*" else 0.0
+        floor = max(noise_floor(gate.metric, cell), noise_floor(gate.metric, other)) if gate.operator == "*" else 0.0
     return _decide(gate, cell, found, limit, floor, how)
 
 
@@ -210,7 +211,7 @@ def _relative(number: Number, rival: Number, how: Literal["difference", "ratio"]
     return Estimate(value, a.low - b.high, a.high - b.low, a.n), " relative to it, not paired"  # type: ignore[operator]
 
 
-def _floor(metric: str, cell: Measured) -> float:
+def noise_floor(metric: str, cell: Measured) -> float:
     """How far, as a logarithm, the decoder seemed to differ from itself; 0 for what time does not move."""
     timed = metric.startswith("ratio_to_") or METRICS[metric].unit in ("s", "1/s")
     own = cell.metrics.get("ratio_to_self")

@@ -88,12 +88,8 @@ def of_run(path: Path, run: str) -> list[Measured]:
     Raises:
         SpecError: the file has no such run.
     """
+    run = run_id(path, run)
     with store.connect(path) as connection:
-        known = [r for (r,) in connection.execute("SELECT run_id FROM run ORDER BY started, run_id").fetchall()]
-        if run == "last" and known:
-            run = known[-1]
-        if run not in known:
-            raise SpecError(f"{path} has no run {run!r}{near_miss(run, known[-20:])}")
         cells = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM cell WHERE run_id = ? ORDER BY started", [run])
         found = [dict(zip(_COLUMNS, row, strict=True)) for row in cells.fetchall()]
         names = ("cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "units")
@@ -103,6 +99,21 @@ def of_run(path: Path, run: str) -> list[Measured]:
         metric = dict(zip(names, row, strict=True))
         metrics.setdefault(metric["cell_id"], {})[metric["metric"]] = _number(metric)
     return [Measured(**cell, metrics=metrics.get(cell["cell_id"], {})) for cell in found]
+
+
+def run_id(path: Path, run: str) -> str:
+    """The id that `run` names; `last` is the newest run of the file.
+
+    Raises:
+        SpecError: the file has no such run; the nearest one is named.
+    """
+    with store.connect(path) as connection:
+        known = [str(r) for (r,) in connection.execute("SELECT run_id FROM run ORDER BY started, run_id").fetchall()]
+    if run == "last" and known:
+        return known[-1]
+    if run not in known:
+        raise SpecError(f"{path} has no run {run!r}{near_miss(run, known[-20:])}")
+    return run
 
 
 def _number(metric: dict[str, Any]) -> Number:

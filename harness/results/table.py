@@ -37,6 +37,14 @@ def quantity(metric: dict[str, Any], *, interval: bool = False) -> str:
     return text + unit
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with columns one under the other; what is beyond the last column of a short row does not count."""
+    whole = max(map(len, rows))
+    widths = [max(len(r[i]) for r in rows if len(r) == whole) for i in range(whole)]
+    widths[0] = max((len(r[0]) for r in rows if len(r) > 1), default=widths[0])
+    return ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=False)).rstrip() for r in rows]
+
+
 def short(outcome: Outcome) -> str:
     """The first metric that the suite's table shows, or the reason why there is none."""
     if outcome.status not in ("ok", "partial"):
@@ -68,11 +76,7 @@ def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
             rows.append([label, outcome.decoder["claim"], *[_cell_text(found[c], best[c]) for c in columns]])
         else:
             rows.append([label, f"{outcome.status}: {outcome.reason}"])
-    widths = [max(len(r[i]) for r in rows if len(r) == len(rows[0])) for i in range(len(rows[0]))]
-    widths[0] = max(len(r[0]) for r in rows)
-    body = [
-        "  ".join([*(x.ljust(w) for x, w in zip(r, widths, strict=False)), *r[len(widths) :]]).rstrip() for r in rows
-    ]
+    body = aligned(rows)
     title = f"{suite} {part}" if part != "all" else suite
     measured = any(o.status == "ok" for o in members)
     warning = [] if not measured or any(best.values()) or len(members) < 2 else ["(too few observations to rank)"]

@@ -24,7 +24,8 @@ class Step(NamedTuple):
 
     #: (B, Q, V) next-token logits after each new token, in float32 or wider.
     logits: Tensor
-    #: Residual stream by layer number, each (B, Q, E): 0 is the input of the first block, i the output of block i.
+    #: Hidden states by number, each (B, Q, E): 0 is the input of the first block, i the output of block i (the residual
+    #: stream), and one beyond the last block what its final norm made of that.
     hidden: Mapping[int, Tensor]
 
 
@@ -38,6 +39,8 @@ class Context(ABC):
     next_logits: Tensor
     #: The most tokens that a row can hold.
     capacity: int
+    #: Hidden states of the prompts that `open` was asked for, by number, each (B, L, E), padded at the end.
+    prompt_hidden: Mapping[int, Tensor]
 
     @property
     def rows(self) -> int:
@@ -106,8 +109,14 @@ class Target(ABC):
     parameters: int = 0
 
     @abstractmethod
-    def open(self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None) -> Context:
-        """Read the prompts, ragged or not, once; every row can then grow to `capacity` tokens."""
+    def open(
+        self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None, hidden: Sequence[int] = ()
+    ) -> Context:
+        """Read the prompts, ragged or not, once; every row can then grow to `capacity` tokens.
+
+        Args:
+            hidden: hidden states of the prompts that are wanted, as in `Context.extend`.
+        """
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of `text`; `special` adds what the model expects at the start (BOS)."""

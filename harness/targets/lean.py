@@ -83,6 +83,8 @@ class LeanForward:
             x = x + F.linear(F.silu(gate).mul_(up), layer.down)
         if len(self.layers) in hidden:
             states[len(self.layers)] = x
+        if len(self.layers) + 1 in hidden:
+            states[len(self.layers) + 1] = rms_norm(x, self.final_norm, self.eps)
         if logits_at is not None:
             x = x[:, logits_at]
         return F.linear(rms_norm(x, self.final_norm, self.eps), self.head), states

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from decodathlon.harness.errors import ContextOverflowError
+from decodathlon.harness.errors import ContextOverflowError, UnsupportedError
 from decodathlon.harness.targets.base import Context, Step, Target
 
 #: More outcomes than this are not enumerated.
@@ -73,7 +73,11 @@ class Ising(Target):
         pair = self._beginnings[len(prefix) + 1][2 * code : 2 * code + 2]
         return pair - pair.logsumexp(0)
 
-    def open(self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None) -> TableContext:
+    def open(
+        self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None, hidden: Sequence[int] = ()
+    ) -> TableContext:
+        if hidden:
+            raise UnsupportedError("hidden", f"{self.name} has no hidden states")
         self.check_room(prompts, capacity if capacity is not None else self.n)
         return TableContext(self, prompts, capacity if capacity is not None else self.n)
 

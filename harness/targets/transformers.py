@@ -202,7 +202,12 @@ class TransformersTarget(Target):
 
     @torch.no_grad()
     def open(
-        self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None, cache: RowCache | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        capacity: int | None = None,
+        hidden: Sequence[int] = (),
+        cache: RowCache | None = None,
     ) -> TransformersContext:
         """Prefill; see `Target.open`. `cache` reuses the memory (and the CUDA graphs) of an earlier context."""
         capacity = capacity if capacity is not None else self.context_length
@@ -218,7 +223,8 @@ class TransformersTarget(Target):
         if int(padded.max()) >= self.vocab_size or int(padded.min()) < 0:
             raise ValueError(f"{self.name}: a prompt has a token outside the vocabulary of {self.vocab_size}")
         ends = sorted({n - 1 for n in sizes})
-        step = context.extend(padded, logits_at=torch.tensor(ends))
+        step = context.extend(padded, hidden=hidden, logits_at=torch.tensor(ends))
+        context.prompt_hidden = step.hidden
         context.keep(sizes)
         context.next_logits = step.logits[torch.arange(len(sizes)), [ends.index(n - 1) for n in sizes]]
         return context
@@ -235,9 +241,9 @@ class TransformersTarget(Target):
         logits_at: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits (B, Q or P, V) in float32 or wider, and the residual streams that were asked for."""
-        bad = [h for h in hidden if not 0 <= h <= self.layers]
+        bad = [h for h in hidden if not 0 <= h <= self.layers + 1]
         if bad:
-            raise ValueError(f"{self.name} has hidden states 0 to {self.layers}, not {bad}")
+            raise ValueError(f"{self.name} has hidden states 0 to {self.layers + 1}, not {bad}")
         cache.layout = layout
         if logits_at is not None:
             logits_at = logits_at.to(tokens.device)
@@ -274,12 +280,16 @@ class TransformersTarget(Target):
 
         def after(number: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
+                # the backbone wraps what its last norm gives; a block may return a tuple
+                output = getattr(output, "last_hidden_state", output)
                 states[number] = output[0] if isinstance(output, tuple) else output
 
             return hook
 
         for h in set(hidden):
-            if h == 0:
+            if h == self.layers + 1:
+                hooks.append(self.model.base_model.register_forward_hook(after(h)))
+            elif h == 0:
                 hooks.append(self._blocks[0].register_forward_pre_hook(before, with_kwargs=True))
             else:
                 hooks.append(self._blocks[h - 1].register_forward_hook(after(h)))

@@ -203,7 +203,7 @@ def test_what_cannot_be_resumed_is_a_usage_error(model, tmp_path):
     folder = results.with_suffix(".shards") / "20260101T000000-abcdef"
     shards.write(folder / shards.RUN_FILE, {"run_id": folder.name})
     shards.write(folder / shards.PLAN_FILE, {"cells": []})
-    with pytest.raises(SpecError, match="no such run .* did you mean '20260101T000000-abcdef'"):
+    with pytest.raises(SpecError, match=r"no such run .* did you mean '20260101T000000-abcdef'"):
         find(results, "20260101T000000-abcdee")
 
 

@@ -1,18 +1,20 @@
 """Shards land whole, ingesting is idempotent, readers and writers never meet, foreign files are left alone."""
 
+import gzip
 import json
 import math
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import duckdb
 import pytest
 
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.errors import StoreError
-from decodathlon.harness.results import shards, store
+from decodathlon.harness.results import measured, shards, store
 
 
 def outcome(run_id, seed=0, **values):
@@ -203,3 +205,150 @@ def test_what_a_killed_writer_left_is_not_replayed(tmp_path):
     assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]).added == 1
     assert query(path, "SELECT run_id FROM cell ORDER BY 1") == [("r1",), ("r2",)]
     assert sorted(p.name for p in tmp_path.glob(".*.next*")) == []
+
+
+@pytest.fixture
+def old_file(tmp_path):
+    """A results file as the first published version of the code left it."""
+    path = tmp_path / "old.duckdb"
+    path.write_bytes(gzip.decompress((Path(__file__).parent / "old" / "schema-1.duckdb.gz").read_bytes()))
+    return path
+
+
+def test_an_older_file_is_read_as_it_is_and_migrated_when_something_is_added(old_file, tmp_path):
+    before = old_file.read_bytes()
+    store.check(old_file)
+    rows = query(old_file, "SELECT decoder, metric, value FROM latest ORDER BY ALL")
+    assert len(rows) == 27
+    assert query(old_file, "SELECT count(units) FROM metric") == [(0,)]
+    assert old_file.read_bytes() == before
+    found = store.ingest(old_file, [make_run(tmp_path, "r1", [outcome("r1")])])
+    assert found == (1, 0, [])
+    assert query(old_file, "SELECT max(version) FROM migration") == [(2,)]
+    assert query(old_file, "SELECT decoder, metric, value FROM latest WHERE run_id <> 'r1' ORDER BY ALL") == rows
+    assert query(old_file, "SELECT count(*) FROM cell") == [(5,)]
+
+
+def test_a_migrated_file_has_the_schema_of_a_new_one(old_file, tmp_path):
+    run = make_run(tmp_path, "r1", [outcome("r1")])
+    store.ingest(old_file, [run])
+    new = tmp_path / "new.duckdb"
+    store.ingest(new, [run])
+    columns = "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE NOT internal ORDER BY ALL"
+    assert query(old_file, columns) == query(new, columns)
+    views = "SELECT view_name, sql FROM duckdb_views() WHERE NOT internal ORDER BY ALL"
+    assert query(old_file, views) == query(new, views)
+
+
+def test_files_of_other_machines_are_merged_once_and_conflicts_are_named(old_file, tmp_path):
+    here, there = tmp_path / "here.duckdb", tmp_path / "there.duckdb"
+    shared = make_run(tmp_path / "a", "shared", [outcome("shared")])
+    store.ingest(here, [shared, make_run(tmp_path / "a", "mine", [outcome("mine")])])
+    store.ingest(there, [shared, make_run(tmp_path / "b", "theirs", [outcome("theirs"), outcome("theirs", 1)])])
+    assert store.ingest(here, [there, old_file]) == (6, 0, [])
+    assert store.ingest(here, [there, old_file, tmp_path / "a", tmp_path / "b"]) == (0, 0, [])
+    assert query(here, "SELECT count(*) FROM run") == [(4,)]
+    assert query(here, "SELECT count(*) FROM sample WHERE run_id = 'theirs'") == [(2,)]
+
+    forged = make_run(tmp_path / "c", "shared", [outcome("shared", reason="said otherwise")])
+    found = store.ingest(here, [forged])
+    assert (found.added, found.replaced) == (0, 0)
+    (line,) = found.conflicts
+    assert "run shared, cell wikitext2-" in line
+    assert "the old row stayed" in line
+    assert query(here, "SELECT reason FROM cell WHERE run_id = 'shared'") == [("",)]
+
+
+def test_a_later_attempt_takes_the_place_of_an_earlier_one_in_any_order(tmp_path):
+    failed = outcome("r1", status="timeout", reason="late", metrics=[], samples=[])
+    done = outcome("r1", attempts=[failed.as_attempt()])
+    early, late = make_run(tmp_path / "a", "r1", [failed]), make_run(tmp_path / "b", "r1", [done])
+    for order in ([early, late], [late, early]):
+        path = tmp_path / f"{order[0].parent.name}.duckdb"
+        assert [sum(store.ingest(path, [run])[:2]) for run in order] == [1, 1 if order[0] is early else 0]
+        assert query(path, "SELECT status, json_array_length(attempts) FROM cell") == [("ok", 1)]
+        assert query(path, "SELECT count(*) FROM metric") == [(2,)]
+        both = tmp_path / f"both-{order[0].parent.name}.duckdb"
+        store.ingest(both, order)
+        assert query(both, "SELECT status FROM cell") == [("ok",)]
+
+
+def test_units_and_gates_reach_the_store(tmp_path):
+    metric = {
+        "metric": "ppl_mixture", "value": 20.0, "unit": "1", "better": "lower", "ci_low": 19.0, "ci_high": 21.0, "n": 9,
+        "baseline": None, "units": {"rows": ["a"], "sums": [3.0], "counts": [1], "kind": "mean", "scale": "exp",
+                                    "share": False},
+    }  # fmt: skip
+    run = make_run(tmp_path, "r1", [outcome("r1", metrics=[metric])])
+    verdict = {"gate": "a: b >= 1", "decoder": "top-p", "cell_id": "c", "outcome": "pass", "detail": "1.2"}
+    shards.write(run / shards.GATES_FILE, {"run_id": "r1", "verdicts": [verdict]})
+    path = tmp_path / "r.duckdb"
+    store.ingest(path, [run])
+    shards.write(run / shards.GATES_FILE, {"run_id": "r1", "verdicts": [{**verdict, "outcome": "fail"}]})
+    store.ingest(path, [run])  # judged again
+    assert query(path, "SELECT gate, outcome FROM gate") == [("a: b >= 1", "fail")]
+    (found,) = measured.of_run(path, "last")
+    assert found.metrics["ppl_mixture"].units.estimate().value == pytest.approx(math.exp(3))
+
+
+def test_the_newest_cell_counts_whole(tmp_path):
+    """A decoder that lost a metric does not keep the old one beside its new ones."""
+    old = outcome("r1", started="2026-01-01T00:00:00.000+00:00")
+    new = outcome("r2", started="2026-01-02T00:00:00.000+00:00", metrics=old.metrics[:1])
+    path = tmp_path / "r.duckdb"
+    store.ingest(path, [make_run(tmp_path, "r1", [old]), make_run(tmp_path, "r2", [new])])
+    assert query(path, "SELECT run_id, metric FROM latest") == [("r2", "ppl")]
+
+
+def test_a_truncated_file_and_a_locked_one_are_named_and_left_alone(tmp_path):
+    run = make_run(tmp_path, "r1", [outcome("r1")])
+    path = tmp_path / "results.duckdb"
+    store.ingest(path, [run])
+    path.write_bytes(path.read_bytes()[:5000])
+    torn = path.read_bytes()
+    with pytest.raises(StoreError, match=r"cannot be opened.*damaged or no DuckDB file; move it away"):
+        store.ingest(path, [run])
+    assert path.read_bytes() == torn
+    path.unlink()
+    store.ingest(path, [run])
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True); input()"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout.readline() == "open\n"
+    with pytest.raises(StoreError, match="close the program that has it open for writing"):
+        store.ingest(path, [run])
+    writer.communicate("\n")
+    assert store.ingest(path, [run]) == (0, 0, [])
+
+
+def test_what_holds_no_run_is_refused(tmp_path):
+    path = tmp_path / "r.duckdb"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match="holds no run"):
+        store.ingest(path, [tmp_path / "empty"])
+    with pytest.raises(StoreError, match="there is no such file or folder"):
+        store.ingest(path, [tmp_path / "none"])
+    store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
+    with pytest.raises(StoreError, match="is the results file itself"):
+        store.ingest(path, [path])
+    newer = make_run(tmp_path, "r3", [outcome("r3")])
+    shard = next(shards.cells(newer))
+    shard.write_text(shard.read_text().replace('"schema":2', '"schema":99'))
+    with pytest.raises(StoreError, match="written by newer code"):
+        store.ingest(path, [newer])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_run(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(store.tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\); name another place"):
+        store.check(tmp_path / "r.duckdb")
+
+
+def test_a_small_file_stays_small(tmp_path):
+    path = tmp_path / "results.duckdb"
+    store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
+    assert path.stat().st_size < 1_000_000

@@ -162,6 +162,10 @@ def test_hidden_states_are_the_residual_stream(pair, ids):
     assert close(step.hidden[0][0], states[0][0, 5:])
     assert close(step.hidden[2][0], states[2][0, 5:])
     assert step.hidden[4].shape == (1, 4, 32)
+    # one beyond the last block is what transformers calls the last hidden state; prompts have theirs on demand
+    opened = target.open([ids[:9]], hidden=(2, 5)).prompt_hidden
+    assert close(opened[5][0], states[4][0])
+    assert close(opened[2][0], states[2][0])
 
 
 def test_embedding_gradient_equals_finite_differences_and_the_native_gradient(pair, ids):

@@ -1,0 +1,91 @@
+"""`decodathlon export`: the rows of a results file for other programs, or for a page."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness.commands.command import Command, results_option, say
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.registry import registry
+from decodathlon.harness.results import measured, rows, shards, store
+
+#: What a page has room for; the other formats have every column.
+MARKDOWN = ("suite", "slice", "scale", "decoder", "model", "dataset", "metric", "value", "ci_low", "ci_high", "n",
+            "hardware", "status")  # fmt: skip
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=["csv", "parquet", "jsonl", "markdown"], default="csv")
+    parser.add_argument("--view", choices=["latest", "results"], default="latest", help="newest rows, or all")
+    parser.add_argument("--run", metavar="RUN", help="only this run (its id, or last); implies --view results")
+    parser.add_argument("--suite", metavar="NAME", help="only this suite")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default the terminal")
+    results_option(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.suite is not None:
+        registry.get("suite", options.suite)
+    path = options.results.resolve()
+    view, conditions = ("results" if options.run else options.view), ["TRUE"]
+    if options.run:
+        conditions.append(f"run_id = '{measured.run_id(path, options.run)}'")
+    if options.suite:
+        conditions.append(f"suite = '{options.suite}'")
+    query = f"SELECT * FROM {view} WHERE {' AND '.join(conditions)} ORDER BY suite, slice, decoder, metric, run_id"
+    if options.format == "parquet" and options.out is None:
+        raise SpecError("export --format parquet needs --out FILE: a terminal cannot show it")
+    if options.out is not None and not options.out.resolve().parent.is_dir():
+        raise SpecError(f"--out {options.out}: the folder {options.out.resolve().parent} does not exist; create it")
+    with store.connect(path) as connection:
+        if options.format == "parquet":
+            connection.execute(f"COPY ({query}) TO '{rows.quoted(options.out)}' (FORMAT parquet)")
+            return 0
+        found = connection.execute(query)
+        names = [d[0] for d in found.description or []]
+        table = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    if options.out is None:
+        _write(table, names, options.format, sys.stdout)
+        return 0
+    try:
+        with options.out.open("w", encoding="utf-8", newline="") as handle:
+            _write(table, names, options.format, handle)
+    except OSError as error:
+        raise SpecError(f"--out {options.out}: {error.strerror}") from None
+    say(f"{len(table)} rows in {options.out}")
+    return 0
+
+
+def _write(table: list[dict[str, Any]], names: list[str], form: str, to: Any) -> None:
+    if form == "csv":
+        writer = csv.DictWriter(to, names)
+        writer.writeheader()
+        writer.writerows(table)
+    elif form == "jsonl":
+        for row in table:
+            to.write(json.dumps(shards.plain({k: _text(v) for k, v in row.items()}), ensure_ascii=False) + "\n")
+    else:
+        to.write("| " + " | ".join(MARKDOWN) + " |\n" + "|---" * len(MARKDOWN) + "|\n")
+        for row in table:
+            cells = [
+                "" if row[c] is None else f"{row[c]:.5g}" if isinstance(row[c], float) else str(row[c])
+                for c in MARKDOWN
+            ]
+            to.write("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |\n")
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
+
+
+def _text(value: Any) -> Any:
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+registry.add("command", "export", Command("rows as csv, parquet, jsonl or markdown", _arguments, _run), __file__)

@@ -1,0 +1,86 @@
+"""`decodathlon list`: what there is to choose from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from decodathlon.harness import embedded, models
+from decodathlon.harness.commands.command import Command, results_option, say
+from decodathlon.harness.decoder import build
+from decodathlon.harness.registry import registry
+from decodathlon.harness.results import store
+from decodathlon.harness.results.metrics import METRICS
+from decodathlon.harness.results.table import aligned
+
+KINDS = ("decoders", "suites", "models", "metrics", "datasets", "runs")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", nargs="?", choices=KINDS, default="decoders", help="default decoders")
+    parser.add_argument(
+        "--decoder-file", action="append", default=[], metavar="PATH", help="also the decoders of a file"
+    )
+    results_option(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    for path in options.decoder_file:
+        registry.load_file(path)
+    tables: dict[str, Callable[[], list[list[str]]]] = {
+        "decoders": _decoders,
+        "suites": _suites,
+        "models": _models,
+        "metrics": lambda: [["metric", "unit", "better", "meaning"], *[[n, *m] for n, m in METRICS.items()]],
+        "datasets": lambda: [["dataset"], *[[n] for n in registry.names("dataset")]],
+        "runs": lambda: _runs(options),
+    }
+    rows = tables[options.kind]()
+    for line in aligned(rows):
+        say(line)
+    for broken in registry.broken:
+        say(f"broken plugin {broken.name} ({broken.source}): {broken.error.strip().splitlines()[-1]}")
+    return 0
+
+
+def _decoders() -> list[list[str]]:
+    rows = [["decoder", "claim", "parameters", "what it is"]]
+    for name in registry.names("decoder"):
+        one = build(name)
+        shown = ", ".join(f"{key}={value}" for key, value in one.params().items()) or "–"
+        rows.append([name + (" *" if one.info.headline else ""), one.claim, shown, one.info.summary])
+    return [*rows, ["* in the set that runs without --decoder"]]
+
+
+def _suites() -> list[list[str]]:
+    found: list[Any] = [registry.get("suite", n) for n in registry.names("suite")]
+    return [["suite", "version", "asks"], *[[s.name, str(s.version), s.asks] for s in found]]
+
+
+def _models() -> list[list[str]]:
+    plugins = [[n, "a plugin's loader"] for n in registry.names("model-loader")]
+    return [
+        ["model", "where it comes from"],
+        [embedded.NAME, "the default; fetched with pip once, no hub"],
+        [models.STORIES, "llama2.c checkpoint: stories-260k[path=FOLDER]"],
+        *[[name, f"hub: {hub}"] for name, hub in models.ALIASES.items()],
+        *plugins,
+        ["ORG/NAME, FOLDER, FILE.gguf", "any hub id, folder with safetensors, GGUF file"],
+    ]
+
+
+def _runs(options: argparse.Namespace) -> list[list[str]]:
+    with store.connect(options.results) as connection:
+        found = connection.execute(
+            "SELECT run_id, strftime(started, '%Y-%m-%d %H:%M'), hardware, count(cell_id), "
+            "count(cell_id) FILTER (status = 'ok'), string_agg(DISTINCT model, ', ') "
+            "FROM run LEFT JOIN (SELECT run_id, cell_id, status, model FROM cell) USING (run_id) "
+            "GROUP BY ALL ORDER BY 2 DESC, 1"
+        ).fetchall()
+    return [["run", "started", "hardware", "cells", "ok", "models"], *[[str(x) for x in row] for row in found]]
+
+
+registry.add(
+    "command", "list", Command("decoders, suites, models, metrics, data sets or runs", _arguments, _run), __file__
+)
