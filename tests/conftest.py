@@ -23,3 +23,15 @@ def data_folder():
     if not folder:
         pytest.skip("DECODATHLON_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture
+def stories():
+    """Loads stories-260k, a tiny real model, where DECODATHLON_MODELS has it."""
+    folder = os.environ.get("DECODATHLON_MODELS")
+    if not folder or not (Path(folder) / "stories260K.bin").is_file():
+        pytest.skip("DECODATHLON_MODELS does not name a folder with stories260K.bin")
+    from decodathlon.harness import models
+
+    model = models.resolve(f"stories-260k[path={folder}]")
+    return lambda: models.load(model, device="cpu", dtype="float32", say=lambda text: None)

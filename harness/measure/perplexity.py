@@ -82,7 +82,7 @@ def score(
     Raises:
         UnsupportedError: the decoder has no next-token law of its own.
     """
-    judge = _judge_of(decoder)
+    judge = judge_of(decoder)
     parts: list[tuple[Array, ...]] = []
     all_windows = list(windows(len(tokens), min(context, target.context_length)))
     for number, (begin, end, counted) in enumerate(until_late(all_windows)):
@@ -94,7 +94,7 @@ def score(
     return Scores(decoder_law, model_law, concentration, cluster, target.vocab_size)
 
 
-def _judge_of(decoder: Decoder) -> Callable[[torch.Tensor, torch.Tensor], tuple[Array, ...]]:
+def judge_of(decoder: Decoder) -> Callable[[torch.Tensor, torch.Tensor], tuple[Array, ...]]:
     """What scores one window after another under this decoder's law: (n, V) logits and (n,) real tokens."""
     if not isinstance(decoder, Sampler):
         raise UnsupportedError("a next-token law", f"{decoder.spec} draws no token from a law that can be stated")

@@ -58,6 +58,17 @@ METRICS: dict[str, Metric] = {
         "lower",
         "Perplexity of the same tokens under the model's unprocessed law: the reference line.",
     ),
+    "ppl_word": Metric(
+        "1",
+        "lower",
+        "Perplexity per word by the protocol of lm-eval's wikitext task (whole pages, disjoint windows), under the "
+        "decoder's own law; only this and ppl_byte are comparable with lm-eval.",
+    ),
+    "ppl_byte": Metric(
+        "1",
+        "lower",
+        "The same per byte; needs no agreement on what a word is.",
+    ),
     "tokens_per_s": Metric(
         "1/s",
         "higher",

@@ -92,6 +92,8 @@ class Target(ABC):
     vocab_size: int
     #: Tokens that end a text.
     stop_tokens: frozenset[int]
+    #: What stands before the first token of a text where something must: BOS, or where there is none EOS.
+    start_token: int | None = None
     #: The longest text, in tokens, that the target reads.
     context_length: int
     device: Any

@@ -173,6 +173,8 @@ class TransformersTarget(Target):
         self.capabilities = frozenset(
             {"logits", "hidden", "gradient", "energy", "hf-model"} | ({"text"} if tokenizer is not None else set())
         )
+        begins = (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None))
+        self.start_token = next((t for t in (*begins, config.bos_token_id) if t is not None), None)
         self._native_attention = config._attn_implementation
         self._blocks = self._find_blocks()
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
