@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decodathlon.harness.decoder import Completion, Cost, Decoder, Limits, decoder
-from decodathlon.harness.generation import token_log_prob
+from decodathlon.harness.generation import completions, token_log_prob
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -45,59 +45,82 @@ class Beam(Decoder):
     def generate(
         self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
     ) -> list[Completion]:
+        with torch.no_grad():
+            return self._generate(target, prompts, limits)
+
+    def _generate(self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Completion]:
         self.check(target)
         stop = frozenset() if limits.ignore_eos else target.stop_tokens
-        return [self._search(target, prompt, limits.max_new_tokens, stop) for prompt in prompts]
-
-    def _search(self, target: Any, prompt: Sequence[int], T: int, stop: frozenset[int]) -> Completion:
-        """One prompt; the beams are the rows of one context, which is read once."""
-        context = target.open([prompt], capacity=len(prompt) + T)
-        ended: list[Hypothesis] = []
-        beams: list[list[int]] = [[]]
-        scores = torch.zeros(1, dtype=torch.float64)
-        calls = 0
+        T = limits.max_new_tokens
+        context = target.open(prompts, capacity=max(map(len, prompts)) + T)
+        searches = [_Search(self, stop) for _ in prompts]
+        going = list(searches)
         for t in range(T):
-            calls += 1
-            log_p = scores[:, None] + context.next_logits.log_softmax(-1).double().cpu()
-            # So many that `width` of them go on even if the best end here.
-            best = log_p.flatten().topk(min((1 + len(stop)) * self.width, log_p.numel()))
-            parents, tokens = best.indices // log_p.shape[1], best.indices % log_p.shape[1]
-            grown: list[tuple[int, int, float]] = []
-            for rank, (b, v, score) in enumerate(
-                zip(parents.tolist(), tokens.tolist(), best.values.tolist(), strict=True)
-            ):
-                if v in stop:
-                    if rank < self.width:
-                        ended.append(self._hypothesis([*beams[b], v], score, stopped=True))
-                elif len(grown) < self.width:
-                    grown.append((b, v, score))
-            ended = sorted(ended, reverse=True)[: self.width]
-            if not grown:
+            # The rows of the context are the beams of the searches that still go on, one search after the other.
+            log_p = context.next_logits.log_softmax(-1)
+            parents: list[int] = []
+            begin = 0
+            for search in going:
+                size = len(search.beams)
+                parents += [begin + b for b in search.grow(log_p[begin : begin + size], last=t + 1 == T)]
+                begin += size
+            going = [search for search in going if search.beams]
+            if not going or t + 1 == T:
                 break
-            beams = [[*beams[b], v] for b, v, _ in grown]
-            scores = torch.tensor([s for _, _, s in grown], dtype=torch.float64)
-            hopeful = float(scores[0]) / (t + 1) ** self.length_penalty
-            if len(ended) == self.width and hopeful <= ended[-1].score:
-                beams = []
-                break
-            if t + 1 < T:
-                context.select([b for b, _, _ in grown])
-                context.extend(torch.tensor([[v] for _, v, _ in grown]))
-                context.keep(1)
-        ended += [
-            self._hypothesis(b, s, stopped=False) for b, s in zip(beams, scores.tolist(), strict=False) if len(b) == T
-        ]
-        found = max(ended)
+            context.select(parents)
+            context.extend(torch.tensor([[beam[-1]] for search in going for beam in search.beams]))
+            context.keep(1)
+        return [search.completion(target, prompt) for search, prompt in zip(searches, prompts, strict=True)]
+
+
+class _Search:
+    """The beams of one prompt and what has ended."""
+
+    def __init__(self, beam: Beam, stop: frozenset[int]) -> None:
+        self._width, self._penalty, self._stop = beam.width, beam.length_penalty, stop
+        self.beams: list[list[int]] = [[]]
+        self._scores = torch.zeros(1, dtype=torch.float64)
+        self._ended: list[Hypothesis] = []
+        self._calls = self._rows = 0
+
+    def grow(self, log_p: Tensor, *, last: bool) -> list[int]:
+        """Extend the beams by one token, given its law after each (beams, V); which beam each new one came from."""
+        self._calls += 1
+        self._rows += len(self.beams)
+        scores = self._scores[:, None].to(log_p.device) + log_p.double()
+        # So many that `width` of them go on even if the best end here.
+        best = scores.flatten().topk(min((1 + len(self._stop)) * self._width, scores.numel()))
+        grown: list[tuple[int, int, float]] = []
+        for rank, (place, score) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
+            b, v = divmod(place, log_p.shape[1])
+            if v in self._stop:
+                if rank < self._width:
+                    self._end([*self.beams[b], v], score, stopped=True)
+            elif len(grown) < self._width:
+                grown.append((b, v, score))
+        self.beams = [[*self.beams[b], v] for b, v, _ in grown]
+        self._scores = torch.tensor([score for _, _, score in grown], dtype=torch.float64)
+        length = self._calls
+        if last:
+            for beam, score in zip(self.beams, self._scores.tolist(), strict=True):
+                self._end(beam, score, stopped=False)
+        elif len(self._ended) == self._width and grown and grown[0][2] / length**self._penalty <= self._ended[-1].score:
+            self.beams = []
+        return [b for b, _, _ in grown] if self.beams else []
+
+    def _end(self, tokens: list[int], log_prob: float, *, stopped: bool) -> None:
+        self._ended.append(Hypothesis(log_prob / len(tokens) ** self._penalty, log_prob, tokens, stopped))
+        self._ended = sorted(self._ended, reverse=True)[: self._width]
+
+    def completion(self, target: Any, prompt: Sequence[int]) -> Completion:
+        found = self._ended[0]
         return Completion(
             tokens=found.tokens,
             stop_reason="stop" if found.stopped else "length",
             log_prob=found.log_prob,
             text=target.decode(found.tokens) if "text" in target.capabilities else "",
-            cost=Cost(target_calls=calls, target_positions=len(prompt) + (calls - 1) * self.width),
+            cost=Cost(target_calls=self._calls, target_positions=len(prompt) + self._rows - 1),
         )
-
-    def _hypothesis(self, tokens: list[int], log_prob: float, *, stopped: bool) -> Hypothesis:
-        return Hypothesis(log_prob / len(tokens) ** self.length_penalty, log_prob, tokens, stopped)
 
 
 @decoder(
@@ -122,42 +145,45 @@ class Contrastive(Decoder):
     def generate(
         self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
     ) -> list[Completion]:
-        self.check(target)
-        stop = frozenset() if limits.ignore_eos else target.stop_tokens
-        return [self._search(target, prompt, limits.max_new_tokens, stop) for prompt in prompts]
+        with torch.no_grad():
+            return self._generate(target, prompts, limits)
 
-    @torch.no_grad()
-    def _search(self, target: Any, prompt: Sequence[int], T: int, stop: frozenset[int]) -> Completion:
-        last, k = target.layers + 1, min(self.k, target.vocab_size)
+    def _generate(self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Completion]:
+        self.check(target)
+        B, T, k, last = len(prompts), limits.max_new_tokens, min(self.k, target.vocab_size), target.layers + 1
+        stop = torch.tensor(sorted([] if limits.ignore_eos else target.stop_tokens), dtype=torch.long)
+        longest = max(map(len, prompts))
         # A step holds its k candidates until one of them is kept.
-        context = target.open([prompt], capacity=len(prompt) + T + k, hidden=(last,))
-        seen = _unit(context.prompt_hidden[last][0])
+        context = target.open(prompts, capacity=longest + T + k, hidden=(last,))
+        device = context.lengths.device
+        # seen[b, i]: direction of token i of row b; zeros behind a shorter prompt, which no similarity may meet.
+        seen = _unit(context.prompt_hidden[last])
+        real = torch.arange(longest, device=device)[None] < context.lengths[:, None]
         branches = torch.eye(k, dtype=torch.bool)
-        tokens: list[int] = []
-        log_prob, stopped = 0.0, False
-        while len(tokens) < T and not stopped:
+        each = torch.arange(B, device=device)
+        tokens, log_probs = [], []
+        running = torch.ones(B, dtype=torch.bool, device=device)
+        for _ in range(T):
             logits = context.next_logits
-            candidates = logits[0].softmax(-1).topk(k)
-            states = context.extend(candidates.indices[None], tree=branches, hidden=(last,)).hidden[last][0]
-            fresh = _unit(states)
-            repeats = (fresh @ seen.T).amax(-1)
-            chosen = int(((1 - self.alpha) * candidates.values - self.alpha * repeats).argmax())
-            token = candidates.indices[chosen : chosen + 1]
-            log_prob += float(token_log_prob(logits, token))
-            context.keep([1], path=torch.tensor([[chosen]]))
-            seen = torch.cat([seen, fresh[chosen : chosen + 1]])
-            tokens.append(int(token))
-            stopped = tokens[-1] in stop
-        return Completion(
-            tokens=tokens,
-            stop_reason="stop" if stopped else "length",
-            log_prob=log_prob,
-            text=target.decode(tokens) if "text" in target.capabilities else "",
-            cost=Cost(target_calls=1 + len(tokens), target_positions=len(prompt) + k * len(tokens)),
-        )
+            candidates = logits.softmax(-1).topk(k)
+            fresh = _unit(context.extend(candidates.indices, tree=branches, hidden=(last,)).hidden[last])
+            similarity = (fresh @ seen.transpose(1, 2)).masked_fill(~real[:, None], -1.0).amax(-1)
+            chosen = ((1 - self.alpha) * candidates.values - self.alpha * similarity).argmax(-1)
+            tokens.append(candidates.indices[each, chosen])
+            log_probs.append(token_log_prob(logits, tokens[-1]))
+            running &= ~torch.isin(tokens[-1], stop.to(device))
+            if not bool(running.any()):
+                break
+            context.keep([1] * B, path=chosen[:, None])
+            seen = torch.cat([seen, fresh[each, chosen][:, None]], dim=1)
+            real = torch.cat([real, torch.ones(B, 1, dtype=torch.bool, device=device)], dim=1)
+        answers = completions(target, prompts, torch.stack(tokens, 1), torch.stack(log_probs, 1), limits)
+        for answer, prompt in zip(answers, prompts, strict=True):
+            answer.cost = Cost(1 + len(answer.tokens), len(prompt) + k * len(answer.tokens))
+        return answers
 
 
 def _unit(states: Tensor) -> Tensor:
-    """(n, E) directions, in float32 or wider."""
+    """Directions of the states (..., E), in float32 or wider."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     return wide / wide.norm(dim=-1, keepdim=True)

@@ -78,6 +78,8 @@ def cells(options: Options) -> list[CellSpec]:
 def _decoders(options: Options) -> list[tuple[str, str | None]]:
     """Spec strings with the import error of those that stand for a broken plugin."""
     named = options.decoder or [*headline(), *_of_files(options.decoder_file)]
+    if "all" in named:
+        named = [*dict.fromkeys([*(n for n in named if n != "all"), *headline(), *registry.names("decoder")])]
     wanted = [decoders.build(text) for text in named]
     if options.sweep:
         wanted = [neighbour for one in wanted for neighbour in decoders.swept(one)]

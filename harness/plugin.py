@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=default.scale,
         help="sample sizes: minutes, 20 minutes, a night (default quick)",
     )
-    add("--decoder", action="append", default=[], metavar="SPEC", help="name or name[key=value,...]; repeatable")
+    add("--decoder", action="append", default=[], metavar="SPEC", help="name[key=value,...] or all; repeatable")
     add("--suite", action="append", default=[], metavar="NAME", help="only this suite; repeatable")
     add(
         "--model", default=default.model, metavar="SPEC", help=f"name, hub id, folder or GGUF (default {default.model})"
@@ -130,9 +130,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [i for i in items if hasattr(getattr(i, "function", None), "__decodathlon_suite__")]
     run = config.stash.get(_RUN, None)
+    ours = [i for i in items if hasattr(getattr(i, "function", None), "__decodathlon_suite__")]
     idle = [i for i in ours if run is None or _spec(i) is None]
+    idle += [i for i in items if (name := _timed(i)) and (run is None or name not in run.timed_suites)]
     if idle:
         items[:] = [i for i in items if i not in idle]
         config.hook.pytest_deselected(items=idle)
@@ -140,6 +141,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.stash[_IDLE] = len(idle)
     if run is not None:
         run.waiting = {spec.cell_id: spec for i in items if (spec := _spec(i)) is not None}
+
+
+def _timed(item: pytest.Item) -> str | None:
+    """The suite of an item that pytest-benchmark times."""
+    name: str | None = getattr(getattr(item, "function", None), "__decodathlon_timed__", None)
+    return name
 
 
 def _spec(item: pytest.Item) -> CellSpec | None:
@@ -151,7 +158,8 @@ def _spec(item: pytest.Item) -> CellSpec | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     run = session.config.stash.get(_RUN, None)
-    if run is None or session.config.option.collectonly or not run.waiting:
+    timed = any(_timed(item) for item in session.items)
+    if run is None or session.config.option.collectonly or not (run.waiting or timed):
         return
     try:
         run.begin(list(run.waiting.values()))
@@ -190,9 +198,14 @@ def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report: pytest.TestReport = yield  # type: ignore[assignment]
-    spec = _spec(item)
+    spec, suite = _spec(item), _timed(item)
     if spec is not None and report.when == "call":
         report.user_properties.append(("decodathlon", spec.cell_id))
+    if suite is not None and report.when == "call" and report.passed:
+        stats = getattr(item.funcargs["benchmark"], "stats", None)  # type: ignore[attr-defined]
+        if stats is not None:  # None under --benchmark-disable
+            rounds = list(stats.stats.data)
+            item.config.stash[_RUN].record_timed(suite, item.name.removeprefix("test_"), rounds)
     return report  # type: ignore[return-value]
 
 

@@ -16,13 +16,17 @@ from typing import Any
 from decodathlon.harness.cells import FINAL, MEASURED, CellSpec, Outcome, now
 from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError, near_miss
 from decodathlon.harness.locks import file_lock
+from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.plan import Options, cells
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import environment, gates, measured, shards, store, table
+from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.workers.local import EXECUTORS
 
 #: Seconds that a cell may measure, by scale, where --cell-timeout says nothing.
 CELL_TIMEOUT = {"smoke": 600.0, "quick": 1800.0, "full": 6 * 3600.0}
+#: What stands for decoder and model in the rows of the harness's own operations, and how many rounds they keep.
+HARNESS, MOST_ROUNDS = "harness", 200
 #: What must be the same machine and libraries for two halves of a run to be one run.
 _SAME = ("git_commit", "git_diff_sha256", "machine", "cpu", "gpus", "python")
 _SAME_PACKAGES = ("decodathlon", "torch", "transformers", "triton", "numpy")
@@ -101,7 +105,7 @@ class Run:
         options = asdict(self._options) | {
             "data": Path(self._options.data).name if self._options.data else None,
             "decoder_file": [Path(p).name for p in self._options.decoder_file],
-            "model": chosen[0].model if chosen else self._options.model,
+            "model": self.specs[0].model if self.specs else self._options.model,
         }
         record = {
             "run_id": self.run_id,
@@ -126,6 +130,34 @@ class Run:
             f"{_measuring(outcome):.0f} s, {table.short(outcome)}{self._time_left()}"
         )
         return outcome
+
+    @property
+    def timed_suites(self) -> list[str]:
+        """Suites of the harness's own operations that this run was asked for, or that a run of everything has."""
+        if self._options is None or (self._options.decoder and not self._options.suite):
+            return []
+        return list(self._options.suite or registry.names("suite"))
+
+    def record_timed(self, suite: str, operation: str, seconds: Sequence[float]) -> None:
+        """Keep what pytest-benchmark measured of one operation of the harness, like any cell."""
+        assert self._options is not None
+        version = registry.get("suite", suite).version
+        spec = CellSpec(suite, version, operation, HARNESS, HARNESS, self._options.scale, self._options.seed)
+        rounds = Observations.each([f"round-{i}" for i in range(len(seconds))], list(seconds))
+        found, known = rounds.estimate(), METRICS["overhead_s"]
+        row = {"metric": "overhead_s", "value": found.value, "unit": known.unit, "better": known.better,
+               "ci_low": found.low, "ci_high": found.high, "n": found.n, "baseline": None, "units": None}  # fmt: skip
+        outcome = Outcome(
+            spec,
+            self.run_id,
+            decoder={"name": HARNESS, "spec": HARNESS, "family": HARNESS, "params": {}, "claim": "–"},
+            model={"name": HARNESS, "dtype": "", "device": "cpu"},
+            seconds={"total": float(sum(seconds))},
+            metrics=[row],
+            samples=[{"row": "rounds", "data": {"seconds": [float(f"{s:.4g}") for s in seconds[:MOST_ROUNDS]]}}],
+        )
+        shards.write(self.folder / f"{spec.cell_id}.json", outcome.as_shard())
+        self.outcomes.append(outcome)
 
     def finish(self) -> None:
         """End the workers, judge the gates, and add what was measured to the results file."""

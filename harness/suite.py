@@ -51,6 +51,8 @@ class Suite:
     rivals: Sequence[str]
     table: Sequence[str]
     function: Callable[[Cell], None]
+    #: Whether its rows are operations of the harness that pytest-benchmark timed; it then has no cells.
+    timed: bool = False
 
     def slices(self, scale: str) -> Sequence[str]:
         return tuple(self.sizes[scale].get("slices", ("all",)))
@@ -90,6 +92,29 @@ def suite(
         return function
 
     return register
+
+
+def timed(name: str, *, version: int, asks: str, table: Sequence[str]) -> Callable[[F], F]:
+    """A suite of operations of the harness itself, each a test function that pytest-benchmark times.
+
+    Such a suite has no cells of decoders; every decorated function becomes one row, called after it.
+    """
+
+    def mark(function: F) -> F:
+        function.__decodathlon_timed__ = name  # type: ignore[attr-defined]
+        return function
+
+    def nothing(cell: Cell) -> None:
+        raise TypeError(f"suite {name} has no cells")
+
+    sizes: Mapping[str, Mapping[str, Any]] = {scale: {"slices": ()} for scale in SCALES}
+    registry.add(
+        "suite",
+        name,
+        Suite(name, version, asks, None, sizes, (), table, nothing, timed=True),
+        inspect.stack()[1].filename,
+    )
+    return mark
 
 
 class Cell:

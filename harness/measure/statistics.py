@@ -38,12 +38,12 @@ def median(values: Sequence[float]) -> Estimate:
     if n < FEWEST_FOR_INTERVAL:
         return Estimate(value, None, None, n)
 
-    def coverage(k: int) -> float:
-        """Of the interval from the k-th smallest to the k-th largest."""
-        return 1.0 - sum(math.comb(n, i) for i in range(k)) / 2.0 ** (n - 1)
-
-    k = max(k for k in range(1, n // 2 + 1) if coverage(k) >= LEVEL)
-    excess = (coverage(k) - LEVEL) / (coverage(k) - coverage(k + 1))
+    # coverage[k]: of the interval from the k-th smallest to the k-th largest, k from 0 (everything) to the middle
+    steps = np.log(n - np.arange(n // 2)) - np.log1p(np.arange(n // 2))
+    log_binomial = np.concatenate([[0.0], np.cumsum(steps)]) - (n - 1) * math.log(2)
+    coverage = np.concatenate([[1.0], 1.0 - np.cumsum(np.exp(log_binomial))])
+    k = int(np.flatnonzero(coverage[: n // 2 + 1] >= LEVEL).max())
+    excess = float((coverage[k] - LEVEL) / (coverage[k] - coverage[k + 1]))
     share: float = (n - k) * excess / (k + (n - 2 * k) * excess)
     low = (1 - share) * x[k - 1] + share * x[k]
     high = (1 - share) * x[n - k] + share * x[n - k - 1]

@@ -126,6 +126,11 @@ METRICS: dict[str, Metric] = {
         "higher",
         "Share of prompts whose tokens all equal greedy search on the same engine.",
     ),
+    "overhead_s": Metric(
+        "s",
+        "lower",
+        "Median time of one operation of the harness itself (suite overheads), by pytest-benchmark.",
+    ),
     "generated_tokens": Metric(
         "1",
         "none",

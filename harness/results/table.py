@@ -58,11 +58,22 @@ def tables(outcomes: Sequence[Outcome]) -> list[str]:
     """Lines of all tables."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault((outcome.spec.suite, outcome.spec.slice), []).append(outcome)
+        timed = registry.get("suite", outcome.spec.suite).timed
+        groups.setdefault((outcome.spec.suite, "" if timed else outcome.spec.slice), []).append(outcome)
     lines: list[str] = []
     for (suite, part), members in groups.items():
-        lines += ["", *_one(suite, part, members)]
+        lines += ["", *(_one(suite, part, members) if part else _operations(suite, members))]
     return lines
+
+
+def _operations(suite: str, members: Sequence[Outcome]) -> list[str]:
+    """What the harness itself costs: one line per operation."""
+    rows = [["operation", "median", "rounds"]]
+    for outcome in members:
+        (metric,) = outcome.metrics
+        rows.append([outcome.spec.slice, quantity(metric, interval=True), str(metric["n"])])
+    body = aligned(rows)
+    return [f"{suite}: {registry.get('suite', suite).asks}", body[0], "-" * len(body[0]), *body[1:]]
 
 
 def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:

@@ -40,6 +40,8 @@ def test_beam_search_is_that_of_transformers(target, width, penalty, ignore_eos)
 
     prompts, T = prompts_of(8), 12
     found = answers(f"beam[width={width},length_penalty={penalty}]", target, prompts, Limits(T, ignore_eos))
+    alone = answers(f"beam[width={width},length_penalty={penalty}]", target, prompts[1:2], Limits(T, ignore_eos))
+    assert alone[0].tokens == found[1].tokens
     stopped = 0
     for prompt, ours in zip(prompts, found, strict=True):
         with target.native() as model, torch.no_grad():

@@ -52,6 +52,13 @@ def test_the_median_interval_of_six_is_the_closed_form():
     assert found == pytest.approx((3.5, 1 + 0.5 / 1.4, 6 - 0.5 / 1.4, 6))
 
 
+def test_the_median_interval_of_many_is_the_normal_one():
+    """Of 100,001 values the ends are 1.96 sqrt(n) / 2 ranks from the middle."""
+    found = statistics.median(range(100_001))
+    assert found.value == 50_000
+    assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(100_001) / 2, rel=0.005)
+
+
 @pytest.mark.parametrize("n", [6, 8, 15, 30])
 def test_intervals_of_a_clustered_ratio_cover_the_truth(n):
     """4,000 runs of n clusters of unequal size: 95 % intervals cover in 92.5 to 97 % of them."""

@@ -1,0 +1,67 @@
+"""Overheads: what does the harness itself cost? Timed by pytest-benchmark in the controller, stored like all rows."""
+
+import pytest
+
+from decodathlon.harness.suite import timed
+
+pytest.importorskip("pytest_benchmark", reason="the overheads are timed by pytest-benchmark: pip install -e .")
+
+overheads = timed("overheads", version=1, asks="What does the harness itself cost?", table=["overhead_s"])
+
+
+@overheads
+def test_collection(benchmark):
+    """A whole `pytest suites/ --benchmark --collect-only`, interpreter included."""
+    from decodathlon.harness.measure import overheads
+
+    benchmark.pedantic(overheads.collect, rounds=6)
+
+
+@overheads
+def test_plan(benchmark):
+    """From options to cells, with everything registered."""
+    from decodathlon.harness.plan import Options, cells
+
+    benchmark(cells, Options(decoder=["top-p[p=0.9]"]))
+
+
+@overheads
+def test_sampler_step(benchmark):
+    """Law and draw of one token by top-p over a vocabulary of 49,152, batch 1."""
+    from decodathlon.harness.measure import overheads
+
+    benchmark(overheads.sampler_step("top-p", vocabulary=49_152))
+
+
+@overheads
+def test_record_pair(benchmark, tmp_path):
+    """What a timed pair costs beside its work: the clock, and its line in the journal."""
+    from decodathlon.harness.measure import overheads
+
+    benchmark(overheads.record_pair(tmp_path))
+
+
+@overheads
+def test_shard_write(benchmark, tmp_path):
+    """One finished cell to disk, flushed."""
+    from decodathlon.harness.measure import overheads
+
+    benchmark.pedantic(overheads.shard_write(tmp_path), rounds=30)
+
+
+@overheads
+def test_ingest(benchmark, tmp_path):
+    """A run of 20 cells into a results file of 1,000."""
+    from decodathlon.harness.measure import overheads
+
+    pytest.importorskip("duckdb")
+    benchmark.pedantic(overheads.ingest(tmp_path, cells=1000, new=20), rounds=6)
+
+
+@overheads
+def test_board_query(benchmark, tmp_path):
+    """The newest value of one metric for every decoder, out of 1,000 cells."""
+    from decodathlon.harness.measure import overheads
+
+    pytest.importorskip("duckdb")
+    benchmark.pedantic(overheads.board_query(tmp_path, cells=1000), rounds=12)
