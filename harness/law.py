@@ -52,7 +52,12 @@ def check(log_probs: Tensor, logits: Tensor, who: str) -> None:
     """
     Raises:
         ValueError: what came out for `logits` is no law: another shape, NaN, or probabilities that do not sum to one.
+            Or the logits themselves have NaN.
     """
+    if bool(logits.isnan().any()):
+        raise ValueError(
+            f"{who}: the model's own logits have NaN; its weights are broken, or too large for their dtype"
+        )
     if log_probs.shape != logits.shape:
         raise ValueError(f"{who}: shape got logits {tuple(logits.shape)} and returned {tuple(log_probs.shape)}")
     total = log_probs.double().logsumexp(-1)

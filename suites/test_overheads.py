@@ -4,8 +4,6 @@ import pytest
 
 from decodathlon.harness.suite import timed
 
-pytest.importorskip("pytest_benchmark", reason="the overheads are timed by pytest-benchmark: pip install -e .")
-
 overheads = timed("overheads", version=1, asks="What does the harness itself cost?", table=["overhead_s"])
 
 

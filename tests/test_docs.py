@@ -42,6 +42,40 @@ def test_the_readmes_options_exist(request):
         assert option in help_text, option
 
 
+def test_the_ten_questions_have_answers(tmp_path):
+    """Every query of docs/results.md runs on the published rows; those that must find something do."""
+    from decodathlon.harness.results import store
+
+    path = tmp_path / "r.duckdb"
+    store.ingest(path, [ROOT / "leaderboard" / "published"])
+    queries = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "results.md").read_text(), re.DOTALL)
+    assert len(queries) == 10
+    with store.connect(path) as connection:
+        found = [len(connection.execute(query).fetchall()) for query in queries]
+        assert sum(n > 0 for n in found) >= 7
+        columns = {row[0] for row in connection.execute("DESCRIBE results").fetchall()}
+    described = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "results.md").read_text(), re.MULTILINE)
+    assert {name for cell in described for name in re.findall(r"`(\w+)`", cell)} == columns
+
+
+def test_the_example_gates_are_well_formed(tmp_path):
+    from decodathlon.harness.results import gates
+
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "gating.md").read_text(), re.DOTALL)
+    (tmp_path / "gates.toml").write_text(example)
+    assert len(gates.load(tmp_path / "gates.toml")) == 2
+
+
+def test_the_commands_that_the_pages_name_exist():
+    from decodathlon.harness.commands.command import main  # noqa: F401 - loads nothing yet
+
+    registry.load_package("decodathlon.harness.commands")
+    pages = [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
+    named = {word for page in pages for word in re.findall(r"`decodathlon (\w+)", page)}
+    assert named <= set(registry.names("command"))
+    assert len(named) >= 5
+
+
 def test_the_published_database_is_the_published_text(tmp_path):
     from decodathlon.harness.results import store
 

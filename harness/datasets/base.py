@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,8 +59,9 @@ class DataSet:
     """A registered data set: how each source is read.
 
     Args:
-        file: name of a split's file in a `--data` folder.
+        file: name of a split's file in a `--data` folder; beside it the same name with .jsonl is read too.
         parse: rows of such a file.
+        field: what a row is called in JSON lines, as `Dataset.to_json` writes them.
         hub: rows and revision of a split from the hub, `offline` from its cache only; raises MissingError.
         stand_in: text of the project's own where nothing else can be had.
     """
@@ -70,6 +72,7 @@ class DataSet:
     hub: Callable[[Split, bool], tuple[tuple[str, ...], str]]
     stand_in: Callable[[Split], Text]
     joint: str
+    field: str
     #: sha256 of each joined split; text that differs does not carry the data set's name.
     sha256: Mapping[Split, str]
 
@@ -107,17 +110,45 @@ def check_folder(name: str, folder: str) -> None:
     """
     data: DataSet = registry.get("dataset", name)
     for split in ("test", "validation"):
-        path = Path(folder) / data.file(split)
-        if not path.is_file():
-            raise MissingError(f"--data {folder} has no {path.name} ({name}, {split}); add it or leave --data out")
+        _file(data, split, Path(folder))
+
+
+def _file(data: DataSet, split: Split, folder: Path) -> Path:
+    """The split's file in the folder: its own form, or JSON lines."""
+    path = folder / data.file(split)
+    lines = path.with_suffix(".jsonl")
+    if not path.is_file() and not lines.is_file():
+        raise MissingError(
+            f"--data {folder} has no {path.name} ({data.name}, {split}), nor {lines.name}; add it or leave --data out"
+        )
+    return path if path.is_file() else lines
+
+
+def json_lines(text: str, field: str, path: Path) -> tuple[str, ...]:
+    """One field of every line of a JSON-lines file.
+
+    Raises:
+        MissingError: a line is torn, is no object, or lacks the field; its number is named.
+    """
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError) as error:
+            what = "is torn" if isinstance(error, ValueError) else f"has no field {field!r}"
+            raise MissingError(f"{path}, line {number} {what}; copy the file again") from None
+        rows.append(str(value))
+    return tuple(rows)
 
 
 def _from_folder(data: DataSet, split: Split, folder: Path) -> Text:
-    check_folder(data.name, str(folder))
-    path = folder / data.file(split)
+    path = _file(data, split, folder)
     raw = path.read_bytes()
     try:
-        rows = data.parse(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        rows = json_lines(text, data.field, path) if path.suffix == ".jsonl" else data.parse(text)
     except UnicodeDecodeError as error:
         raise MissingError(f"{path} is not UTF-8 (byte {error.start}); convert it and run again") from None
     if not any(row.strip() for row in rows):

@@ -73,6 +73,6 @@ def _hub_offline() -> Iterator[None]:
 registry.add(
     "dataset",
     "wikitext-2-raw-v1",
-    DataSet("wikitext-2-raw-v1", file_name, rows_of_file, rows_of_hub, prose.stand_in, "\n\n", SHA256),
+    DataSet("wikitext-2-raw-v1", file_name, rows_of_file, rows_of_hub, prose.stand_in, "\n\n", "text", SHA256),
     source=__file__,
 )

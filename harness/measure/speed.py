@@ -115,11 +115,11 @@ def measure(
 def _check_law(decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]]) -> None:
     """
     Raises:
-        ValueError: a sampler's law is none; `draw` would renormalise it silently.
+        ValueError: a sampler's law is none (`draw` would renormalise it silently), or the model's logits have NaN.
     """
-    if isinstance(decoder, Sampler) and decoder.stateless:
-        logits = target.open(prompts, capacity=max(map(len, prompts)) + 1).next_logits
-        law.check(decoder.shape(logits), logits, decoder.spec)
+    logits = target.open(prompts, capacity=max(map(len, prompts)) + 1).next_logits
+    stated = decoder.shape(logits) if isinstance(decoder, Sampler) and decoder.stateless else law.one_hot(logits)
+    law.check(stated, logits, decoder.spec)
 
 
 def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observations]:

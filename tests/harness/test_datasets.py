@@ -1,6 +1,7 @@
 """Text comes from the folder, the hub cache, the hub or the stand-in, in this order, and every row says from where."""
 
 import hashlib
+import json
 
 import pytest
 
@@ -55,6 +56,24 @@ def test_a_folder_that_was_named_must_have_the_text(folder, content, message):
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(MissingError, match=message):
         datasets.find(NAME, "test", str(folder))
+
+
+def test_json_lines_are_read_and_torn_ones_named(folder):
+    whole = datasets.find("wikitext-2-raw-v1", "test", str(folder))
+    for split in ("test", "valid"):
+        (folder / f"wikitext-2-raw-v1.{split}.txt").unlink()
+        rows = [json.dumps({"text": row}) for row in whole.rows]
+        (folder / f"wikitext-2-raw-v1.{split}.jsonl").write_text("\n".join(rows) + "\n")
+    assert datasets.find("wikitext-2-raw-v1", "test", str(folder)).rows == whole.rows
+    path = folder / "wikitext-2-raw-v1.test.jsonl"
+    for line, message in [
+        ('{"text": "torn', "line 2 is torn"),
+        ('{"page": "x"}', "line 2 has no field 'text'"),
+        ("3", "line 2"),
+    ]:
+        path.write_text(rows[0] + "\n" + line + "\n")
+        with pytest.raises(MissingError, match=message):
+            datasets.find("wikitext-2-raw-v1", "test", str(folder))
 
 
 def test_the_order_is_cache_then_hub_then_stand_in(monkeypatch):

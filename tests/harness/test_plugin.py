@@ -183,6 +183,9 @@ def test_without_the_flag_suites_are_deselected_and_say_why():
         (["--model", "nobody/nothing"], "is not in the hub cache and HF_HUB_OFFLINE is set"),
         (["--model", "smollm2-135m-instruct[load=nf4]", "--device", "cpu"], "load=nf4 needs CUDA and bitsandbytes"),
         (["--decoder-file", str(ROOT / "tests" / "tiny_models.py")], "registers nothing"),
+        (["--gates", "none.toml"], "gates none.toml: No such file"),
+        (["--cell-timeout", "0"], "0 is not a positive number of seconds"),
+        (["--resume", "20260101T000000-abcdef"], "there is no"),
     ],
 )
 def test_bad_input_is_a_usage_error_in_one_line(options, message):

@@ -160,6 +160,19 @@ def test_what_is_no_law_is_an_error_not_a_number(target, tokens, law, message):
         list(speed.measure(bare, {}, target, [[tokens[:5]]], tokens=2, seed=0))
 
 
+def test_nan_logits_are_an_error_that_names_the_model(tokens):
+    model = tiny_models.build("llama")
+    broken = TransformersTarget(model, name="broken")
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    for name in ("greedy", "top-p", "hf-generate", "beam"):
+        with pytest.raises(ValueError, match="the model's own logits have NaN; its weights are broken"):
+            list(speed.measure(decoders.build(name), {}, broken, [[tokens[:5]]], tokens=2, seed=0))
+    for name in ("greedy", "temperature", "mirostat"):
+        with pytest.raises(ValueError, match="the model's own logits have NaN"):
+            perplexity.score(decoders.build(name), broken, tokens, 16)
+
+
 def test_a_law_that_is_not_the_one_drawn_from_is_not_scored(target, tokens):
     def shape(self, logits):
         return logits.log_softmax(-1)
