@@ -77,7 +77,7 @@ class Bench:
                 raise _BrokenPluginError(spec.broken)
             cell = self._prepare(spec, outcome, timeout, notebook)
             outcome.seconds["prepare"] = time.perf_counter() - begin
-            for part in ("decoder", "model", "data", "sizes", "seconds"):
+            for part in ("decoder", "model", "data", "sizes", "protocol", "seconds"):
                 notebook.write(part, getattr(outcome, part))
             conditions.begin(cell.target.device)
             self._ready()
@@ -115,6 +115,10 @@ class Bench:
         decoder = decoders.build(spec.decoder)
         outcome.decoder = describe(decoder)
         outcome.sizes = dict(suite.sizes[spec.scale])
+        source = Path(inspect.getfile(suite.function)).read_bytes()
+        outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), "seed": spec.seed} | dict(
+            suite.protocol
+        )
         texts = {}
         if suite.data is not None:
             texts = {split: self._text(suite.data, split, spec.data) for split in ("test", "validation")}

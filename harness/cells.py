@@ -88,6 +88,8 @@ class Outcome:
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
+    #: How it was measured: the suite's source, the order of runs, warm-up, clock.
+    protocol: dict[str, Any] = field(default_factory=dict)
     #: What else the machine did meanwhile (measure/conditions.py), and the switches of the libraries.
     conditions: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from decodathlon.harness.registry import registry
@@ -51,6 +51,8 @@ class Suite:
     rivals: Sequence[str]
     table: Sequence[str]
     function: Callable[[Cell], None]
+    #: How it measures, for the record.
+    protocol: Mapping[str, str] = field(default_factory=dict)
     #: Whether its rows are operations of the harness that pytest-benchmark timed; it then has no cells.
     timed: bool = False
 
@@ -70,6 +72,7 @@ def suite(
     data: str | None = None,
     rivals: Sequence[str] = (),
     table: Sequence[str] = (),
+    protocol: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Register the test function below as a suite; it receives one `cell`.
 
@@ -85,9 +88,8 @@ def suite(
         raise ValueError(f"suite {name!r}: {unknown[0]!r} is not a metric")
 
     def register(function: F) -> F:
-        registry.add(
-            "suite", name, Suite(name, version, asks, data, sizes, rivals, table, function), inspect.getfile(function)
-        )
+        made = Suite(name, version, asks, data, sizes, rivals, table, function, protocol or {})
+        registry.add("suite", name, made, inspect.getfile(function))
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]
         return function
 

@@ -18,6 +18,12 @@ from decodathlon import Sampler, suite
         "greedy_match",
         "peak_memory_bytes",
     ],
+    protocol={
+        "order": "each pair runs all decoders forth and back (A B B A); who is first turns from pair to pair",
+        "warm_up": "each decoder once on the first prompts, not timed",
+        "stop": "the same number of tokens for all, stop tokens ignored",
+        "clock": "wall-clock around generate, prefill included; on CUDA synchronised before and after",
+    },
     sizes={
         "smoke": {"slices": ["batch-1"], "pairs": 2, "tokens": 12, "prompt": 24},
         "quick": {"slices": ["batch-1", "batch-4"], "pairs": 8, "tokens": 32, "prompt": 32},

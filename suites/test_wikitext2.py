@@ -9,6 +9,10 @@ from decodathlon import suite
     asks="How well does the decoder's own next-token law predict real text?",
     data="wikitext-2-raw-v1",
     table=["ppl_epsilon", "sparsemax_score", "coverage", "ppl", "ppl_mixture", "ppl_word", "ppl_byte"],
+    protocol={
+        "joined": "rows joined, sliding window, stride half the context, only new tokens counted, teacher forcing",
+        "pages": "lm-eval 0.4 wikitext: detokenised pages, disjoint windows as long as the model reads",
+    },
     sizes={
         "smoke": {"slices": ["joined"], "tokens": 512, "validation": 256, "context": 256},
         "quick": {"slices": ["joined", "pages"], "tokens": 8192, "validation": 2048, "context": 1024, "pages": 1},

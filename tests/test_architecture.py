@@ -1,6 +1,7 @@
 """Who may import whom, what may be printed, and how the folders are reached."""
 
 import ast
+import os
 import subprocess
 import sys
 import textwrap
@@ -127,6 +128,18 @@ def test_nothing_generic_is_installed():
 
     tops = {str(f).split("/")[0] for f in installed("decodathlon") or []}
     assert not tops & {"harness", "decoders", "kernels", "suites", "leaderboard", "tests"}
+
+
+def test_the_gpu_tests_are_collected_without_the_optional_packages(tmp_path):
+    """A GPU image has torch, transformers, numpy and pytest: `pytest tests -m gpu` must not stumble over the rest."""
+    for name in ("duckdb", "datasets", "lm_eval", "math_verify", "streamlit", "gguf", "scipy", "pytest_benchmark"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError(__name__)\n")
+    words = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:benchmark"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([*words, "-p", "decodathlon.harness.plugin"], cwd=ROOT, capture_output=True, text=True,
+                          check=False, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "test_every_decoder_runs_on_the_gpu" in done.stdout
 
 
 def test_the_measuring_core_runs_without_the_optional_packages():

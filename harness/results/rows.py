@@ -21,7 +21,7 @@ TABLES = {
     "cell": [
         "run_id", "cell_id", "started", "suite", "suite_version", "slice", "scale", "decoder", "family", "params",
         "claim", "model", "dtype", "device", "dataset", "data", "sizes", "seed", "status", "reason", "error", "seconds",
-        "notes", "attempts", "log", "conditions", "weights", "decoder_sha256", "shard_sha256",
+        "notes", "attempts", "log", "conditions", "protocol", "weights", "decoder_sha256", "shard_sha256",
     ],
     "metric": ["run_id", "cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "baseline", "units"],
     "sample": ["run_id", "cell_id", "place", "row", "data"],
@@ -93,6 +93,7 @@ def _add_cell(found: Rows, outcome: Outcome) -> None:
         "sizes",
         "attempts",
         "conditions",
+        "protocol",
     )
     whole = json.dumps(shards.plain(outcome.as_shard()), sort_keys=True)
     found["cell"].append(

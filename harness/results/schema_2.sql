@@ -3,6 +3,7 @@
 ALTER TABLE cell ADD COLUMN attempts JSON;             -- how it ended before, in a run that was resumed
 ALTER TABLE cell ADD COLUMN log VARCHAR;               -- end of the worker's output, of a cell that was not measured
 ALTER TABLE cell ADD COLUMN conditions JSON;           -- what else the machine did meanwhile
+ALTER TABLE cell ADD COLUMN protocol JSON;             -- how it was measured
 ALTER TABLE cell ADD COLUMN weights JSON;              -- which model: fingerprint, revision, tokenizer
 ALTER TABLE cell ADD COLUMN decoder_sha256 VARCHAR;    -- of the file that defines the decoder
 ALTER TABLE cell ADD COLUMN shard_sha256 VARCHAR;      -- of the whole shard: two files that disagree are told apart

@@ -9,12 +9,13 @@ import sys
 import threading
 from pathlib import Path
 
-import duckdb
 import pytest
 
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.errors import StoreError
 from decodathlon.harness.results import measured, shards, store
+
+duckdb = pytest.importorskip("duckdb")
 
 
 def outcome(run_id, seed=0, **values):
