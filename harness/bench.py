@@ -116,9 +116,7 @@ class Bench:
         outcome.decoder = describe(decoder)
         outcome.sizes = dict(suite.sizes[spec.scale])
         source = Path(inspect.getfile(suite.function)).read_bytes()
-        outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), "seed": spec.seed} | dict(
-            suite.protocol
-        )
+        outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
         texts = {}
         if suite.data is not None:
             texts = {split: self._text(suite.data, split, spec.data) for split in ("test", "validation")}

@@ -133,7 +133,7 @@ def test_nothing_generic_is_installed():
 def test_the_gpu_tests_are_collected_without_the_optional_packages(tmp_path):
     """A GPU image has torch, transformers, numpy and pytest: `pytest tests -m gpu` must not stumble over the rest."""
     for name in ("duckdb", "lm_eval", "math_verify", "streamlit", "pytest_benchmark"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError(__name__)\n")
+        (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError(__name__)\n")
     words = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:benchmark"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run([*words, "-p", "decodathlon.harness.plugin"], cwd=ROOT, capture_output=True, text=True,
