@@ -65,8 +65,8 @@ def test_throughput(cell):
             cell.sample(f"pair-{d.pair}-row-{d.row}", first_divergence=d.position, top2_gap=d.top2_gap)
         answers = len(pairs) * rows
         cell.report("greedy_match", Estimate(1 - len(parted) / answers, n=answers), baseline="greedy")
-    if not all(pair.repeatable for pair in pairs):
-        cell.note("the same seed gave other tokens the second time")
+    for remark in speed.remarks(pairs):
+        cell.note(remark)
     if isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
         draw = speed.sampler_seconds(cell.decoder, cell.target, batches[0])
         cell.report("sampler_share", Estimate(draw / found["tpot_s"].estimate().value, n=20))

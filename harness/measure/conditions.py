@@ -45,7 +45,8 @@ class Conditions:
             device: the torch device that computes.
         """
         self._device = device
-        self._found = {"load_before": _load(), "switches": _switches(), "pid": os.getpid()}
+        self._found = {"load_before": _load(), "switches": switches(), "pid": os.getpid()}
+        self._threads = set(threading.enumerate())
         self._at, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
         self._looks: list[dict[str, Any]] = []
         self._done = threading.Event()
@@ -67,6 +68,10 @@ class Conditions:
             return {}
         self._done.set()
         found = self._found | {"load_after": _load()}
+        left = _left_behind(found["switches"], self._threads)
+        if left:
+            found["left_behind"] = left
+            self.remarks.append(f"left behind in its process, which was replaced: {', '.join(left)}")
         wall = max(time.monotonic() - self._at, 1e-9)
         busy = _busy_seconds()
         if busy is not None and self._busy is not None:
@@ -80,6 +85,13 @@ class Conditions:
             found["gpu"] = self._looks
             self.remarks += gpu_remarks(self._looks, os.getpid())
         return found
+
+
+def _left_behind(before: dict[str, Any], threads: set[threading.Thread]) -> list[str]:
+    """What a cell did to its process that would reach into the next cell's measurement."""
+    changed = [name for name, value in switches().items() if value != before[name]]
+    new = [t.name for t in threading.enumerate() if t not in threads]
+    return [*changed, *(["threads"] if new else [])]
 
 
 def gpu_look(uuid: str | None) -> dict[str, Any]:
@@ -150,14 +162,16 @@ def _own_seconds() -> float:
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
-def _switches() -> dict[str, Any]:
-    """Settings that change speed or rounding, as they stand when the measurement begins."""
+def switches() -> dict[str, Any]:
+    """Settings that change speed or rounding, for this cell and for every later one in the same process."""
     import torch
 
     return {
         "torch_threads": torch.get_num_threads(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "default_dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "grad": torch.is_grad_enabled(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "gc": gc.isenabled(),
     }

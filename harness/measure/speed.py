@@ -25,6 +25,8 @@ from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.targets.base import Target
 
 WARM_UP_TOKENS = 4
+#: A second run over the same prompts is warmer, but not by so much.
+SUSPICIOUS_GAIN = 2.0
 
 
 @dataclass
@@ -139,6 +141,17 @@ def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observat
 def ratio(pairs: Sequence[Pair], rival: str) -> Observations:
     """Rival's time over the candidate's."""
     return Observations.each(_names(pairs), [p.log_ratio(rival) for p in pairs], scale="exp")
+
+
+def remarks(pairs: Sequence[Pair]) -> list[str]:
+    """What looks wrong about the candidate's runs."""
+    found = []
+    if not all(pair.repeatable for pair in pairs):
+        found.append("the same seed gave other tokens the second time")
+    gain = statistics.median([p.seconds["candidate"][0] / p.seconds["candidate"][1] for p in pairs]).value
+    if gain > SUSPICIOUS_GAIN:
+        found.append(f"the second run over the same prompts was {gain:.1f} times as fast: does it remember answers?")
+    return found
 
 
 def _names(pairs: Sequence[Pair]) -> list[str]:

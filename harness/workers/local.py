@@ -129,7 +129,9 @@ class LocalExecutor(Executor):
 
     @staticmethod
     def _spoilt(outcome: Outcome) -> bool:
-        """Whether the worker should go: its memory may be in pieces, or its CUDA context broken."""
+        """Whether the worker should go: its memory may be in pieces, its CUDA context broken, its settings changed."""
+        if outcome.conditions.get("left_behind"):
+            return True
         on_gpu = str(outcome.model.get("device", "")).startswith("cuda")
         return outcome.status in ("oom", "timeout") or (outcome.status == "failed" and on_gpu)
 

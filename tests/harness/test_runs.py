@@ -56,6 +56,13 @@ class HangsLate(Plain):
             time.sleep(600)
         return super().generate(*given)
 
+@decoder("meddles", claim="exact")
+class Meddles(Plain):
+    """Changes its process for whoever comes next."""
+    def shape(self, logits):
+        torch.set_num_threads(3)
+        return super().shape(logits)
+
 @decoder("greedy-for-memory", claim="exact")
 class Memory(Plain):
     def shape(self, logits):
@@ -133,6 +140,20 @@ def test_late_cells_keep_what_they_measured_and_hanging_ones_are_killed(model, d
         log = connection.execute("SELECT log FROM cell WHERE decoder = 'hangs'").fetchone()[0]
     assert "about to hang" in log
     assert not list(results.with_suffix(".shards").rglob("*.journal"))
+
+
+def test_a_decoder_cannot_reach_into_the_next_ones_measurement(model, decoders, tmp_path):
+    results = tmp_path / "r.duckdb"
+    assert (
+        measure(*new_run(results, model, decoders, "calm", "meddles", "calm[number=1]", suite="wikitext2")).returncode
+        == 0
+    )
+    found = by_decoder(results)
+    assert found["meddles"]["conditions"]["left_behind"] == ["torch_threads"]
+    pids = [found[name]["conditions"]["pid"] for name in chosen]
+    assert pids[0] == pids[1] != pids[2]
+    threads = [found[name]["conditions"]["switches"]["torch_threads"] for name in ("calm", "calm[number=1]")]
+    assert threads[0] == threads[1] != 3
 
 
 def test_ctrl_c_ends_cleanly_and_the_printed_command_goes_on(model, decoders, tmp_path):

@@ -57,6 +57,18 @@ def test_other_processes_are_noticed():
     assert found["load_before"] is not None
 
 
+def test_what_reaches_into_the_next_cell_is_noticed():
+    watch = Conditions()
+    watch.begin(torch.device("cpu"))
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = watch.end()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found["left_behind"] == ["default_dtype"]
+    assert "which was replaced: default_dtype" in watch.remarks[-1]
+
+
 def test_without_a_beginning_there_is_nothing_to_say():
     assert Conditions().end() == {}
 

@@ -91,6 +91,16 @@ def test_speeds_from_known_times():
     assert found["prefill_tokens_per_s"].value == pytest.approx(800.0)
 
 
+def test_a_decoder_that_remembers_its_answers_is_remarked_on():
+    fair = [Pair({"candidate": [1.1, 1.0]}) for _ in range(6)]
+    cheat = [Pair({"candidate": [1.0, 0.01]}, repeatable=False) for _ in range(6)]
+    assert speed.remarks(fair) == []
+    assert [r.split(":")[0] for r in speed.remarks(cheat)] == [
+        "the same seed gave other tokens the second time",
+        "the second run over the same prompts was 100.0 times as fast",
+    ]
+
+
 def test_divergences_name_the_place_and_the_gap(target, text):
     (batch,) = texts.prompts(text, target, pairs=1, rows=2, length=20).batches
     greedy = [c.tokens for c in speed.generate(decoders.build("greedy"), target, batch, 5, 0)]
