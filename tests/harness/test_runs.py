@@ -143,11 +143,8 @@ def test_late_cells_keep_what_they_measured_and_hanging_ones_are_killed(model, d
 
 
 def test_a_decoder_cannot_reach_into_the_next_ones_measurement(model, decoders, tmp_path):
-    results = tmp_path / "r.duckdb"
-    assert (
-        measure(*new_run(results, model, decoders, "calm", "meddles", "calm[number=1]", suite="wikitext2")).returncode
-        == 0
-    )
+    results, chosen = tmp_path / "r.duckdb", ("calm", "meddles", "calm[number=1]")
+    assert measure(*new_run(results, model, decoders, *chosen, suite="wikitext2")).returncode == 0
     found = by_decoder(results)
     assert found["meddles"]["conditions"]["left_behind"] == ["torch_threads"]
     pids = [found[name]["conditions"]["pid"] for name in chosen]
