@@ -16,16 +16,10 @@ import torch
 from torch import Tensor
 
 from decodathlon.harness.errors import ContextOverflowError, UnsupportedError
+from decodathlon.harness.targets import checks
 from decodathlon.harness.targets.attention import ATTENTION_NAME, Layout, RowCache
 from decodathlon.harness.targets.base import Context, Step, Target
 from decodathlon.harness.targets.lean import LeanForward
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-#: Largest root-mean-square difference of logits, relative to their spread, between two forwards of one model.
-#: Float32 and wider leave room for the order of sums only; a wrong mask or position is off by far more.
-PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-PROBE_WINDOW = 6
 
 
 class TransformersContext(Context):
@@ -163,20 +157,20 @@ class TransformersTarget(Target):
         self.tokenizer = tokenizer
         config = model.config.get_text_config()
         self.config = config
-        self._refuse_by_name(config)
+        checks.refuse_by_name(config, name)
         self.layers = int(config.num_hidden_layers)
         self.vocab_size = int(config.vocab_size)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
         self.device, self.dtype = model.device, model.dtype
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.stop_tokens = self._stop_tokens()
+        self.stop_tokens = checks.stop_tokens(model, config)
         self.capabilities = frozenset(
             {"logits", "hidden", "gradient", "energy", "hf-model"} | ({"text"} if tokenizer is not None else set())
         )
         begins = (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None))
         self.start_token = next((t for t in (*begins, config.bos_token_id) if t is not None), None)
         self._native_attention = config._attn_implementation
-        self._blocks = self._find_blocks()
+        self._blocks = checks.blocks(model, self.layers, name)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         windows = [w for w in (getattr(m, "sliding_window", None) for m in model.modules()) if isinstance(w, int)]
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or config.model_type == "mistral":
@@ -346,45 +340,17 @@ class TransformersTarget(Target):
             self.model.generation_config = defaults
             self.model.set_attn_implementation(ATTENTION_NAME)
 
-    # -- checks at load ----------------------------------------------------------------------------------------
-
-    def _refuse_by_name(self, config: Any) -> None:
-        kind = config.model_type
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedError("a causal LM", f"{self.name} ({kind}) is an encoder-decoder model")
-        strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-        if strange:
-            raise UnsupportedError(
-                "full or sliding attention", f"{self.name} ({kind}) has {', '.join(sorted(strange))} layers"
-            )
-        if getattr(config, "num_kv_shared_layers", 0):
-            raise UnsupportedError("a cache per layer", f"{self.name} ({kind}) shares keys between layers")
-
-    def _stop_tokens(self) -> frozenset[int]:
-        generation = getattr(self.model, "generation_config", None)
-        stop: set[int] = set()
-        for source in (generation, self.config):
-            eos = getattr(source, "eos_token_id", None)
-            stop |= set(eos) if isinstance(eos, (list, tuple)) else {eos} if eos is not None else set()
-        return frozenset(stop)
-
-    def _find_blocks(self) -> Any:
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.ModuleList) and len(module) == self.layers:
-                return module
-        raise UnsupportedError("a list of blocks", f"{self.name} ({self.config.model_type}) has none")
-
     @torch.no_grad()
     def _probe(self, lean: bool) -> None:
         """Compare our forwards with the native one on random text, with every window shrunk so that it is exceeded."""
         length = min(16, self.context_length)
         source = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.vocab_size, (1, length), generator=source).to(self.device)
-        tolerance = PROBE_TOLERANCE.get(self.dtype, 6e-2)
-        with self._small_windows():
+        tolerance = checks.TOLERANCE.get(self.dtype, 6e-2)
+        with checks.small_windows(self.model, self.config):
             truth = self.model(input_ids=tokens, use_cache=False).logits
             self.model.set_attn_implementation(ATTENTION_NAME)
-            error = _spread_error(self._probe_run(tokens), truth)
+            error = checks.spread_error(self._probe_run(tokens), truth)
             if not error <= tolerance:
                 raise UnsupportedError(
                     "a forward that can be driven step by step",
@@ -393,7 +359,7 @@ class TransformersTarget(Target):
                 )
             if lean and LeanForward.fits(self.model):
                 self._lean = LeanForward(self.model)
-                error = _spread_error(self._probe_run(tokens), truth)
+                error = checks.spread_error(self._probe_run(tokens), truth)
                 if not error <= tolerance:
                     self._lean = None
                     self.notes += (f"lean forward left aside: off by {error:.2g} of the logits' spread",)
@@ -407,21 +373,3 @@ class TransformersTarget(Target):
         first = context.extend(tokens[:, :half])
         context.keep(half)
         return torch.cat([first.logits, context.extend(tokens[:, half:]).logits], dim=1)
-
-    @contextmanager
-    def _small_windows(self) -> Iterator[None]:
-        holders = [m for m in [self.config, *self.model.modules()] if isinstance(getattr(m, "sliding_window", 0), int)]
-        holders = [m for m in holders if getattr(m, "sliding_window", None)]
-        before = [m.sliding_window for m in holders]
-        try:
-            for holder in holders:
-                holder.sliding_window = PROBE_WINDOW
-            yield
-        finally:
-            for holder, window in zip(holders, before, strict=True):
-                holder.sliding_window = window
-
-
-def _spread_error(ours: Tensor, truth: Tensor) -> float:
-    ours, truth = ours.double(), truth.double()
-    return float((ours - truth).pow(2).mean().sqrt() / truth.std().clamp(min=1e-12))

@@ -84,6 +84,8 @@ class LocalExecutor(Executor):
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the executor
 
     def run(self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = ()) -> Outcome:
+        # A run that was killed has left the journal of its last cell; it says nothing of this attempt.
+        journal.path_of(self.folder, spec.cell_id).unlink(missing_ok=True)
         if self._process is None:
             self._start()
         assert self._requests is not None

@@ -76,9 +76,15 @@ class Killed(Plain):
 @decoder("interrupts", claim="exact")
 class Interrupts(Plain):
     """Ctrl-C for whoever started the worker, in the middle of a cell."""
+    number = signal.SIGINT
     def shape(self, logits):
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(os.getppid(), self.number)
         time.sleep(600)
+
+@decoder("terminates", claim="exact")
+class Terminates(Interrupts):
+    """What a cluster sends before it kills."""
+    number = signal.SIGTERM
 '''
 
 
@@ -153,21 +159,22 @@ def test_a_decoder_cannot_reach_into_the_next_ones_measurement(model, decoders, 
     assert threads[0] == threads[1] != 3
 
 
-def test_ctrl_c_ends_cleanly_and_the_printed_command_goes_on(model, decoders, tmp_path):
+@pytest.mark.parametrize("name", ["interrupts", "terminates"])
+def test_ctrl_c_and_sigterm_end_cleanly_and_the_printed_command_goes_on(model, decoders, tmp_path, name):
     results = tmp_path / "r.duckdb"
-    done = measure(*new_run(results, model, decoders, "calm", "interrupts", "calm[number=2]"))
+    done = measure(*new_run(results, model, decoders, "calm", name, "calm[number=2]"))
     assert done.returncode == 2
-    assert {d: c["status"] for d, c in by_decoder(results).items()} == {"calm": "ok", "interrupts": "cancelled"}
+    assert {d: c["status"] for d, c in by_decoder(results).items()} == {"calm": "ok", name: "cancelled"}
     assert "tokens_per_s" in done.stdout  # the summary so far
     (line,) = [x for x in done.stdout.splitlines() if "go on with: pytest" in x]
     assert line.startswith("2 cells not measured")
     again = measure(*line.partition("--benchmark ")[2].split(), "--executor", "local")
     assert again.returncode == 2  # it interrupts again
     found = by_decoder(results)
-    assert [a["status"] for a in found["interrupts"]["attempts"]] == ["cancelled"]
+    assert [a["status"] for a in found[name]["attempts"]] == ["cancelled"]
     with store.connect(results) as connection:
         rows = connection.execute("SELECT decoder, status FROM cell ORDER BY 1").fetchall()
-    assert rows == [("calm", "ok"), ("interrupts", "cancelled")]
+    assert rows == [("calm", "ok"), (name, "cancelled")]
 
 
 def test_resume_measures_only_what_has_no_result_and_replaces_its_row(model, tmp_path):
