@@ -38,7 +38,7 @@ class Arithmetic(Sampler):
 
     Rows with the same prompt are one set. Their numbers are a lattice with one random shift, so that each alone is
     uniform and its text an exact draw, while together they cover the law better than independent draws. The shift comes
-    from the seed and the prompt: here a row does depend on how many equal prompts stand before it. Where a code's
+    from the seed, the prompt and the set's first row: here a row does depend on the equal prompts before it. Where the
     precision is used up (after some 50 bits of text) fresh random numbers take over, and the draws go on independently.
     """
 
@@ -83,6 +83,7 @@ class _Lattice(RowRandom):
         noise = super().uniforms(*shape)
         for prompt in set(self._prompts):
             rows = [b for b, p in enumerate(self._prompts) if p == prompt]
-            shift = RowRandom(self.seed, [("set", prompt)]).uniforms(1)[0]
+            # named by its first row, so that sets that are drawn one after the other differ
+            shift = RowRandom(self.seed, [("set", prompt, self.keys[rows[0]])]).uniforms(1)[0]
             noise[rows, 0, 0] = (torch.arange(len(rows), dtype=torch.float64) / len(rows) + shift).remainder(1.0)
         return noise

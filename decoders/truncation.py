@@ -40,9 +40,12 @@ class LocallyTypical(Sampler):
 
     def shape(self, logits: Tensor) -> Tensor:
         log_p = (logits / self.temperature).log_softmax(-1)
+        if self.mass == 1:  # the whole law, which a rounded sum may reach too early
+            return log_p
         distance = (-log_p - entropy(log_p)).abs()
         ranked, order = distance.sort(dim=-1)
-        before = log_p.gather(-1, order).double().exp().cumsum(-1) - log_p.gather(-1, order).double().exp()
+        p = log_p.gather(-1, order).double().exp()
+        before = (p.cumsum(-1) - p) / p.sum(-1, keepdim=True)
         last = ((before < self.mass).sum(-1, keepdim=True) - 1).clamp(min=0)
         return only(log_p, distance <= ranked.gather(-1, last))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from decodathlon.harness import datasets, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.decoder import Decoder
-from decodathlon.harness.errors import DecodathlonError, UnsupportedError
+from decodathlon.harness.errors import DecodathlonError, MissingError, UnsupportedError
 from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import journal, shards
@@ -31,7 +32,7 @@ class Bench:
             say: receives one line when something takes long.
             ready: called when a cell's model is loaded and its measurement begins.
         """
-        self._say, self._ready = say, ready
+        self._say, self._ready, self._process = say, ready, os.getpid()
         self._target: tuple[tuple[str, str, str], Any] | None = None
         self._unloadable: dict[tuple[str, str, str], DecodathlonError] = {}
         self._texts: dict[tuple[str, str, str | None], datasets.Text] = {}
@@ -45,6 +46,7 @@ class Bench:
         timeout: float | None = None,
         attempts: Sequence[dict[str, Any]] = (),
         log: Callable[[], str] = lambda: "",
+        expected: Mapping[str, str] | None = None,
     ) -> Outcome:
         """Measure one cell, leave its shard in `folder`, take its journal away.
 
@@ -52,10 +54,13 @@ class Bench:
             timeout: seconds after which no further unit of work begins; the cell is then `partial`.
             attempts: how it ended before, in a run that is resumed.
             log: what the process has printed since the cell began.
+            expected: what the run began with; other weights or data are an error.
         """
         path = journal.path_of(folder, spec.cell_id)
         notebook = Journal(path)
-        outcome = self.measure(spec, run_id, timeout=timeout, notebook=notebook)
+        outcome = self.measure(spec, run_id, timeout=timeout, notebook=notebook, expected=expected)
+        if os.getpid() != self._process:  # a child that a decoder forked has come back as if it were us
+            os._exit(1)
         notebook.close()
         outcome.attempts = list(attempts)
         if outcome.status not in ("ok", "unsupported"):
@@ -65,7 +70,13 @@ class Bench:
         return outcome
 
     def measure(
-        self, spec: CellSpec, run_id: str, *, timeout: float | None = None, notebook: Journal | None = None
+        self,
+        spec: CellSpec,
+        run_id: str,
+        *,
+        timeout: float | None = None,
+        notebook: Journal | None = None,
+        expected: Mapping[str, str] | None = None,
     ) -> Outcome:
         """Run one cell to its end, whatever that is; only a dying process is not turned into an outcome."""
         outcome, notebook = Outcome(spec, run_id), notebook or Journal(None)
@@ -76,6 +87,7 @@ class Bench:
             if spec.broken is not None:
                 raise _BrokenPluginError(spec.broken)
             cell = self._prepare(spec, outcome, timeout, notebook)
+            _refuse_other(outcome, expected or {})
             outcome.seconds["prepare"] = time.perf_counter() - begin
             for part in ("decoder", "model", "data", "sizes", "protocol", "seconds"):
                 notebook.write(part, getattr(outcome, part))
@@ -206,5 +218,22 @@ class _BrokenPluginError(Exception):
     """Carries the traceback of an import."""
 
 
+def found_of(outcome: Outcome) -> dict[str, str]:
+    """What must stay the same over the cells of a run: the weights, and each suite's data."""
+    found = {
+        "the model's weights": outcome.model.get("weights_fingerprint"),
+        f"the data of {outcome.spec.suite}": outcome.data.get("sha256"),
+    }
+    return {what: value for what, value in found.items() if value is not None}
+
+
+def _refuse_other(outcome: Outcome, expected: Mapping[str, str]) -> None:
+    for what, value in found_of(outcome).items():
+        if expected.get(what, value) != value:
+            raise MissingError(f"{what} changed after the run began; a run is of one piece: start a new one")
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Python's, CUDA's, or that of torch's allocator on a CPU, which has no type of its own."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -18,6 +18,8 @@ from decodathlon.harness.errors import StoreError
 Status = Literal["ok", "partial", "failed", "oom", "timeout", "crashed", "cancelled", "unsupported"]
 #: What a resumed run does not measure again.
 FINAL: tuple[Status, ...] = ("ok", "unsupported")
+#: What stands for decoder and model in the rows of the harness's own operations.
+HARNESS = "harness"
 #: What has numbers to show.
 MEASURED: tuple[Status, ...] = ("ok", "partial")
 #: Raised when the shape of a shard changes.

@@ -47,7 +47,7 @@ def _run(sampler: Sampler, context: Context, noise: Tensor, stop: set[int]) -> t
     T = noise.shape[1]
     for t in range(T):
         logits = context.next_logits
-        token, state = sampler.choose(logits, state, noise[:, t])
+        token, state = sampler.choose(logits.clone(), state, noise[:, t])  # it may write into what it gets
         tokens.append(token)
         log_probs.append(token_log_prob(logits, token))
         if stop:

@@ -18,6 +18,7 @@ import pytest
 
 from decodathlon.harness.cells import CellSpec
 from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError
+from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.plan import Options
 from decodathlon.harness.results import environment, gates, table
 from decodathlon.harness.run import CELL_TIMEOUT, Run, Settings
@@ -28,6 +29,8 @@ EXIT_NOTHING_MEASURED = 11
 _RUN = pytest.StashKey["Run"]()
 #: How many suites were deselected for want of --benchmark.
 _IDLE = pytest.StashKey[int]()
+#: What else the machine did while pytest-benchmark timed an item.
+_WATCH = pytest.StashKey[Conditions]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -176,6 +179,12 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         reporter._show_progress_info = False  # our lines tell how far we are; pytest's percentage would cut in
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _timed(item):
+        item.stash[_WATCH] = Conditions()
+        item.stash[_WATCH].begin(None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     spec = _spec(pyfuncitem)
@@ -211,7 +220,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         stats = getattr(item.funcargs["benchmark"], "stats", None)  # type: ignore[attr-defined]
         if stats is not None:  # None under --benchmark-disable
             rounds = list(stats.stats.data)
-            item.config.stash[_RUN].record_timed(suite, item.name.removeprefix("test_"), rounds)
+            item.config.stash[_RUN].record_timed(suite, item.name.removeprefix("test_"), rounds, item.stash[_WATCH])
     return report  # type: ignore[return-value]
 
 
@@ -246,6 +255,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("decodathlon")
     judged = [v.line for v in run.verdicts if v.cell is not None]
+    silent = len({v.gate for v in run.verdicts if v.cell is None})
+    if silent:
+        judged.append(f"{silent} rules speak of nothing that this run measured")
     for line in [*table.tables(run.outcomes)[1:], *(["", "gates:", *judged] if judged else []), "", *run.closing]:
         terminalreporter.write_line(line)
 

@@ -6,6 +6,7 @@ A run is a folder of shards. Killed at any moment it keeps every finished cell, 
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,20 +14,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness.cells import FINAL, MEASURED, CellSpec, Outcome, now
+from decodathlon.harness.bench import found_of
+from decodathlon.harness.cells import FINAL, HARNESS, CellSpec, Outcome, now
 from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError, near_miss
 from decodathlon.harness.locks import file_lock
+from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.plan import Options, cells
 from decodathlon.harness.registry import load_builtins, registry
-from decodathlon.harness.results import environment, gates, measured, shards, store, table
+from decodathlon.harness.results import environment, gates, journal, measured, shards, store, table
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.workers.local import EXECUTORS
 
 #: Seconds that a cell may measure, by scale, where --cell-timeout says nothing.
 CELL_TIMEOUT = {"smoke": 600.0, "quick": 1800.0, "full": 6 * 3600.0}
-#: What stands for decoder and model in the rows of the harness's own operations, and how many rounds they keep.
-HARNESS, MOST_ROUNDS = "harness", 200
+#: Rounds that an operation of the harness keeps.
+MOST_ROUNDS = 200
 #: What must be the same machine and libraries for two halves of a run to be one run.
 _SAME = ("git_commit", "git_diff_sha256", "machine", "cpu", "gpus", "python")
 _SAME_PACKAGES = ("decodathlon", "torch", "transformers", "triton", "numpy")
@@ -60,7 +63,9 @@ class Run:
         """
         self.settings, self._say = settings, say
         store.check(settings.results)
-        self.gates = gates.load(settings.gates) if settings.gates else []
+        for path in options.decoder_file if options is not None else ():
+            registry.load_file(path)  # gates may name its decoders
+        self.gates: list[gates.Gate] = []
         self.outcomes: list[Outcome] = []
         self.verdicts: list[gates.Verdict] = []
         #: Lines that say where the results are.
@@ -68,16 +73,23 @@ class Run:
         self.failed_to_ingest = False
         self._before: dict[str, Outcome] = {}
         self._held = ExitStack()
+        #: What the first cell found of weights and data; a later one that finds other fails.
+        self._expected: dict[str, str] = {}
+        self._record: dict[str, Any] = {}
         if resume is not None:
             self.folder = find(settings.results, resume)
             self.run_id = self.folder.name
             self._hold()
+            for left in self.folder.glob(".*.json.*"):  # half a shard of a process that was killed
+                left.unlink(missing_ok=True)
             self.specs, scale = self._taken_up()
         else:
             assert options is not None
             self.run_id = environment.run_id()
             self.folder = shards.folder_of(settings.results, self.run_id)
             self.specs, scale = cells(options), options.scale
+        if settings.gates is not None:
+            self.gates = gates.load(settings.gates)
         self._options, self.resumed = options, resume is not None
         timeout = settings.cell_timeout or CELL_TIMEOUT[scale]
         self.waiting: dict[str, CellSpec] = {s.cell_id: s for s in self.specs}
@@ -96,7 +108,8 @@ class Run:
         self.waiting = {s.cell_id: s for s in chosen}
         if self.resumed:
             record = shards.read(self.folder / shards.RUN_FILE)
-            shards.write(self.folder / shards.RUN_FILE, record | {"resumed": [*record.get("resumed", []), now()]})
+            self._record = record | {"resumed": [*record.get("resumed", []), now()]}
+            shards.write(self.folder / shards.RUN_FILE, self._record)
             return
         self._hold()
         assert self._options is not None
@@ -107,7 +120,7 @@ class Run:
             "decoder_file": [Path(p).name for p in self._options.decoder_file],
             "model": self.specs[0].model if self.specs else self._options.model,
         }
-        record = {
+        self._record = {
             "run_id": self.run_id,
             "started": now(),
             "git_commit": described.pop("git_commit"),
@@ -115,13 +128,14 @@ class Run:
             "environment": described,
             "options": options,
         }
-        shards.write(self.folder / shards.RUN_FILE, record)
+        shards.write(self.folder / shards.RUN_FILE, self._record)
 
     def measure(self, spec: CellSpec) -> Outcome:
         """Run one cell and say how it went and how long the rest will take."""
         before = self._before.get(spec.cell_id)
         attempts = [*before.attempts, before.as_attempt()] if before is not None else []
-        outcome = self._executor.run(spec, attempts)
+        outcome = self._executor.run(spec, attempts, self._expected)
+        self._expect(outcome)
         self.outcomes = [o for o in self.outcomes if o.spec.cell_id != spec.cell_id] + [outcome]
         self.waiting.pop(spec.cell_id, None)
         done = len(self.outcomes)
@@ -131,6 +145,10 @@ class Run:
         )
         return outcome
 
+    def _expect(self, outcome: Outcome) -> None:
+        if outcome.status in FINAL:
+            self._expected = found_of(outcome) | self._expected
+
     @property
     def timed_suites(self) -> list[str]:
         """Suites of the harness's own operations that this run was asked for, or that a run of everything has."""
@@ -138,7 +156,7 @@ class Run:
             return []
         return list(self._options.suite or registry.names("suite"))
 
-    def record_timed(self, suite: str, operation: str, seconds: Sequence[float]) -> None:
+    def record_timed(self, suite: str, operation: str, seconds: Sequence[float], watch: Conditions) -> None:
         """Keep what pytest-benchmark measured of one operation of the harness, like any cell."""
         assert self._options is not None
         version = registry.get("suite", suite).version
@@ -153,16 +171,20 @@ class Run:
             decoder={"name": HARNESS, "spec": HARNESS, "family": HARNESS, "params": {}, "claim": "–"},
             model={"name": HARNESS, "dtype": "", "device": "cpu"},
             seconds={"total": float(sum(seconds))},
+            conditions=watch.end(),
             metrics=[row],
             samples=[{"row": "rounds", "data": {"seconds": [float(f"{s:.4g}") for s in seconds[:MOST_ROUNDS]]}}],
         )
+        outcome.notes = watch.remarks
         shards.write(self.folder / f"{spec.cell_id}.json", outcome.as_shard())
         self.outcomes.append(outcome)
 
     def finish(self) -> None:
         """End the workers, judge the gates, and add what was measured to the results file."""
         self._executor.close()
-        if (self.folder / shards.RUN_FILE).exists():
+        if self._record or self.resumed:
+            if self._record and not (self.folder / shards.RUN_FILE).exists():
+                shards.write(self.folder / shards.RUN_FILE, self._record)  # somebody took it away meanwhile
             self._collect()
             if self.outcomes:
                 self._judge()
@@ -173,8 +195,16 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        results = "" if self.settings.results.name == "results.duckdb" else f" --results {self.settings.results}"
-        return f"pytest suites/ --benchmark --resume {self.run_id}{results}"
+        return f"pytest suites/ --benchmark --resume {self.run_id}{self._results_option}"
+
+    @property
+    def _ingest_command(self) -> str:
+        return f"decodathlon ingest {shlex.quote(str(self.folder))}{self._results_option}"
+
+    @property
+    def _results_option(self) -> str:
+        usual = self.settings.results == environment.ROOT / "results.duckdb"
+        return "" if usual else f" --results {shlex.quote(str(self.settings.results))}"
 
     def _collect(self) -> None:
         """Also what the interrupted cell left: its executor wrote its shard, but nobody got its outcome."""
@@ -187,13 +217,15 @@ class Run:
     def _judge(self) -> None:
         self.verdicts = gates.judge(self.gates, measured.of_outcomes(self.outcomes))
         if self.verdicts:
+            judged = now()
             rows = [
                 {
-                    "gate": v.gate.rule,
+                    "gate": v.gate.text,
                     "decoder": v.cell.decoder if v.cell else ", ".join(v.gate.decoder),
                     "cell_id": v.cell.cell_id if v.cell else "",
                     "outcome": v.outcome,
                     "detail": v.detail,
+                    "judged": judged,
                 }
                 for v in self.verdicts
             ]
@@ -205,12 +237,12 @@ class Run:
             f"run {self.run_id}: {_cells(len(self.outcomes))} in {_duration(took)}; shards in {self.folder}"
         )
         if not store.available():
-            self.closing.append(f"DuckDB is not installed here; where it is: decodathlon ingest {self.folder}")
+            self.closing.append(f"DuckDB is not installed here; where it is: {self._ingest_command}")
             return
         try:
             found = store.ingest(self.settings.results, [self.folder])
         except DecodathlonError as error:
-            self.closing.append(f"NOT INGESTED, the shards are safe: {error}. Then: decodathlon ingest {self.folder}")
+            self.closing.append(f"NOT INGESTED, the shards are safe: {error}. Then: {self._ingest_command}")
             self.failed_to_ingest = True
             return
         again = f", {found.replaced} replaced" if found.replaced else ""
@@ -225,11 +257,22 @@ class Run:
         """
         plan = shards.read(self.folder / shards.PLAN_FILE)
         planned = [CellSpec.from_json(c) for c in plan["cells"]]
+        if not planned:
+            raise SpecError(f"--resume {self.run_id}: that run had no cells of decoders; start a new one")
         self._refuse_changes(plan, planned)
         for spec in planned:
             path = self.folder / f"{spec.cell_id}.json"
             if path.exists():
                 self._before[spec.cell_id] = Outcome.from_shard(shards.read(path))
+            orphan = journal.path_of(self.folder, spec.cell_id)
+            if orphan.exists():  # it was in flight when everything was killed
+                before = self._before.get(spec.cell_id)
+                attempts = [*before.attempts, before.as_attempt()] if before is not None else []
+                self._before[spec.cell_id] = Outcome(
+                    spec, self.run_id, status="cancelled", reason="the whole run was killed", attempts=attempts
+                )
+        for outcome in self._before.values():
+            self._expect(outcome)
         self.outcomes = [o for o in self._before.values() if o.status in FINAL]
         finished = {o.spec.cell_id for o in self.outcomes}
         return [s for s in planned if s.cell_id not in finished], planned[0].scale
@@ -273,7 +316,7 @@ class Run:
 
     @property
     def measured_nothing(self) -> bool:
-        return not any(o.status in MEASURED for o in self.outcomes)
+        return not any(o.metrics for o in self.outcomes)
 
 
 def find(results: Path, run: str) -> Path:
@@ -290,8 +333,6 @@ def find(results: Path, run: str) -> Path:
     name = begun[-1] if run == "last" else run
     if name not in begun:
         raise SpecError(f"--resume {run}: there is no such run in {beside}{near_miss(run, begun[-10:])}")
-    for left in (beside / name).glob(".*.json.*"):  # half a shard of a process that was killed
-        left.unlink(missing_ok=True)
     return beside / name
 
 

@@ -67,7 +67,7 @@ def test_throughput(cell):
         cell.report("greedy_match", Estimate(1 - len(parted) / answers, n=answers), baseline="greedy")
     for remark in speed.remarks(pairs):
         cell.note(remark)
-    if isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
+    if "tpot_s" in found and isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
         draw = speed.sampler_seconds(cell.decoder, cell.target, batches[0])
         cell.report("sampler_share", Estimate(draw / found["tpot_s"].estimate().value, n=20))
     cell.target.release()

@@ -13,8 +13,7 @@ from decodathlon.harness.measure.observations import compared
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results import measured, store
-from decodathlon.harness.results.gates import noise_floor
-from decodathlon.harness.results.measured import Measured, Number
+from decodathlon.harness.results.measured import Measured, Number, noise_floor
 from decodathlon.harness.results.table import aligned, number
 
 PACKAGES = ("torch", "transformers", "triton")

@@ -15,8 +15,8 @@ from decodathlon.harness.registry import registry
 from decodathlon.harness.results import measured, rows, shards, store
 
 #: What a page has room for; the other formats have every column.
-MARKDOWN = ("suite", "slice", "scale", "decoder", "model", "dataset", "metric", "value", "ci_low", "ci_high", "n",
-            "hardware", "status")  # fmt: skip
+MARKDOWN = ("suite", "slice", "scale", "decoder", "claim", "model", "dtype", "dataset", "metric", "value", "ci_low",
+            "ci_high", "n", "hardware", "status", "reason", "notes", "run_id")  # fmt: skip
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,8 @@ def _run(options: argparse.Namespace) -> int:
         raise SpecError(f"--out {options.out}: the folder {options.out.resolve().parent} does not exist; create it")
     with store.connect(path) as connection:
         if options.format == "parquet":
-            connection.execute(f"COPY ({query}) TO '{rows.quoted(options.out)}' (FORMAT parquet)")
+            count = connection.execute(f"COPY ({query}) TO '{rows.quoted(options.out)}' (FORMAT parquet)").fetchone()
+            say(f"{count[0] if count else 0} rows in {options.out}")
             return 0
         found = connection.execute(query)
         names = [d[0] for d in found.description or []]
@@ -68,23 +69,22 @@ def _write(table: list[dict[str, Any]], names: list[str], form: str, to: Any) ->
         writer.writerows(table)
     elif form == "jsonl":
         for row in table:
-            to.write(json.dumps(shards.plain({k: _text(v) for k, v in row.items()}), ensure_ascii=False) + "\n")
+            to.write(json.dumps(shards.plain({k: _text(k, v) for k, v in row.items()}), ensure_ascii=False) + "\n")
     else:
         to.write("| " + " | ".join(MARKDOWN) + " |\n" + "|---" * len(MARKDOWN) + "|\n")
         for row in table:
-            cells = [
-                "" if row[c] is None else f"{row[c]:.5g}" if isinstance(row[c], float) else str(row[c])
-                for c in MARKDOWN
-            ]
-            to.write("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |\n")
+            to.write("| " + " | ".join(_cell(row[c]) for c in MARKDOWN) + " |\n")
 
 
 def _cell(value: Any) -> str:
     text = "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _text(value: Any) -> Any:
+def _text(name: str, value: Any) -> Any:
+    """Times as text, and what DuckDB keeps as JSON as what it is."""
+    if name in ("params", "notes") and isinstance(value, str):
+        return json.loads(value)
     return value.isoformat() if hasattr(value, "isoformat") else value
 
 

@@ -22,10 +22,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    rules = gates.load(options.gates)
+    cells = measured.of_run(options.results.resolve(), options.run)
+    rules = gates.load(options.gates, {c.decoder for c in cells})
     if not rules:
         raise SpecError(f"gates {options.gates} has no [[gate]]; docs/gating.md shows how to write one")
-    verdicts = gates.judge(rules, measured.of_run(options.results.resolve(), options.run))
+    verdicts = gates.judge(rules, cells)
     for verdict in verdicts:
         say(verdict.line)
     counts = {o: sum(v.outcome == o for v in verdicts) for o in ("pass", "fail", "inconclusive", "not run")}

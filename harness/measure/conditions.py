@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -37,14 +38,16 @@ class Conditions:
         #: One line for each thing that a reader of the row should know.
         self.remarks: list[str] = []
         self._device: Any = None
+        self._begun = False
         self._found: dict[str, Any] = {}
 
     def begin(self, device: Any) -> None:
         """
         Args:
-            device: the torch device that computes.
+            device: the torch device that computes; None for work that needs no torch.
         """
         self._device = device
+        self._begun = True
         self._found = {"load_before": _load(), "switches": switches(), "pid": os.getpid()}
         self._threads = set(threading.enumerate())
         self._at, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
@@ -64,12 +67,12 @@ class Conditions:
 
     def end(self) -> dict[str, Any]:
         """What was seen, for the record; empty where `begin` was not reached."""
-        if self._device is None:
+        if not self._begun:
             return {}
         self._done.set()
         found = self._found | {"load_after": _load()}
         left = _left_behind(found["switches"], self._threads)
-        if left:
+        if left and self._device is not None:
             found["left_behind"] = left
             self.remarks.append(f"left behind in its process, which was replaced: {', '.join(left)}")
         wall = max(time.monotonic() - self._at, 1e-9)
@@ -89,9 +92,14 @@ class Conditions:
 
 def _left_behind(before: dict[str, Any], threads: set[threading.Thread]) -> list[str]:
     """What a cell did to its process that would reach into the next cell's measurement."""
-    changed = [name for name, value in switches().items() if value != before[name]]
-    new = [t.name for t in threading.enumerate() if t not in threads]
-    return [*changed, *(["threads"] if new else [])]
+    changed = [name for name, value in switches().items() if name in before and value != before[name]]
+    if any(t not in threads for t in threading.enumerate()):
+        changed.append("threads")
+    try:
+        os.fstat(2)
+    except OSError:
+        changed.append("stderr")
+    return changed
 
 
 def gpu_look(uuid: str | None) -> dict[str, Any]:
@@ -164,6 +172,8 @@ def _own_seconds() -> float:
 
 def switches() -> dict[str, Any]:
     """Settings that change speed or rounding, for this cell and for every later one in the same process."""
+    if "torch" not in sys.modules:  # the controller does without
+        return {"gc": gc.isenabled()}
     import torch
 
     return {

@@ -50,8 +50,9 @@ class Observations:
             found = statistics.median(self._values())
         elif all(map(math.isfinite, self.sums)):
             found = statistics.ratio_of_sums(self.sums, [int(c) for c in self.counts])
-        else:
-            found = Estimate(math.inf, None, None, int(sum(self.counts)))
+        else:  # infinite where a token was cut; what has NaN or minus infinity is no number
+            cut = all(s > -math.inf for s in self.sums)  # false for NaN, too
+            found = Estimate(math.inf if cut else math.nan, None, None, int(sum(self.counts)))
         if self.scale == "exp":
             found = found._replace(value=_exp(found.value), low=_exp(found.low), high=_exp(found.high))
         if self.share and found.low is not None and found.high is not None:

@@ -21,7 +21,6 @@ from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.law import check
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Array, Estimate
-from decodathlon.harness.randomness import RowRandom
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +34,8 @@ MODEL_WEIGHTS = np.concatenate([[1e-3], np.linspace(0.01, 1.0, 100)])
 UNIFORM_WEIGHTS = np.geomspace(1e-8, 0.7, 101)
 #: Rows of logits that are processed at once; 256 rows of 150,000 tokens in float32 are 150 MB.
 ROWS_AT_ONCE = 256
-#: Independent copies of a state with random numbers of its own, over which its law is averaged.
-STATE_COPIES = 32
+#: Total variation between a row's law alone and among others: rounding, not a look at the neighbours.
+ROW_TOLERANCE = 1e-3
 #: Begin, end, first counted token.
 Window = tuple[int, int, int]
 
@@ -103,47 +102,56 @@ def judge_of(decoder: Decoder) -> Callable[[torch.Tensor, torch.Tensor], tuple[A
     base = Sampler
     if type(decoder).choose is not base.choose or type(decoder).next_law is base.next_law:
         raise UnsupportedError("a law that it draws from", f"{decoder.spec} chooses tokens by other means than its law")
+    if decoder.uniforms:
+        # Averaging over copies of the state token by token would forget what the earlier tokens say of the state.
+        raise UnsupportedError("a law without random numbers of its own", f"the law of {decoder.spec} is itself random")
     return _StatefulJudge(decoder)
 
 
 def _judge(sampler: Sampler, logits: torch.Tensor, real: torch.Tensor) -> tuple[Array, ...]:
     found = []
     for part, token in zip(logits.split(ROWS_AT_ONCE), real.split(ROWS_AT_ONCE), strict=True):
-        law = sampler.shape(part)
+        law = sampler.shape(part.clone())  # a law may be written into its argument
         check(law, part, sampler.spec)
+        _check_rows(sampler, part, law)
         own = law.gather(-1, token[:, None])[:, 0]
         found.append(torch.stack([own.double(), _raw(part, token), law.exp().square().sum(-1).double()]))
     return tuple(torch.cat(found, dim=1).cpu().numpy())
 
 
+def _check_rows(sampler: Sampler, logits: torch.Tensor, law: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: the law of a row is another one when the row is alone. The next row has read the real token, so a
+            law that looks there, or forgets a `dim=-1`, knows what it is asked.
+    """
+    for row in {0, len(logits) // 2, len(logits) - 1}:
+        alone = sampler.shape(logits[row : row + 1].clone())
+        if float((alone[0].double().exp() - law[row].double().exp()).abs().sum()) / 2 > ROW_TOLERANCE:
+            raise ValueError(f"{sampler.spec}: the law of a row depends on the other rows; work along dim=-1 only")
+
+
 def _raw(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    return (logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)).double()
+    # the same operation as in a law that leaves the logits alone, so that it gives the same number to the last digit
+    return logits.log_softmax(-1).gather(-1, token[:, None])[:, 0].double()
 
 
 class _StatefulJudge:
-    """Scores a sampler whose law depends on what it drew before, along the real text.
-
-    The state follows the real tokens. Where the law also depends on random numbers of its own, the probability of the
-    real token is the mean over independent copies of the state (of probabilities, not of their logarithms).
-    """
+    """Scores a sampler whose law depends on what it drew before: its state follows the real text over the windows."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
-        self.copies = STATE_COPIES if sampler.uniforms else 1
-        self.state = sampler.start(self.copies)
-        self.random = RowRandom(0, range(self.copies))
+        self.state = sampler.start(1)
 
     def __call__(self, logits: torch.Tensor, real: torch.Tensor) -> tuple[Array, ...]:
         own, concentration = [], []
+        noise = torch.empty(1, 0, dtype=torch.float64, device=logits.device)
         for row, token in zip(logits, real, strict=True):
-            rows = row.expand(self.copies, -1)
-            noise = self.random.uniforms(self.sampler.uniforms).to(row.device)
-            law, self.state = self.sampler.next_law(rows, self.state, noise)
-            check(law, rows, self.sampler.spec)
-            self.state = self.sampler.advance(self.state, token.expand(self.copies))
-            mean = law.double().logsumexp(0) - math.log(self.copies)
-            own.append(mean[token])
-            concentration.append(mean.exp().square().sum())
+            law, self.state = self.sampler.next_law(row[None].clone(), self.state, noise)
+            check(law, row[None], self.sampler.spec)
+            self.state = self.sampler.advance(self.state, token[None])
+            own.append(law[0, token].double())
+            concentration.append(law[0].double().exp().square().sum())
         return tuple(x.cpu().numpy() for x in (torch.stack(own), _raw(logits, real), torch.stack(concentration)))
 
 
@@ -156,10 +164,10 @@ def mixture_nats(scores: Scores, weight: float, *, uniform: bool) -> Array:
 
 
 def tuned_weight(validation: Scores, *, uniform: bool) -> float:
-    """The weight that makes the validation text likeliest."""
+    """The weight that makes the validation text likeliest; of equals the greatest, as the decoder then adds nothing."""
     grid = UNIFORM_WEIGHTS if uniform else MODEL_WEIGHTS
-    totals = [float(mixture_nats(validation, w, uniform=uniform).sum()) for w in grid]
-    return float(grid[int(np.argmin(totals))])
+    totals = np.array([float(mixture_nats(validation, w, uniform=uniform).sum()) for w in grid])
+    return float(grid[np.flatnonzero(totals <= totals.min() * (1 + 1e-12))[-1]])
 
 
 def metrics(test: Scores, validation: Scores) -> dict[str, Estimate | Observations]:

@@ -129,9 +129,12 @@ def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observat
     rows, names = len(pairs[0].prompts), _names(pairs)
     whole = [sum(p.seconds["candidate"]) / len(p.seconds["candidate"]) for p in pairs]
     per_token = [(t - p.first) / (tokens - 1) for t, p in zip(whole, pairs, strict=True)]
+    steady: dict[str, Estimate | Observations] = {}
+    if min(per_token) > 0:  # who makes many tokens at once may need as long for one of them
+        steady["tokens_per_s"] = Observations.each(names, [rows / t for t in per_token])
+        steady["tpot_s"] = Observations.each(names, per_token)
     return {
-        "tokens_per_s": Observations.each(names, [rows / t for t in per_token]),
-        "tpot_s": Observations.each(names, per_token),
+        **steady,
         "ttft_s": Observations.each(names, [p.first for p in pairs]),
         "prefill_tokens_per_s": Observations.each(names, [sum(map(len, p.prompts)) / p.prefill for p in pairs]),
         "generated_tokens": Estimate(float(2 * len(pairs) * rows * tokens), n=len(pairs)),
@@ -149,6 +152,8 @@ def remarks(pairs: Sequence[Pair]) -> list[str]:
     if not all(pair.repeatable for pair in pairs):
         found.append("the same seed gave other tokens the second time")
     gain = statistics.median([p.seconds["candidate"][0] / p.seconds["candidate"][1] for p in pairs]).value
+    if any(p.first >= sum(p.seconds["candidate"]) / 2 for p in pairs):
+        found.append("one token took as long as all of them, so there is no time per further token")
     if gain > SUSPICIOUS_GAIN:
         found.append(f"the second run over the same prompts was {gain:.1f} times as fast: does it remember answers?")
     return found

@@ -240,7 +240,8 @@ def geometric_mean_ratio(log_ratios: Sequence[float]) -> Estimate:
 def standardised_difference(differences: Sequence[float]) -> float:
     """Mean of paired differences in units of their standard deviation (Cohen's d_z), times Hedges' correction.
 
-    The correction J = 1 - 3 / (4 f - 1), f = n - 1, takes away the bias of a small sample (Hedges 1981).
+    The correction J = 1 - 3 / (4 f - 1), f = n - 1, takes away the bias of a small sample (Hedges 1981). Of two
+    pairs it would leave nothing, so there it is left out.
     """
     d = np.asarray(differences, dtype=np.float64)
     if len(d) < 2:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,8 +21,9 @@ from decodathlon.harness.measure import statistics
 from decodathlon.harness.measure.observations import compared
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.registry import load_builtins, registry
-from decodathlon.harness.results.measured import Measured, Number
+from decodathlon.harness.results.measured import Measured, Number, noise_floor
 from decodathlon.harness.results.metrics import METRICS
+from decodathlon.harness.suite import SCALES
 
 FILE = "gates.toml"
 #: The chance that a gate fails although the truth lies exactly at its limit: one tail of a 95 % interval.
@@ -55,6 +56,12 @@ class Gate:
     #: Judge the value alone, without an interval: for counts and shares that no noise moves.
     exact: bool
 
+    @property
+    def text(self) -> str:
+        """The rule with what restricts it."""
+        shown = ", ".join(f"{key} {value}" for key, value in self.where.items())
+        return f"{self.rule} ({shown})" if shown else self.rule
+
 
 class Verdict(NamedTuple):
     gate: Gate
@@ -65,11 +72,14 @@ class Verdict(NamedTuple):
     @property
     def line(self) -> str:
         name = self.cell.name if self.cell else ", ".join(self.gate.decoder) or "every decoder"
-        return f"{self.outcome.upper():<12}  {self.gate.rule}  [{name}]  {self.detail}"
+        return f"{self.outcome.upper():<12}  {self.gate.text}  [{name}]  {self.detail}"
 
 
-def load(path: Path) -> list[Gate]:
+def load(path: Path, known: Collection[str] = ()) -> list[Gate]:
     """The gates of a file.
+
+    Args:
+        known: decoders that may be named though none of that name is registered here: those of a stored run.
 
     Raises:
         SpecError: it is no TOML, or a rule, key, suite, metric or decoder is not known; the near miss is named.
@@ -87,10 +97,10 @@ def load(path: Path) -> list[Gate]:
     tables = content.get("gate", [])
     if not isinstance(tables, list):
         raise SpecError(f"gates {path}: write [[gate]] with two brackets, one table per gate")
-    return [_gate(table, f"gates {path}, gate {number}") for number, table in enumerate(tables, 1)]
+    return [_gate(table, f"gates {path}, gate {number}", known) for number, table in enumerate(tables, 1)]
 
 
-def _gate(table: dict[str, Any], place: str) -> Gate:
+def _gate(table: dict[str, Any], place: str, known: Collection[str]) -> Gate:
     for key in table:
         if key not in _KEYS:
             raise SpecError(f"{place}: there is no key {key!r}{near_miss(key, _KEYS)}")
@@ -106,9 +116,13 @@ def _gate(table: dict[str, Any], place: str) -> Gate:
     if match["metric"] not in METRICS:
         raise SpecError(f"{place}: there is no metric {match['metric']!r}{near_miss(match['metric'], METRICS)}")
     limit, reference, operator = _limit(match["limit"].strip(), place)
+    if reference and METRICS[match["metric"]].unit in ("s", "1/s"):
+        raise SpecError(
+            f"{place}: times of two cells were not measured at the same time; write a rule on a ratio_to_..."
+        )
     chosen = table.get("decoder", "*")
     named = [] if chosen == "*" else [chosen] if isinstance(chosen, str) else chosen
-    if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
+    if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or chosen == []:
         raise SpecError(f"{place}: decoder must be a spec, a list of specs, or '*'")
     inconclusive = table.get("inconclusive", "pass")
     if inconclusive not in ("pass", "fail"):
@@ -118,11 +132,22 @@ def _gate(table: dict[str, Any], place: str) -> Gate:
     for key in _FILTERS:
         if not isinstance(table.get(key, ""), str):
             raise SpecError(f"{place}: {key} must be a text")
-    try:
-        specs = tuple(decoders.build(n).spec for n in named)
-        reference = decoders.build(reference).spec if reference else None
-    except SpecError as error:
-        raise SpecError(f"{place}: {error}") from None
+    suite = registry.get("suite", match["suite"])
+    slices = {part for scale in SCALES for part in suite.slices(scale)}
+    for key, valid in (("scale", SCALES), ("slice", slices)):
+        if key in table and table[key] not in valid:
+            raise SpecError(f"{place}: suite {suite.name} has no {key} {table[key]!r}{near_miss(table[key], valid)}")
+
+    def spec(text: str) -> str:
+        try:
+            return decoders.build(text).spec
+        except SpecError as error:
+            if text in known:
+                return text
+            raise SpecError(f"{place}: {error}") from None
+
+    specs = tuple(map(spec, named))
+    reference = spec(reference) if reference else None
     return Gate(
         rule=rule, suite=match["suite"], metric=match["metric"], sign=match["sign"], limit=limit, reference=reference,
         operator=operator, decoder=specs, where={k: table[k] for k in _FILTERS if k in table},
@@ -148,7 +173,9 @@ def judge(gates: Sequence[Gate], cells: Sequence[Measured]) -> list[Verdict]:
     for gate in gates:
         meant = [c for c in cells if _is_meant(gate, c)]
         verdicts += [_judge(gate, cell, cells) for cell in meant]
-        if not meant:
+        missing = [d for d in gate.decoder if d not in {c.decoder for c in meant}]
+        verdicts += [Verdict(gate, None, "not run", f"no cell of {d} in this run") for d in missing]
+        if not meant and not missing:
             verdicts.append(Verdict(gate, None, "not run", "no such cell in this run"))
     return verdicts
 
@@ -159,10 +186,9 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
         return EXIT_FAILED
     if any(v.outcome == "inconclusive" and v.gate.inconclusive == "fail" for v in verdicts):
         return EXIT_INCONCLUSIVE
-    cells = [v.cell for v in verdicts if v.cell is not None]
-    lost = any(c.status not in ("ok", "unsupported") for c in cells)
-    nothing = bool(verdicts) and all(v.outcome == "not run" for v in verdicts)
-    return EXIT_NOTHING_MEASURED if lost or nothing else 0
+    not_run = [v for v in verdicts if v.outcome == "not run"]
+    lost = any(v.cell is None or v.cell.status != "unsupported" for v in not_run)
+    return EXIT_NOTHING_MEASURED if lost or (verdicts and len(not_run) == len(verdicts)) else 0
 
 
 def _is_meant(gate: Gate, cell: Measured) -> bool:
@@ -170,7 +196,9 @@ def _is_meant(gate: Gate, cell: Measured) -> bool:
         return False
     if gate.reference == cell.decoder:
         return False
-    return all(getattr(cell, key) == value for key, value in gate.where.items())
+    # a cell that failed before its data were read has no data set; it is meant all the same
+    seen = {key: value for key, value in gate.where.items() if getattr(cell, key) is not None or cell.status == "ok"}
+    return all(getattr(cell, key) == value for key, value in seen.items())
 
 
 def _judge(gate: Gate, cell: Measured, cells: Sequence[Measured]) -> Verdict:
@@ -189,7 +217,9 @@ def _judge(gate: Gate, cell: Measured, cells: Sequence[Measured]) -> Verdict:
         if other is None or rival is None:
             return Verdict(gate, cell, "not run", f"{gate.reference} was not measured beside it")
         found, how = _relative(number, rival, "ratio" if gate.operator == "*" else "difference")
-        floor = max(noise_floor(gate.metric, cell), noise_floor(gate.metric, other)) if gate.operator == "*" else 0.0
+        floor = max(noise_floor(gate.metric, cell), noise_floor(gate.metric, other))
+        if gate.operator == "+":  # a difference of ratios strays as far as either of them
+            floor *= max(abs(number.estimate.value), abs(rival.estimate.value))
     return _decide(gate, cell, found, limit, floor, how)
 
 
@@ -211,16 +241,6 @@ def _relative(number: Number, rival: Number, how: Literal["difference", "ratio"]
     return Estimate(value, a.low - b.high, a.high - b.low, a.n), " relative to it, not paired"  # type: ignore[operator]
 
 
-def noise_floor(metric: str, cell: Measured) -> float:
-    """How far, as a logarithm, the decoder seemed to differ from itself; 0 for what time does not move."""
-    timed = metric.startswith("ratio_to_") or METRICS[metric].unit in ("s", "1/s")
-    own = cell.metrics.get("ratio_to_self")
-    if not timed or own is None or metric == "ratio_to_self":
-        return 0.0
-    ends = [x for x in (own.estimate.value, own.estimate.low, own.estimate.high) if x is not None and x > 0]
-    return max((abs(math.log(x)) for x in ends), default=0.0)
-
-
 def _decide(gate: Gate, cell: Measured, found: Estimate, limit: float, floor: float, how: str) -> Verdict:
     def within(x: float) -> bool:
         return x >= limit if gate.sign == ">=" else x <= limit
@@ -235,7 +255,10 @@ def _decide(gate: Gate, cell: Measured, found: Estimate, limit: float, floor: fl
         return Verdict(gate, cell, "inconclusive", f"{text}: {why}")
     low, high = found.low, found.high
     text += f" [{low:.4g}, {high:.4g}]"
-    if floor > 0 and found.value > 0:
+    if floor > 0 and gate.reference and gate.operator == "+":
+        low, high = min(low, found.value - floor), max(high, found.value + floor)
+        text += f", A/A spread {floor:.3g}"
+    elif floor > 0 and found.value > 0:
         low, high = min(low, found.value * math.exp(-floor)), max(high, found.value * math.exp(floor))
         text += f", A/A spread {math.exp(floor) - 1:.1%}"
     if within(low) and within(high):

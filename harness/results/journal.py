@@ -27,7 +27,7 @@ class Journal:
         self._file: IO[str] | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8", buffering=1)
+            self._file = path.open("w", encoding="utf-8", errors="replace", buffering=1)
 
     def write(self, part: str, content: Any) -> None:
         """Add to a part of the outcome: `samples`, `metrics` and `notes` grow, every other part is replaced."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.errors import SpecError, near_miss
-from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.observations import Observations, compared
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.results import store
+from decodathlon.harness.results.metrics import METRICS
 
 _COLUMNS = (
     "cell_id", "suite", "suite_version", "slice", "scale", "decoder", "model", "dtype", "device", "dataset", "seed",
@@ -114,6 +116,29 @@ def run_id(path: Path, run: str) -> str:
     if run not in known:
         raise SpecError(f"{path} has no run {run!r}{near_miss(run, known[-20:])}")
     return run
+
+
+def noise_floor(metric: str, cell: Measured) -> float:
+    """How far, as a logarithm, the decoder seemed to differ from itself; 0 for what time does not move."""
+    timed = metric.startswith("ratio_to_") or METRICS[metric].unit in ("s", "1/s")
+    own = cell.metrics.get("ratio_to_self")
+    if not timed or own is None or metric == "ratio_to_self":
+        return 0.0
+    ends = [x for x in (own.estimate.value, own.estimate.low, own.estimate.high) if x is not None and x > 0]
+    return max((abs(math.log(x)) for x in ends), default=0.0)
+
+
+def differ(metric: str, a: Measured, b: Measured) -> bool:
+    """Whether two cells are told apart in a metric: unit by unit, beyond the spread of each decoder from itself."""
+    x, y = a.metrics[metric], b.metrics[metric]
+    floor = max(noise_floor(metric, a), noise_floor(metric, b))
+    how: Literal["ratio", "difference"] = "ratio" if floor > 0 else "difference"
+    found = compared(x.units, y.units, how) if x.units and y.units else None
+    if found is None or found.low is None or found.high is None:
+        return False
+    if how == "difference":
+        return not found.low <= 0 <= found.high
+    return not min(found.low, found.value * math.exp(-floor)) <= 1 <= max(found.high, found.value * math.exp(floor))
 
 
 def _number(metric: dict[str, Any]) -> Number:

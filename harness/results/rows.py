@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decodathlon.harness.cells import Outcome
+from decodathlon.harness.cells import HARNESS, Outcome
 from decodathlon.harness.errors import StoreError
 from decodathlon.harness.results import shards
 from decodathlon.harness.results.environment import hardware_name
@@ -25,7 +25,7 @@ TABLES = {
     ],
     "metric": ["run_id", "cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "baseline", "units"],
     "sample": ["run_id", "cell_id", "place", "row", "data"],
-    "gate": ["run_id", "gate", "decoder", "cell_id", "outcome", "detail"],
+    "gate": ["run_id", "gate", "decoder", "cell_id", "outcome", "detail", "judged"],
 }  # fmt: skip
 #: Tables whose rows belong to a cell and go with it when a later attempt takes its place.
 _OF_A_CELL = ("cell", "metric", "sample")
@@ -65,13 +65,18 @@ def of_folders(folders: Sequence[Path]) -> Rows:
         run = shards.read(folder / shards.RUN_FILE)
         cells = [shards.read(path) for path in shards.cells(folder)]
         outcomes = [Outcome.from_shard(cell) for cell in cells]
-        model: dict[str, Any] = next((o.model for o in outcomes if o.model), {})
+        # The hardware of a run is where its decoders ran; operations of the harness run on the CPU beside a GPU.
+        models = [o.model for o in outcomes if o.model and o.spec.model != HARNESS]
+        model: dict[str, Any] = next((m for m in models if "processor" in m), models[0] if models else {})
         try:
             found["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
         except KeyError as error:
             raise StoreError(f"{folder / shards.RUN_FILE} lacks {error}; it is not the record of a run") from error
         for outcome in outcomes:
-            _add_cell(found, outcome)
+            try:
+                _add_cell(found, outcome)
+            except (TypeError, AttributeError, ValueError) as error:
+                raise StoreError(f"{outcome.spec.cell_id} in {folder} is not the shard of a cell: {error}") from error
         if (folder / shards.GATES_FILE).is_file():
             verdicts = shards.read(folder / shards.GATES_FILE).get("verdicts", [])
             found["gate"] += [{"run_id": run["run_id"], **verdict} for verdict in verdicts]
@@ -145,7 +150,7 @@ def stage(connection: duckdb.DuckDBPyConnection, found: Rows, scratch: Path) -> 
             ).fetchall()
         )
         file = scratch / f"{table}.jsonl"
-        with file.open("w", encoding="utf-8") as handle:
+        with file.open("w", encoding="utf-8", errors="replace") as handle:
             for row in found[table]:
                 line = shards.plain({c: row.get(c) for c in columns})
                 handle.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
@@ -180,8 +185,16 @@ def merge(connection: duckdb.DuckDBPyConnection) -> tuple[int, int, list[str]]:
         """
     )
     connection.execute("CREATE OR REPLACE TEMP TABLE chosen AS FROM incoming WHERE NOT again OR tries > before")
+    # A file of schema 1 has no hashes; there the metrics must do.
     conflicts = connection.execute(
-        "SELECT run_id, cell_id FROM incoming WHERE again AND tries = before AND sha <> old ORDER BY ALL"
+        """
+        SELECT run_id, cell_id FROM incoming WHERE again AND tries = before AND (
+            sha <> old OR ((sha IS NULL OR old IS NULL) AND EXISTS (
+                FROM staged_metric s JOIN metric m USING (run_id, cell_id, metric)
+                WHERE s.run_id = incoming.run_id AND s.cell_id = incoming.cell_id AND s.value IS DISTINCT FROM m.value
+            ))
+        ) ORDER BY ALL
+        """
     ).fetchall()
     runs = connection.execute(
         """
@@ -199,11 +212,22 @@ def merge(connection: duckdb.DuckDBPyConnection) -> tuple[int, int, list[str]]:
             f"INSERT INTO {table} ({names}) SELECT {_names(TABLES[table], 's')} FROM staged_{table} s "
             "JOIN chosen c ON s.run_id = c.run_id AND s.cell_id = c.cell_id"
         )
-    # The gates of a resumed run have been judged again.
-    connection.execute("DELETE FROM gate t USING staged_gate s WHERE t.run_id = s.run_id")
-    for table in ("run", "gate"):
-        names = _names(TABLES[table])
-        connection.execute(f"INSERT OR IGNORE INTO {table} ({names}) SELECT {names} FROM staged_{table}")
+    names = _names(TABLES["run"])
+    connection.execute(f"INSERT OR IGNORE INTO run ({names}) SELECT {names} FROM staged_run")
+    # The gates of a resumed run have been judged again: all verdicts of the newer judgement, none of the older.
+    connection.execute(
+        """
+        CREATE OR REPLACE TEMP TABLE judged_anew AS
+        SELECT run_id FROM (SELECT run_id, max(judged) AS judged FROM staged_gate GROUP BY run_id) s
+        LEFT JOIN (SELECT run_id, max(judged) AS before FROM gate GROUP BY run_id) t USING (run_id)
+        WHERE before IS NULL OR judged > before
+        """
+    )
+    connection.execute("DELETE FROM gate t USING judged_anew j WHERE t.run_id = j.run_id")
+    names = _names(TABLES["gate"])
+    connection.execute(
+        f"INSERT OR IGNORE INTO gate ({names}) SELECT {names} FROM staged_gate SEMI JOIN judged_anew USING (run_id)"
+    )
     told = [f"run {r}, cell {c}: is there with other content; the old row stayed" for r, c in conflicts]
     told += [f"run {r}: is there with another commit; the old record stayed" for (r,) in runs]
     return added, replaced, told

@@ -11,10 +11,11 @@ ALTER TABLE metric ADD COLUMN units JSON;              -- what it was computed f
 
 CREATE TABLE gate (
     run_id VARCHAR,
-    gate VARCHAR,              -- its rule
+    gate VARCHAR,              -- its rule, and for what it holds
     decoder VARCHAR,
     cell_id VARCHAR,           -- the cell that it judged
     outcome VARCHAR,           -- pass, fail, inconclusive, not run
     detail VARCHAR,
+    judged TIMESTAMPTZ,
     PRIMARY KEY (run_id, gate, decoder, cell_id)
 );

@@ -32,7 +32,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as handle:
+        # what is no text in UTF-8 (half a surrogate in a message) must not cost the shard
+        with temporary.open("w", encoding="utf-8", errors="replace") as handle:
             json.dump(plain(content), handle, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             handle.flush()
             os.fsync(handle.fileno())

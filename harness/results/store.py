@@ -172,6 +172,7 @@ def update(path: Path, work: Any) -> Any:
                 connection.execute("CHECKPOINT")
             _flush(copy)
             os.replace(copy, path)
+            _log_of(path).unlink(missing_ok=True)  # it is in the new file, and does not belong to it
         except (duckdb.Error, OSError) as error:
             raise StoreError(f"{path} was left as it is: {str(error).splitlines()[0]}") from error
         finally:
@@ -185,7 +186,10 @@ def _copy_of(path: Path, copy: Path) -> None:
 
     with _opened(path) as connection:
         found = migrations.version(connection, path)
-        shutil.copyfile(path, copy)
+        shutil.copy(path, copy)  # with its permissions
+        log = _log_of(path)
+        if log.exists():  # what another program wrote and did not yet fold into the file
+            shutil.copy(log, _log_of(copy))
     if found < migrations.NEWEST:
         with duckdb.connect(str(copy)) as connection:
             migrations.migrate(connection, found)
@@ -211,4 +215,9 @@ def _flush(path: Path) -> None:
 
 def _remove(copy: Path) -> None:
     copy.unlink(missing_ok=True)
-    copy.with_name(f"{copy.name}.wal").unlink(missing_ok=True)
+    _log_of(copy).unlink(missing_ok=True)
+
+
+def _log_of(path: Path) -> Path:
+    """DuckDB's write-ahead log beside a file."""
+    return path.with_name(f"{path.name}.wal")

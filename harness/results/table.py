@@ -8,9 +8,12 @@ from typing import Any
 
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.registry import registry
+from decodathlon.harness.results import measured
 from decodathlon.harness.results.metrics import METRICS
 
 DASH = "–"
+#: Beginnings of notes that the reader of a number must see.
+LOUD = ("contended", "throttled", "left behind", "the same seed", "the second run")
 #: Metrics whose interval the table shows; the others have theirs in the results file.
 INTERVALS_OF = ("ratio_", "ppl_epsilon")
 
@@ -73,25 +76,30 @@ def _operations(suite: str, members: Sequence[Outcome]) -> list[str]:
         (metric,) = outcome.metrics
         rows.append([outcome.spec.slice, quantity(metric, interval=True), str(metric["n"])])
     body = aligned(rows)
-    return [f"{suite}: {registry.get('suite', suite).asks}", body[0], "-" * len(body[0]), *body[1:]]
+    remarks = [f"! {o.spec.slice}: {note}" for o in members for note in o.notes if note.startswith(LOUD)]
+    return [f"{suite}: {registry.get('suite', suite).asks}", body[0], "-" * len(body[0]), *body[1:], *remarks]
 
 
 def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
     columns = [c for c in registry.get("suite", suite).table if any(_metric(o, c) for o in members)]
     best = {c: _best(c, members) for c in columns}
-    rows = [["decoder", "claim", *columns]]
+    rows = [["decoder", "claims", *columns]]
+    remarks = []
     for outcome in members:
         label = outcome.decoder.get("spec", outcome.spec.decoder)
+        remarks += [f"! {label}: {note}" for note in outcome.notes if note.startswith(LOUD)]
+        if outcome.status == "partial":
+            remarks.append(f"! {label}: partial: {outcome.reason}")
         if outcome.status in ("ok", "partial"):
-            found = {c: _metric(outcome, c) for c in columns}
-            rows.append([label, outcome.decoder["claim"], *[_cell_text(found[c], best[c]) for c in columns]])
+            texts = [_cell_text(_metric(outcome, c), outcome.spec.cell_id in best[c]) for c in columns]
+            rows.append([label, outcome.decoder["claim"], *texts])
         else:
             rows.append([label, f"{outcome.status}: {outcome.reason}"])
     body = aligned(rows)
     title = f"{suite} {part}" if part != "all" else suite
     measured = any(o.status == "ok" for o in members)
     warning = [] if not measured or any(best.values()) or len(members) < 2 else ["(too few observations to rank)"]
-    return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:], *warning]
+    return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:], *warning, *remarks]
 
 
 def _about(members: Sequence[Outcome]) -> str:
@@ -108,20 +116,24 @@ def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
     return next((m for m in outcome.metrics if m["metric"] == name), None)
 
 
-def _best(name: str, members: Sequence[Outcome]) -> float | None:
-    """The best value of a column; None where there is no rank to speak of.
+def _best(name: str, members: Sequence[Outcome]) -> set[str]:
+    """The best cell of a column and all that cannot be told apart from it; empty where there is no rank to speak of.
 
     Nothing is marked without an interval, nor times and sizes: cells run one after another, so only paired ratios rank.
+    Told apart are two cells by the interval of their difference, unit by unit, beyond the spread of each from itself.
     """
-    found = [m for o in members if (m := _metric(o, name)) and math.isfinite(m["value"])]
+    cells = {c.cell_id: c for c in measured.of_outcomes(members) if c.status == "ok"}
+    found = {i: c.metrics[name] for i, c in cells.items() if name in c.metrics and c.metrics[name].units is not None}
+    found = {i: m for i, m in found.items() if math.isfinite(m.estimate.value) and m.estimate.low is not None}
     if len(found) < 2 or METRICS[name].better == "none" or METRICS[name].unit != "1":
-        return None
-    best = (max if METRICS[name].better == "higher" else min)(found, key=lambda m: float(m["value"]))
-    return float(best["value"]) if best["ci_low"] is not None else None
+        return set()
+    sign = 1.0 if METRICS[name].better == "higher" else -1.0
+    best = max(found, key=lambda i: sign * found[i].estimate.value)
+    return {i for i in found if i == best or not measured.differ(name, cells[i], cells[best])}
 
 
-def _cell_text(metric: dict[str, Any] | None, best: float | None) -> str:
+def _cell_text(metric: dict[str, Any] | None, best: bool) -> str:
     if metric is None:
         return DASH
     shown = metric["metric"].startswith(INTERVALS_OF)
-    return quantity(metric, interval=shown) + (" *" if metric["value"] == best else "")
+    return quantity(metric, interval=shown) + (" *" if best else "")

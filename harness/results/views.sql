@@ -2,23 +2,28 @@
 
 -- One row per metric, and one with a null metric for a cell that has none. `audit` is null until a cell was audited.
 CREATE OR REPLACE VIEW results AS
-SELECT c.run_id, c.cell_id, c.started, c.suite, c.scale, c.decoder, c.family, c.params, c.claim,
+SELECT c.run_id, c.cell_id, c.started, c.suite, c.suite_version, c.scale, c.decoder, c.family, c.params, c.claim,
        NULL::VARCHAR AS audit, c.model, c.dtype, c.dataset, c.slice, m.metric, m.value, m.unit, m.better, m.ci_low,
-       m.ci_high, m.n, m.baseline, c.seed, c.status, c.reason, r.hardware, r.git_commit, r.git_dirty
+       m.ci_high, m.n, m.baseline, c.seed, c.status, c.reason, c.notes, r.hardware, r.git_commit, r.git_dirty
 FROM cell c
 LEFT JOIN metric m USING (run_id, cell_id)
 LEFT JOIN run r USING (run_id);
 
 -- The newest cell of each thing measured on each kind of machine, with all its metrics: never one metric of an old cell
--- beside another of a new one. "The same thing" is spelt out, because `--device auto` and `--device cpu` may be.
+-- beside another of a new one, and only of the newest version of its suite. "The same thing" is spelt out, because
+-- `--device auto` and `--device cpu` may be.
 CREATE OR REPLACE VIEW latest AS
 SELECT results.* FROM results
 SEMI JOIN (
-    SELECT run_id, cell_id
+    SELECT c.run_id, c.cell_id
     FROM cell c JOIN run r USING (run_id)
+    -- a cell that failed before its model was loaded knows neither dtype nor data, but it has its id
+    JOIN (SELECT run_id, cell_id FROM cell JOIN run USING (run_id)
+          QUALIFY row_number() OVER (PARTITION BY cell_id, hardware ORDER BY cell.started DESC, run_id DESC) = 1) u
+      ON c.run_id = u.run_id AND c.cell_id = u.cell_id
+    WHERE c.suite_version = (SELECT max(suite_version) FROM cell v WHERE v.suite = c.suite)
     QUALIFY row_number() OVER (
-        PARTITION BY c.suite, c.suite_version, c.slice, c.scale, c.decoder, c.model, c.dtype, c.device, c.dataset,
-                     c.seed, r.hardware
+        PARTITION BY c.suite, c.slice, c.scale, c.decoder, c.model, c.dtype, c.dataset, c.seed, r.hardware
         ORDER BY c.started DESC, c.run_id DESC
     ) = 1
 ) newest USING (run_id, cell_id);

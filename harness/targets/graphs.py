@@ -52,7 +52,7 @@ class StaticLoop:
     def step(self, end: int) -> None:
         """Draw from the current logits, read the token, leave the next logits. Captured as it is."""
         u = self.noise.index_select(1, self.count)[:, 0]
-        token, _ = self.sampler.choose(self.logits, None, u)
+        token, _ = self.sampler.choose(self.logits.clone(), None, u)
         score = self.logits.gather(-1, token[:, None]) - self.logits.logsumexp(-1, keepdim=True)
         self.tokens.index_copy_(1, self.count, token[:, None])
         self.log_probs.index_copy_(1, self.count, score)

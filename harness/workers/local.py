@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -47,8 +47,15 @@ class Executor(ABC):
         self.run_id, self.folder, self.timeout, self.say = run_id, folder, timeout, say
 
     @abstractmethod
-    def run(self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = ()) -> Outcome:
-        """Measure one cell; `attempts` is how it ended before."""
+    def run(
+        self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
+    ) -> Outcome:
+        """Measure one cell.
+
+        Args:
+            attempts: how it ended before.
+            expected: weights and data that the run began with (`bench.found_of`); a cell that finds other fails.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -65,8 +72,12 @@ class InlineExecutor(Executor):
         super().__init__(run_id, folder, timeout, say)
         self._bench = Bench(say)
 
-    def run(self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = ()) -> Outcome:
-        return self._bench.run(spec, self.run_id, self.folder, timeout=self.timeout, attempts=attempts)
+    def run(
+        self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
+    ) -> Outcome:
+        return self._bench.run(
+            spec, self.run_id, self.folder, timeout=self.timeout, attempts=attempts, expected=expected
+        )
 
     def close(self) -> None:
         """Nothing was started."""
@@ -80,23 +91,27 @@ class LocalExecutor(Executor):
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers: int | None = None
-        self._deadline, self._late = math.inf, False
+        self._deadline, self._late, self._began = math.inf, False, 0.0
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the executor
 
-    def run(self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = ()) -> Outcome:
+    def run(
+        self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
+    ) -> Outcome:
         # A run that was killed has left the journal of its last cell; it says nothing of this attempt.
-        journal.path_of(self.folder, spec.cell_id).unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # told when the shard is written
+            journal.path_of(self.folder, spec.cell_id).unlink(missing_ok=True)
         if self._process is None:
             self._start()
         assert self._requests is not None
         log_begin = self._log.seek(0, os.SEEK_END)
-        kills = kernel_kills()
+        kills, self._began = kernel_kills(), time.monotonic()
         request = {
             "cell": asdict(spec),
             "run_id": self.run_id,
             "folder": str(self.folder),
             "timeout": self.timeout,
             "attempts": list(attempts),
+            "expected": expected or {},
         }
         try:
             with contextlib.suppress(BrokenPipeError):  # it died before it read; told below like any other death
@@ -107,6 +122,8 @@ class LocalExecutor(Executor):
             for line in self._lines():
                 message: dict[str, Any] = json.loads(line)
                 if "done" in message:
+                    if message["cell"] != spec.cell_id:
+                        continue  # of somebody who outlived his cell
                     outcome = Outcome.from_shard(shards.read(Path(message["done"])))
                     if self._spoilt(outcome):
                         self.close()
@@ -188,6 +205,7 @@ class LocalExecutor(Executor):
         seen["metrics"] = []  # of half a measurement; the observations are kept
         if status == "timeout" and seen["samples"]:
             status = "partial"
+        seen["seconds"] = {**seen.get("seconds", {}), "total": time.monotonic() - self._began}
         outcome = Outcome(
             spec, self.run_id, status=status, reason=reason, error=tail, log=tail, attempts=list(attempts), **seen
         )

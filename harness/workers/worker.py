@@ -38,6 +38,7 @@ def main(incoming: int, outgoing: int) -> None:
             answers.flush()
 
         bench = Bench(say=lambda text: answer(say=text), ready=lambda: answer(ready=True))
+        log = os.dup(2)  # a decoder may close what it was given
         for line in requests:
             request = json.loads(line)
             spec = CellSpec(**request["cell"])
@@ -48,17 +49,19 @@ def main(incoming: int, outgoing: int) -> None:
                 folder,
                 timeout=request["timeout"],
                 attempts=request["attempts"],
-                log=partial(_printed, begin=os.lseek(2, 0, os.SEEK_END)),
+                log=partial(_printed, log, begin=os.lseek(log, 0, os.SEEK_END)),
+                expected=request["expected"],
             )
-            answer(done=str(folder / f"{spec.cell_id}.json"))
+            answer(done=str(folder / f"{spec.cell_id}.json"), cell=spec.cell_id)
 
 
-def _printed(begin: int) -> str:
+def _printed(log: int, begin: int) -> str:
     """The end of what went to stdout and stderr since `begin`; both are one file that local.py opened for us."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    end = os.lseek(2, 0, os.SEEK_END)
-    return os.pread(2, TAIL_BYTES, max(begin, end - TAIL_BYTES)).decode(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by the decoder: then there is nothing to flush
+            stream.flush()
+    end = os.lseek(log, 0, os.SEEK_END)
+    return os.pread(log, TAIL_BYTES, max(begin, end - TAIL_BYTES)).decode(errors="replace")
 
 
 def _die_with_parent() -> None:

@@ -41,6 +41,8 @@ def test_locally_typical_may_cut_the_likeliest_token():
 def test_whole_mass_keeps_the_law():
     x = logits()
     assert torch.allclose(decoders.build("locally-typical[mass=1]").shape(x), x.log_softmax(-1), atol=1e-12)
+    wide = 3 * torch.randn(4, 49_152, generator=torch.Generator().manual_seed(0))
+    assert bool((decoders.build("locally-typical[mass=1]").shape(wide) > -math.inf).all())
 
 
 @pytest.mark.parametrize("epsilon", [3e-4, 2e-3, 0.05])

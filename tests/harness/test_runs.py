@@ -68,6 +68,32 @@ class Memory(Plain):
     def shape(self, logits):
         raise torch.OutOfMemoryError("CUDA out of memory (on purpose)")
 
+@decoder("forks", claim="exact")
+class Forks(Plain):
+    """Its child comes back from the cell as if it were the worker."""
+    def shape(self, logits):
+        if os.fork() == 0:
+            raise RuntimeError("I am the child")
+        time.sleep(0.5)
+        return super().shape(logits)
+
+@decoder("closes", claim="exact")
+class Closes(Plain):
+    def shape(self, logits):
+        try:
+            os.close(2)
+        except OSError:
+            pass
+        return super().shape(logits)
+
+@decoder("removes", claim="exact")
+class Removes(Plain):
+    """Takes the record of its run away."""
+    def shape(self, logits):
+        for path in __import__("pathlib").Path(os.environ["DECODATHLON_RESULTS_FOR_TEST"]).rglob("run.json"):
+            path.unlink()
+        return super().shape(logits)
+
 @decoder("killed", claim="exact")
 class Killed(Plain):
     def shape(self, logits):
@@ -157,6 +183,55 @@ def test_a_decoder_cannot_reach_into_the_next_ones_measurement(model, decoders, 
     assert pids[0] == pids[1] != pids[2]
     threads = [found[name]["conditions"]["switches"]["torch_threads"] for name in ("calm", "calm[number=1]")]
     assert threads[0] == threads[1] != 3
+
+
+def test_nobody_answers_for_another(model, decoders, tmp_path):
+    """A forked child, a closed stderr: the cells after them are what they are alone."""
+    alone, beside = tmp_path / "alone.duckdb", tmp_path / "beside.duckdb"
+    measure(*new_run(alone, model, decoders, "calm", "calm[number=1]", suite="wikitext2"))
+    done = measure(*new_run(beside, model, decoders, "forks", "calm", "closes", "calm[number=1]", suite="wikitext2"))
+    assert done.returncode == 0, done.stdout
+    found, expected = by_decoder(beside), by_decoder(alone)
+    assert len(found) == 4
+    assert {c["status"] for c in found.values()} == {"ok"}
+    for name, cell in expected.items():
+        assert found[name]["metrics"] == cell["metrics"]
+
+
+def test_a_record_that_was_taken_away_is_written_again(model, decoders, tmp_path, monkeypatch):
+    results = tmp_path / "r.duckdb"
+    monkeypatch.setenv("DECODATHLON_RESULTS_FOR_TEST", str(results.with_suffix(".shards")))
+    given = command(*new_run(results, model, decoders, "removes", suite="wikitext2"))
+    given["env"]["DECODATHLON_RESULTS_FOR_TEST"] = str(results.with_suffix(".shards"))
+    assert subprocess.run(**given, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    with store.connect(results) as connection:
+        assert connection.execute("SELECT decoder, status FROM cell").fetchall() == [("removes", "ok")]
+
+
+def test_what_was_in_flight_when_all_was_killed_is_an_attempt_and_other_weights_are_refused(decoders, tmp_path):
+    folder, results = tmp_path / "model", tmp_path / "r.duckdb"
+    folder.mkdir()
+    model = tiny_models.save_folder(folder)
+    process = subprocess.Popen(
+        **command(*new_run(results, model, decoders, "calm", "hangs", suite="wikitext2")), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(results.with_suffix(".shards").glob("*/wikitext2-*.json")):
+        time.sleep(0.1)
+    while time.monotonic() < deadline and not list(results.with_suffix(".shards").glob("*/.wikitext2-*.journal")):
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    import safetensors.torch
+
+    weights = next(Path(model).glob("*.safetensors"))
+    tensors = {k: 1.5 * v for k, v in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    again = measure("--resume", "last", "--results", results, "--cell-timeout", "5")
+    assert again.returncode == 1
+    found = by_decoder(results)["hangs"]
+    assert "the model's weights changed after the run began" in found["reason"]
+    assert [a["reason"] for a in found["attempts"]] == ["the whole run was killed"]
 
 
 @pytest.mark.parametrize("name", ["interrupts", "terminates"])

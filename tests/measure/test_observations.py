@@ -32,6 +32,8 @@ def test_a_cut_token_makes_the_metric_infinite_and_survives_the_store():
     stored = {**found.as_json(), "sums": ["Infinity", 3.0]}
     assert Observations.from_json(stored) == Observations.from_json(found.as_json())
     assert compared(found, found, "difference") is None
+    assert math.isnan(Observations(rows(2), [math.nan, 3.0], [2, 2]).estimate().value)
+    assert math.isnan(Observations(rows(2), [-math.inf, 3.0], [2, 2]).estimate().value)
 
 
 def test_the_difference_of_means_is_the_paired_t_interval():

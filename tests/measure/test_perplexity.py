@@ -215,10 +215,40 @@ def test_a_state_follows_the_real_text_over_windows(target, tokens):
     assert np.allclose(found.concentration[even], model.concentration[even], atol=1e-6)
 
 
-def test_random_states_are_averaged_before_the_logarithm(target, tokens, monkeypatch):
-    """Probabilities over 4,000 copies: within 5 standard errors (0.04) of (greedy + model) / 2 at every token."""
-    monkeypatch.setattr(perplexity, "STATE_COPIES", 4000)
-    found = perplexity.score(CoinIsGreedy(), target, tokens[:20], 16)
-    model, greedy = (scores_of(target, tokens[:20], name) for name in ("temperature", "greedy"))
-    mean = (np.exp(model.decoder) + np.exp(greedy.decoder)) / 2
-    assert np.abs(np.exp(found.decoder) - mean).max() < 0.04
+def test_a_law_that_is_itself_random_is_not_scored(target, tokens):
+    """A coin at the start that fixes ten tokens gives them 1/2, not 1/2 to the tenth: per-token averages are no law."""
+    with pytest.raises(UnsupportedError, match="the law of bare is itself random"):
+        perplexity.score(CoinIsGreedy(), target, tokens, 16)
+
+
+def test_a_law_that_looks_at_its_neighbours_is_an_error(target, tokens):
+    """Row i + 1 was computed after the real token i was read: a law that looks there knows the answer."""
+    for peek in (
+        lambda logits: logits.roll(-1, 0).log_softmax(-1),
+        lambda logits: (logits - logits.max()).softmax(0).log(),
+    ):
+        bare = type("Bare", (Bare,), {"shape": lambda self, logits, peek=peek: peek(logits).log_softmax(-1)})()
+        with pytest.raises(ValueError, match="the law of a row depends on the other rows"):
+            perplexity.score(bare, target, tokens, 16)
+
+
+def test_a_law_written_into_its_argument_leaves_the_models_score_alone(target, tokens):
+    def in_place(self, logits):
+        logits[logits < logits.topk(5).values[:, -1:]] = -math.inf
+        return logits.log_softmax(-1)
+
+    bare = type("Bare", (Bare,), {"shape": in_place})()
+    mine, plain = perplexity.score(bare, target, tokens, 16), scores_of(target, tokens, "top-k[k=5]")
+    assert np.array_equal(mine.model, plain.model)
+    assert np.allclose(mine.decoder, plain.decoder, atol=1e-6)
+    top_k = decoders.build("top-k[k=5]")
+    in_place_too = type("InPlace", (type(top_k),), {"shape": in_place})(k=5)
+    answers = [speed.generate(d, target, [tokens[:5]], 4, 0)[0] for d in (in_place_too, top_k)]
+    assert answers[0].tokens == answers[1].tokens
+    assert answers[0].log_prob == pytest.approx(answers[1].log_prob)
+
+
+def test_a_decoder_that_adds_nothing_has_mixture_weight_one(target, tokens):
+    test = scores_of(target, tokens, "temperature")
+    assert np.array_equal(test.decoder, test.model)
+    assert estimates(test, test)["mixture_weight"].value == 1.0

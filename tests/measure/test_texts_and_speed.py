@@ -91,9 +91,15 @@ def test_speeds_from_known_times():
     assert found["prefill_tokens_per_s"].value == pytest.approx(800.0)
 
 
+def test_who_needs_as_long_for_one_token_has_no_time_per_further_one():
+    pairs = [Pair({"candidate": [0.03, 0.03]}, first=0.04, prefill=0.01, prompts=[[1] * 4]) for _ in range(6)]
+    assert set(speed.metrics(pairs, tokens=12)) == {"ttft_s", "prefill_tokens_per_s", "generated_tokens"}
+    assert "one token took as long as all of them" in speed.remarks(pairs)[0]
+
+
 def test_a_decoder_that_remembers_its_answers_is_remarked_on():
-    fair = [Pair({"candidate": [1.1, 1.0]}) for _ in range(6)]
-    cheat = [Pair({"candidate": [1.0, 0.01]}, repeatable=False) for _ in range(6)]
+    fair = [Pair({"candidate": [1.1, 1.0]}, first=0.1) for _ in range(6)]
+    cheat = [Pair({"candidate": [1.0, 0.01]}, first=0.1, repeatable=False) for _ in range(6)]
     assert speed.remarks(fair) == []
     assert [r.split(":")[0] for r in speed.remarks(cheat)] == [
         "the same seed gave other tokens the second time",

@@ -1,5 +1,6 @@
 """Gates pass or fail only where the whole interval says so, name what is wrong in their file, and seldom cry wolf."""
 
+import dataclasses
 import json
 import math
 import runpy
@@ -102,6 +103,25 @@ def test_gates_speak_of_the_cells_they_name(tmp_path):
     assert outcomes(tmp_path, everyone, ok, other) == ["pass", "fail"]
     assert outcomes(tmp_path, everyone + '\ndecoder = ["top-p"]', ok, other) == ["pass"]
     assert outcomes(tmp_path, everyone + '\nscale = "full"', ok, other) == ["not run"]
+    assert outcomes(tmp_path, everyone + '\ndecoder = ["top-p", "eta"]', ok, other) == ["pass", "not run"]
+    stored = tmp_path / "gates.toml"
+    stored.write_text(f'[[gate]]\n{everyone}\ndecoder = "somebodys"\n')
+    (gate,) = gates.load(stored, {"somebodys"})  # of a run with --decoder-file
+    assert gate.decoder == ("somebodys",)
+    early = dataclasses.replace(cell(status="failed"), dataset=None)
+    assert outcomes(tmp_path, everyone + '\ndataset = "d"', early) == ["not run"]
+    assert gates.exit_code(gates.judge(rules(tmp_path, everyone + '\ndataset = "d"'), [ok, early])) == 11
+
+
+def test_a_difference_of_ratios_strays_as_far_as_either(tmp_path):
+    rule = 'rule = "throughput: ratio_to_greedy >= top-k - 0.02"\ndecoder = "top-p"'
+    calm, noisy = Estimate(1.0, 0.999, 1.001, 20), Estimate(1.0, 0.7, 1.3, 20)
+    for own, outcome in ((calm, "fail"), (noisy, "inconclusive")):
+        mine, rival = (
+            cell(d, ratio_to_greedy=Estimate(v, v - 0.001, v + 0.001, 20), ratio_to_self=own)
+            for d, v in (("top-p", 0.9), ("top-k", 1.0))
+        )
+        assert outcomes(tmp_path, rule, mine, rival) == [outcome]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +149,8 @@ def test_what_regressed_is_told_from_what_did_not_run(tmp_path):
     assert gates.exit_code(gates.judge(loaded, [cell("top-k", status="unsupported")])) == 11
     fine = cell(ratio_to_greedy=Estimate(1.0, 0.99, 1.01, 9))
     assert gates.exit_code(gates.judge(loaded, [fine, cell("top-k", status="unsupported")])) == 0
+    beside = rules(tmp_path, 'rule = "throughput: ratio_to_greedy >= top-k * 0.5"\ndecoder = "top-p"')
+    assert gates.exit_code(gates.judge(beside, [fine, gone])) == 11
 
 
 def test_exact_numbers_are_judged_alone(tmp_path):
@@ -156,6 +178,13 @@ def test_exact_numbers_are_judged_alone(tmp_path):
         ('rule = "throughput: ratio_to_greedy >= 1"\nexact = "yes"', "exact must be true or false"),
         ('rule = "throughput: ratio_to_greedy >= 1"\nslice = 1', "slice must be a text"),
         ("rule = 3", "is not of the form"),
+        ('rule = "throughput: tpot_s <= greedy * 1.1"', "were not measured at the same time"),
+        (
+            'rule = "throughput: ratio_to_greedy >= 1"\nslice = "batch1"',
+            "has no slice 'batch1'; did you mean 'batch-1'",
+        ),
+        ('rule = "throughput: ratio_to_greedy >= 1"\nscale = "qiuck"', "has no scale 'qiuck'; did you mean 'quick'"),
+        ('rule = "throughput: ratio_to_greedy >= 1"\ndecoder = []', "decoder must be a spec"),
         ("rule = ", "Invalid value"),
     ],
 )

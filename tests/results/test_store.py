@@ -260,6 +260,63 @@ def test_files_of_other_machines_are_merged_once_and_conflicts_are_named(old_fil
     assert query(here, "SELECT reason FROM cell WHERE run_id = 'shared'") == [("",)]
 
 
+def test_rows_without_hashes_conflict_by_their_numbers(old_file, tmp_path):
+    other = tmp_path / "other.duckdb"
+    other.write_bytes(old_file.read_bytes())
+    with duckdb.connect(str(other)) as c:
+        c.execute("UPDATE metric SET value = 2 * value WHERE metric = 'ppl_epsilon'")
+    found = store.ingest(old_file, [other])
+    assert (found.added, len(found.conflicts)) == (0, 1)
+
+
+def test_a_cell_that_failed_before_it_knew_its_data_gives_way_to_its_success(tmp_path):
+    failed = outcome("r1", started="2026-01-01T00:00:00.000+00:00", status="failed", metrics=[], model={}, data={})
+    done = outcome("r2", started="2026-01-02T00:00:00.000+00:00")
+    path = tmp_path / "r.duckdb"
+    store.ingest(path, [make_run(tmp_path, "r1", [failed]), make_run(tmp_path, "r2", [done])])
+    assert query(path, "SELECT DISTINCT run_id, status FROM latest") == [("r2", "ok")]
+
+
+def test_what_is_no_shard_of_a_cell_is_named(tmp_path):
+    for number, broken in enumerate(({"metrics": "x"}, {"decoder": None}, {"samples": 3})):
+        run = make_run(tmp_path / str(number), "r1", [outcome("r1")])
+        shard = next(shards.cells(run))
+        shards.write(shard, shards.read(shard) | broken)
+        with pytest.raises(StoreError, match="is not the shard of a cell"):
+            store.ingest(tmp_path / "r.duckdb", [run])
+
+
+def test_permissions_and_unfolded_logs_survive(tmp_path):
+    path = tmp_path / "results.duckdb"
+    store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
+    path.chmod(0o600)
+    code = (
+        "import duckdb, os, sys; c = duckdb.connect(sys.argv[1]);"
+        "c.execute(\"INSERT INTO cell (run_id, cell_id) VALUES ('by hand', 'c')\"); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=False)
+    assert path.with_name("results.duckdb.wal").exists()
+    assert store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])]).added == 1
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not path.with_name("results.duckdb.wal").exists()
+    assert query(path, "SELECT run_id FROM cell ORDER BY 1") == [("by hand",), ("r1",), ("r2",)]
+
+
+def test_the_hardware_of_a_run_is_where_its_decoders_ran(tmp_path):
+    spec = CellSpec("overheads", 1, "plan", "harness", "harness", "quick", 0)
+    own = Outcome(spec, "r1", model={"name": "harness", "dtype": "", "device": "cpu"})
+    on_gpu = outcome("r1", model={"name": "m", "dtype": "float32", "device": "cuda:0", "processor": "NVIDIA H200"})
+    path = tmp_path / "r.duckdb"
+    store.ingest(path, [make_run(tmp_path, "r1", [own, on_gpu])])
+    assert query(path, "SELECT hardware FROM run") == [("NVIDIA H200",)]
+
+
+def test_half_a_character_does_not_cost_the_shard(tmp_path):
+    path = tmp_path / "r.duckdb"
+    store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1", status="failed", reason="\udcff", metrics=[])])])
+    assert query(path, "SELECT reason FROM cell") == [("?",)]
+
+
 def test_a_later_attempt_takes_the_place_of_an_earlier_one_in_any_order(tmp_path):
     failed = outcome("r1", status="timeout", reason="late", metrics=[], samples=[])
     done = outcome("r1", attempts=[failed.as_attempt()])
@@ -281,13 +338,22 @@ def test_units_and_gates_reach_the_store(tmp_path):
                                     "share": False},
     }  # fmt: skip
     run = make_run(tmp_path, "r1", [outcome("r1", metrics=[metric])])
-    verdict = {"gate": "a: b >= 1", "decoder": "top-p", "cell_id": "c", "outcome": "pass", "detail": "1.2"}
+    verdict = {
+        "gate": "a: b >= 1",
+        "decoder": "top-p",
+        "cell_id": "c",
+        "outcome": "pass",
+        "detail": "1.2",
+        "judged": "2026-01-01T00:00:00.000+00:00",
+    }
     shards.write(run / shards.GATES_FILE, {"run_id": "r1", "verdicts": [verdict]})
     path = tmp_path / "r.duckdb"
     store.ingest(path, [run])
-    shards.write(run / shards.GATES_FILE, {"run_id": "r1", "verdicts": [{**verdict, "outcome": "fail"}]})
-    store.ingest(path, [run])  # judged again
-    assert query(path, "SELECT gate, outcome FROM gate") == [("a: b >= 1", "fail")]
+    later = {**verdict, "outcome": "fail", "judged": "2026-01-02T00:00:00.000+00:00"}
+    for judged in (later, verdict):  # judged again; then an older copy comes along
+        shards.write(run / shards.GATES_FILE, {"run_id": "r1", "verdicts": [judged]})
+        store.ingest(path, [run])
+        assert query(path, "SELECT gate, outcome FROM gate") == [("a: b >= 1", "fail")]
     (found,) = measured.of_run(path, "last")
     assert found.metrics["ppl_mixture"].units.estimate().value == pytest.approx(math.exp(3))
 
