@@ -255,7 +255,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("decodathlon")
     judged = [v.line for v in run.verdicts if v.cell is not None]
-    silent = len({v.gate for v in run.verdicts if v.cell is None})
+    silent = len({v.gate.text for v in run.verdicts if v.cell is None})
     if silent:
         judged.append(f"{silent} rules speak of nothing that this run measured")
     for line in [*table.tables(run.outcomes)[1:], *(["", "gates:", *judged] if judged else []), "", *run.closing]:

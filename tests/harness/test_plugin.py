@@ -252,8 +252,8 @@ def package(folder, name, code):
 def test_the_decoders_of_a_named_file_join_the_headline_set_and_exits_are_caught(tmp_path):
     (tmp_path / "mine.py").write_text(DECODERS)
     done = pytest_run("--benchmark", "--decoder-file", tmp_path / "mine.py", "--collect-only", "-q")
-    assert "test_wikitext2[third]" in done.stdout
-    assert "test_wikitext2[greedy]" in done.stdout
+    assert "test_wikitext2[third-joined]" in done.stdout
+    assert "test_wikitext2[greedy-joined]" in done.stdout
     (tmp_path / "quits.py").write_text("import sys\nsys.exit(0)\n")
     done = pytest_run("--benchmark", "--decoder-file", tmp_path / "quits.py")
     assert done.returncode == 4
