@@ -6,7 +6,7 @@ Queries and keys are stored for interleaved rotary pairs; Hugging Face rotates h
 
 from __future__ import annotations
 
-import itertools
+import heapq
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,17 +102,36 @@ class Llama2cTokenizer:
         for char in (" " + text) if text else "":
             raw = char.encode()
             tokens += [self.index[raw]] if raw in self.index else [byte + 3 for byte in raw]
-        while True:
-            pairs = [
-                (self.scores[merged], -i, merged)
-                for i, (a, b) in enumerate(itertools.pairwise(tokens))
-                if (merged := self.index.get(self._bytes(a) + self._bytes(b))) is not None
-            ]
-            if not pairs:
-                break
-            _, place, merged = max(pairs)
-            tokens[-place : -place + 2] = [merged]
-        return {"input_ids": ([1] if add_special_tokens else []) + tokens}
+        return {"input_ids": ([1] if add_special_tokens else []) + self._merged(tokens)}
+
+    def _merged(self, tokens: list[int]) -> list[int]:
+        """Merge the pair of the greatest score, the leftmost of equals, until none is left."""
+        after = [*range(1, len(tokens)), -1]
+        before = [-1, *range(len(tokens) - 1)]
+        heap: list[tuple[float, int, int, int, int]] = []
+
+        def offer(i: int) -> None:
+            j = after[i]
+            merged = self.index.get(self._bytes(tokens[i]) + self._bytes(tokens[j])) if j >= 0 else None
+            if merged is not None:
+                heapq.heappush(heap, (-self.scores[merged], i, tokens[i], tokens[j], merged))
+
+        for i in range(len(tokens)):
+            offer(i)
+        gone = [False] * len(tokens)
+        while heap:
+            _, i, left, right, merged = heapq.heappop(heap)
+            j = after[i]
+            # an offer whose tokens have been merged otherwise since is void
+            if gone[i] or j < 0 or (tokens[i], tokens[j]) != (left, right):
+                continue
+            tokens[i], gone[j], after[i] = merged, True, after[j]
+            if after[j] >= 0:
+                before[after[j]] = i
+            offer(i)
+            if before[i] >= 0:
+                offer(before[i])
+        return [t for t, g in zip(tokens, gone, strict=True) if not g]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         raw = b"".join(self._bytes(t) for t in tokens if t > 2)

@@ -24,6 +24,7 @@ def rebuild(published: Path, results: Path) -> int:
     runs = sorted(p.parent for p in published.glob("*/run.json"))
     count = store.ingest(made, runs).added
     made.replace(results)
+    made.with_name(f".{made.name}.lock").unlink(missing_ok=True)
     return count
 
 

@@ -124,11 +124,13 @@ def _best(name: str, members: Sequence[Outcome]) -> set[str]:
     """
     cells = {c.cell_id: c for c in measured.of_outcomes(members) if c.status == "ok"}
     found = {i: c.metrics[name] for i, c in cells.items() if name in c.metrics and c.metrics[name].units is not None}
-    found = {i: m for i, m in found.items() if math.isfinite(m.estimate.value) and m.estimate.low is not None}
+    found = {i: m for i, m in found.items() if math.isfinite(m.estimate.value)}
     if len(found) < 2 or METRICS[name].better == "none" or METRICS[name].unit != "1":
         return set()
     sign = 1.0 if METRICS[name].better == "higher" else -1.0
     best = max(found, key=lambda i: sign * found[i].estimate.value)
+    if found[best].estimate.low is None:
+        return set()
     return {i for i in found if i == best or not measured.differ(name, cells[i], cells[best])}
 
 
