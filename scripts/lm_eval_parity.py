@@ -9,12 +9,25 @@ import argparse
 import math
 import sys
 import time
+from typing import Any
 
 from decodathlon.harness import datasets, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.measure import pages
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.results import environment
+
+
+def _accepted(tokenizer: Any) -> Any:
+    """What lm-eval takes for a tokenizer: its own kind, or a hollow one where ours encodes."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")), pad_token="?")
 
 
 def main() -> None:
@@ -39,7 +52,14 @@ def main() -> None:
 
     began = time.monotonic()
     with target.native() as model:
-        theirs = HFLM(pretrained=model, tokenizer=target.tokenizer, batch_size=1)
+        theirs = HFLM(
+            pretrained=model,
+            tokenizer=_accepted(target.tokenizer),
+            batch_size=1,
+            max_length=target.context_length,
+            prefix_token_id=target.start_token,
+        )
+        theirs.tok_encode = lambda text, **options: target.encode(text, special=False)
         texts = [wikitext_detokenizer({"page": p.raw}) for p in found]
         requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
         scores = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
