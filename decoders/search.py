@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,21 @@ class Hypothesis(NamedTuple):
     stopped: bool
 
 
+class Search(Decoder):
+    """A decoder that draws nothing: its answer is a function of the prompt."""
+
+    def generate(
+        self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
+    ) -> list[Completion]:
+        self.check(target)
+        with torch.no_grad():
+            return self.search(target, prompts, limits)
+
+    @abstractmethod
+    def search(self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Completion]:
+        """Complete every prompt."""
+
+
 @decoder(
     "beam",
     claim="heuristic",
@@ -33,7 +49,7 @@ class Hypothesis(NamedTuple):
     sweep={"width": [2, 8]},
     paper="Lowerre 1976, The Harpy Speech Recognition System; as in transformers.generate(num_beams=...)",
 )
-class Beam(Decoder):
+class Beam(Search):
     """Beam search: the `width` likeliest beginnings are extended; the answer has the best log-probability per length.
 
     Ends when `width` texts have ended and no beginning, divided by its present length, beats the worst of them.
@@ -42,14 +58,7 @@ class Beam(Decoder):
     width: int = 4
     length_penalty: float = 1.0
 
-    def generate(
-        self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
-    ) -> list[Completion]:
-        with torch.no_grad():
-            return self._generate(target, prompts, limits)
-
-    def _generate(self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Completion]:
-        self.check(target)
+    def search(self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Completion]:
         stop = frozenset() if limits.ignore_eos else target.stop_tokens
         T = limits.max_new_tokens
         context = target.open(prompts, capacity=max(map(len, prompts)) + T)
@@ -132,7 +141,7 @@ class _Search:
     needs=["hidden"],
     paper="Su, Lan, Wang, Yogatama, Kong, Collier 2022, A Contrastive Framework for Neural Text Generation",
 )
-class Contrastive(Decoder):
+class Contrastive(Search):
     """Contrastive search: of the k likeliest tokens the one with the best (1 - alpha) p - alpha (greatest similarity).
 
     Similarity is the cosine between the token's last hidden state and those of the text so far. All k candidates are
@@ -142,14 +151,7 @@ class Contrastive(Decoder):
     k: int = 4
     alpha: float = 0.6
 
-    def generate(
-        self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
-    ) -> list[Completion]:
-        with torch.no_grad():
-            return self._generate(target, prompts, limits)
-
-    def _generate(self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Completion]:
-        self.check(target)
+    def search(self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Completion]:
         B, T, k, last = len(prompts), limits.max_new_tokens, min(self.k, target.vocab_size), target.layers + 1
         stop = torch.tensor(sorted([] if limits.ignore_eos else target.stop_tokens), dtype=torch.long)
         longest = max(map(len, prompts))

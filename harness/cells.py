@@ -20,8 +20,6 @@ Status = Literal["ok", "partial", "failed", "oom", "timeout", "crashed", "cancel
 FINAL: tuple[Status, ...] = ("ok", "unsupported")
 #: What stands for decoder and model in the rows of the harness's own operations.
 HARNESS = "harness"
-#: What has numbers to show.
-MEASURED: tuple[Status, ...] = ("ok", "partial")
 #: Raised when the shape of a shard changes.
 SHARD_SCHEMA = 2
 

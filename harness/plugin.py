@@ -25,7 +25,6 @@ from decodathlon.harness.run import CELL_TIMEOUT, Run, Settings
 from decodathlon.harness.suite import SCALES
 from decodathlon.harness.workers.local import EXECUTORS
 
-EXIT_NOTHING_MEASURED = 11
 _RUN = pytest.StashKey["Run"]()
 #: How many suites were deselected for want of --benchmark.
 _IDLE = pytest.StashKey[int]()

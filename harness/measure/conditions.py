@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from decodathlon.harness.results.environment import nvidia_smi
 
 #: Other processes' share of the cores from which a cell is called contended.
 CONTENDED = 0.1
@@ -106,10 +107,10 @@ def gpu_look(uuid: str | None) -> dict[str, Any]:
     """Clocks, temperature, power, throttle reasons and processes of one GPU; empty where nvidia-smi does not tell."""
     which = ["-i", uuid] if uuid else []
     for reasons in _REASONS:
-        values = _nvidia_smi([*which, f"--query-gpu={','.join([*_GPU_FIELDS, reasons])}"])
+        values = nvidia_smi(*which, f"--query-gpu={','.join([*_GPU_FIELDS, reasons])}")
         if values:
             look: dict[str, Any] = dict(zip([*_GPU_FIELDS, "reasons"], values[0], strict=False))
-            pids = [row[0] for row in _nvidia_smi([*which, "--query-compute-apps=pid"])]
+            pids = [row[0] for row in nvidia_smi(*which, "--query-compute-apps=pid")]
             look["pids"] = [int(p) for p in pids if p.isdigit()]
             return look
     return {}
@@ -130,19 +131,6 @@ def gpu_remarks(looks: list[dict[str, Any]], own: int) -> list[str]:
     if foreign:
         remarks.append(f"contended: {len(foreign)} other processes on the GPU")
     return remarks
-
-
-def _nvidia_smi(words: list[str]) -> list[list[str]]:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *words, "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, check=False, timeout=20,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    if done.returncode != 0:
-        return []
-    return [[x.strip() for x in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
 def _uuid(device: Any) -> str | None:

@@ -151,16 +151,21 @@ def gpus() -> list[dict[str, str]]:
         "name", "uuid", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory",
         "persistence_mode", "ecc.mode.current", "mig.mode.current", "compute_mode",
     ]  # fmt: skip
+    return [dict(zip(fields, row, strict=False)) for row in nvidia_smi(f"--query-gpu={','.join(fields)}")]
+
+
+def nvidia_smi(*words: str) -> list[list[str]]:
+    """The rows of a query; empty where there is no driver, or it does not know the question."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            ["nvidia-smi", *words, "--format=csv,noheader,nounits"],
             capture_output=True, text=True, check=False, timeout=20,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []
     if done.returncode != 0:
         return []
-    return [dict(zip(fields, (x.strip() for x in line.split(",")), strict=False)) for line in done.stdout.splitlines()]
+    return [[x.strip() for x in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
 def run_id() -> str:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -234,10 +233,7 @@ def test_a_llama2c_checkpoint_is_the_llama_it_was_written_from(tmp_path):
         load(f"stories-260k[path={tmp_path}]")
 
 
-def test_stories_260k_tells_its_story():
-    folder = os.environ.get("DECODATHLON_MODELS")
-    if not folder or not (Path(folder) / llama2c.CHECKPOINT).is_file():
-        pytest.skip("DECODATHLON_MODELS does not name a folder with stories260K.bin")
-    target = load("stories-260k")
+def test_stories_260k_tells_its_story(stories):
+    target = stories()
     (answer,) = decoders.build("greedy").generate(target, [[1]], Limits(40), RowRandom(0, [0]))
     assert answer.text.startswith("Once upon a time, there was a little girl named Lily.")
