@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from decodathlon.harness import about
 from decodathlon.harness.bench import found_of
 from decodathlon.harness.cells import FINAL, HARNESS, CellSpec, Outcome, now
 from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError, near_miss
@@ -127,6 +128,10 @@ class Run:
             "git_dirty": described.pop("git_dirty"),
             "environment": described,
             "options": options,
+            "about": about.describe(
+                [*(s.decoder for s in chosen), *(s.baseline for s in chosen)],
+                [*(s.suite for s in chosen), *(n for n in self.timed_suites if registry.get("suite", n).timed)],
+            ),
         }
         shards.write(self.folder / shards.RUN_FILE, self._record)
 

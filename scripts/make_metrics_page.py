@@ -10,15 +10,16 @@ PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 HEAD = """# Metrics
 
 Made from `harness/results/metrics.py` by `python scripts/make_metrics_page.py`. Intervals are 95 %: for ratios and
-times the sign-test interval of the median over pairs, for text scores the t interval of a ratio over windows.
+times the sign-test interval of the median over pairs, for text scores the t interval of a ratio over windows. `context`
+metrics explain others and are never ranked.
 
-| metric | unit | better | meaning |
-|---|---|---|---|
+| metric | speaks of | unit | better | meaning |
+|---|---|---|---|---|
 """
 
 
 def page() -> str:
-    rows = [f"| `{name}` | {m.unit} | {m.better} | {m.meaning} |\n" for name, m in METRICS.items()]
+    rows = [f"| `{name}` | {m.kind} | {m.unit} | {m.better} | {m.meaning} |\n" for name, m in METRICS.items()]
     return HEAD + "".join(rows)
 
 

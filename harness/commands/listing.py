@@ -32,7 +32,10 @@ def _run(options: argparse.Namespace) -> int:
         "decoders": _decoders,
         "suites": _suites,
         "models": _models,
-        "metrics": lambda: [["metric", "unit", "better", "meaning"], *[[n, *m] for n, m in METRICS.items()]],
+        "metrics": lambda: [
+            ["metric", "kind", "unit", "better", "meaning"],
+            *[[n, m.kind, m.unit, m.better, m.meaning] for n, m in METRICS.items()],
+        ],
         "datasets": lambda: [["dataset"], *[[n] for n in registry.names("dataset")]],
         "runs": lambda: _runs(options),
     }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal, NamedTuple
 
 from decodathlon.harness.registry import registry
+
+#: What a metric speaks of; `context` explains others and is never ranked, `harness` is the cost of measuring.
+Kind = Literal["quality", "exactness", "speed", "memory", "context", "harness"]
 
 
 class Metric(NamedTuple):
     unit: str
     better: Literal["higher", "lower", "none"]
     meaning: str
+    kind: Kind
 
 
 METRICS: dict[str, Metric] = {
@@ -19,124 +24,166 @@ METRICS: dict[str, Metric] = {
         "lower",
         "Perplexity of real text under the decoder's own next-token law, given the real prefix; infinite as "
         "soon as the decoder cuts one real token.",
+        "quality",
     ),
     "coverage": Metric(
         "1",
         "higher",
         "Share of the real tokens that the decoder's law does not cut.",
+        "quality",
     ),
     "ppl_conditional": Metric(
         "1",
         "none",
         "Perplexity over the covered tokens only; says nothing about the others.",
+        "context",
     ),
     "ppl_mixture": Metric(
         "1",
         "lower",
         "Perplexity of the decoder's law mixed with the model's own, the weight tuned on validation text; "
         "equals the model's perplexity where truncation adds nothing.",
+        "quality",
     ),
     "mixture_weight": Metric(
         "1",
         "none",
         "The model's weight in that mixture; 1 says that the decoder adds nothing.",
+        "context",
     ),
     "ppl_epsilon": Metric(
         "1",
         "lower",
         "Perplexity of the decoder's law mixed with the uniform law, the weight tuned on validation text "
         "(Martins et al. 2020).",
+        "quality",
     ),
     "sparsemax_score": Metric(
         "1",
         "higher",
         "p(real token) + (1 - sum of p squared) / 2, averaged: one minus half the Brier score; needs no "
         "smoothing (Martins et al. 2020).",
+        "quality",
     ),
     "ppl_model": Metric(
         "1",
         "lower",
         "Perplexity of the same tokens under the model's unprocessed law: the reference line.",
+        "context",
     ),
     "ppl_word": Metric(
         "1",
         "lower",
         "Perplexity per word by the protocol of lm-eval's wikitext task (whole pages, disjoint windows), under the "
         "decoder's own law; only this and ppl_byte are comparable with lm-eval.",
+        "quality",
     ),
     "ppl_byte": Metric(
         "1",
         "lower",
         "The same per byte; needs no agreement on what a word is.",
+        "quality",
     ),
     "tokens_per_s": Metric(
         "1/s",
         "higher",
         "New tokens of the whole batch per second of decoding, prefill apart.",
+        "speed",
     ),
     "tpot_s": Metric(
         "s",
         "lower",
         "Time per output token of one stream after the first.",
+        "speed",
     ),
     "ttft_s": Metric(
         "s",
         "lower",
         "Time to the first token: prefill and one draw.",
+        "speed",
     ),
     "prefill_tokens_per_s": Metric(
         "1/s",
         "higher",
         "Prompt tokens of the whole batch read per second.",
+        "speed",
     ),
     "peak_memory_bytes": Metric(
         "B",
         "lower",
         "Peak while the decoder generates: what torch allocated on a GPU; on a CPU anonymous memory of the process, in "
         "which weights that stay mapped from their file (float32 safetensors) do not count.",
+        "memory",
     ),
     "sampler_share": Metric(
         "1",
         "lower",
         "Share of a decoding step that the draw takes (law and sampling, without the model).",
+        "speed",
     ),
     "ratio_to_greedy": Metric(
         "1",
         "higher",
         "Speed against greedy search on the same engine: its time over the decoder's, end to end, paired and "
         "interleaved.",
+        "speed",
     ),
     "ratio_to_baseline": Metric(
         "1",
         "higher",
         "The same against the decoder that --baseline names.",
+        "speed",
     ),
     "ratio_to_hf_generate": Metric(
         "1",
         "higher",
         "The same against transformers.generate with the same weights.",
+        "speed",
     ),
     "ratio_to_self": Metric(
         "1",
         "none",
         "A decoder against itself (A/A), run beside itself like any rival: how far noise and the order of runs go.",
+        "context",
     ),
     "greedy_match": Metric(
         "1",
         "higher",
         "Share of prompts whose tokens all equal greedy search on the same engine.",
+        "exactness",
     ),
     "overhead_s": Metric(
         "s",
         "lower",
         "Median time of one operation of the harness itself (suite overheads), by pytest-benchmark.",
+        "harness",
     ),
     "generated_tokens": Metric(
         "1",
         "none",
         "New tokens that the cell's timed runs of the decoder made.",
+        "context",
     ),
 }
+
+#: One of this table, by which its entries are told from those of plugins.
+OWN = next(iter(METRICS))
+
+
+def metric(name: str, *, unit: str, better: Literal["higher", "lower", "none"], kind: Kind, meaning: str) -> None:
+    """Add a metric that a suite of one's own reports.
+
+    Args:
+        unit: 1, s, 1/s or B; shown and scaled by it.
+        meaning: what it is and of what, for the board and `decodathlon list metrics`.
+
+    Raises:
+        SpecError: the name is malformed, or another file holds it.
+    """
+    frame = inspect.stack()[1]
+    registry.add("metric", name, Metric(unit, better, meaning, kind), source=frame.filename)
+    METRICS[name] = registry.get("metric", name)
+
 
 for _name, _metric in METRICS.items():
     registry.add("metric", _name, _metric, source=__file__)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import duckdb
 
 TABLES = {
-    "run": ["run_id", "started", "hardware", "git_commit", "git_dirty", "environment", "options"],
+    "run": ["run_id", "started", "hardware", "git_commit", "git_dirty", "environment", "options", "about"],
     "cell": [
         "run_id", "cell_id", "started", "suite", "suite_version", "slice", "scale", "decoder", "family", "params",
         "claim", "model", "dtype", "device", "dataset", "data", "sizes", "seed", "status", "reason", "error", "seconds",

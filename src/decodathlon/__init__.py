@@ -16,6 +16,7 @@ from decodathlon.harness.lazy import torch
 from decodathlon.harness.law import draw
 from decodathlon.harness.law import process
 from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.results.metrics import metric
 from decodathlon.harness.suite import suite
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "UnsupportedError",
     "decoder",
     "draw",
+    "metric",
     "process",
     "suite",
     "torch",

@@ -13,7 +13,7 @@ import pytest
 
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.errors import StoreError
-from decodathlon.harness.results import measured, shards, store
+from decodathlon.harness.results import measured, migrations, shards, store
 
 duckdb = pytest.importorskip("duckdb")
 
@@ -225,7 +225,7 @@ def test_an_older_file_is_read_as_it_is_and_migrated_when_something_is_added(old
     assert old_file.read_bytes() == before
     found = store.ingest(old_file, [make_run(tmp_path, "r1", [outcome("r1")])])
     assert found == (1, 0, [])
-    assert query(old_file, "SELECT max(version) FROM migration") == [(2,)]
+    assert query(old_file, "SELECT max(version) FROM migration") == [(migrations.NEWEST,)]
     assert query(old_file, "SELECT decoder, metric, value FROM latest WHERE run_id <> 'r1' ORDER BY ALL") == rows
     assert query(old_file, "SELECT count(*) FROM cell") == [(5,)]
 
@@ -239,6 +239,23 @@ def test_a_migrated_file_has_the_schema_of_a_new_one(old_file, tmp_path):
     assert query(old_file, columns) == query(new, columns)
     views = "SELECT view_name, sql FROM duckdb_views() WHERE NOT internal ORDER BY ALL"
     assert query(old_file, views) == query(new, views)
+
+
+def test_a_file_of_schema_2_keeps_its_runs_and_gates(tmp_path):
+    path = tmp_path / "old.duckdb"
+    path.write_bytes(gzip.decompress((Path(__file__).parent / "old" / "schema-2.duckdb.gz").read_bytes()))
+    latest = "SELECT decoder, metric, value FROM latest ORDER BY ALL"
+    questions = [latest, "SELECT gate, outcome FROM gate ORDER BY ALL"]
+    before = [query(path, q) for q in questions]
+    store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
+    assert query(path, "SELECT run_id, about FROM run ORDER BY 1")[:2] == [
+        ("20261121T072327-5c7399", None),
+        ("20261121T100910-c5dc0a", None),
+    ]
+    others = [q.replace(" ORDER", " WHERE run_id <> 'r1' ORDER") for q in questions]
+    assert [query(path, q) for q in others] == before
+    assert len(before[0]) == 175
+    assert len(before[1]) > 0
 
 
 def test_files_of_other_machines_are_merged_once_and_conflicts_are_named(old_file, tmp_path):
