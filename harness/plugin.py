@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -122,8 +122,20 @@ def _run(config: pytest.Config) -> Run:
             if value != (list(usual) if isinstance(value, list) else usual):
                 raise SpecError(f"--resume takes what it measures from the run; leave --{name.replace('_', '-')} out")
         return Run(settings, None, resume, _sayer(config))
-    options = Options(**given | {"data": given["data"] or environment.data_folder()})
-    return Run(settings, options, None, _sayer(config))
+    given["data"] = given["data"] or environment.data_folder()
+    given["decoder_file"] = [*given["decoder_file"], *_suite_files(config.args)]
+    return Run(settings, Options(**given), None, _sayer(config))
+
+
+def _suite_files(words: Sequence[str]) -> list[str]:
+    """Files named on the command line that hold suites of the user's own: plugins, which the workers import, too."""
+    found = []
+    for word in words:
+        path = Path(word.partition("::")[0])
+        ours = path.resolve().parent == environment.ROOT / "suites"
+        if path.suffix == ".py" and path.is_file() and not ours and "@suite" in path.read_text(errors="replace"):
+            found.append(str(path))
+    return list(dict.fromkeys(found))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

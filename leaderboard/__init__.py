@@ -1,1 +1,6 @@
-"""The leaderboard. So far it holds the published results as text (`published/`); `results.duckdb` is made from them."""
+"""The leaderboard: `source` takes snapshots, `queries` asks, `findings` judges, `charts` and `tables` draw for `pages`.
+
+Only `app`, `parts` and `pages` know Streamlit; only `source` and `queries` know DuckDB.
+
+`published/` holds the published results as text; `results.duckdb` is made from them.
+"""

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from decodathlon.harness.commands.command import Command, results_option, say
-from decodathlon.harness.measure.observations import compared
-from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results import measured, store
-from decodathlon.harness.results.measured import Measured, Number, noise_floor
-from decodathlon.harness.results.table import aligned, number
+from decodathlon.harness.results.changes import Change, change_of
+from decodathlon.harness.results.measured import Measured, Number
+from decodathlon.harness.results.table import DASH, aligned, number
 
 PACKAGES = ("torch", "transformers", "triton")
-
-
-class Change(NamedTuple):
-    #: B over A, or B minus A.
-    estimate: Estimate
-    how: Literal["ratio", "difference"]
-    verdict: str
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,47 +55,9 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def change_of(name: str, a: Measured, b: Measured) -> Change:
-    """B against A in one metric: a ratio for what is positive and multiplies, else a difference."""
-    x, y = a.metrics[name], b.metrics[name]
-    timed = x.unit in ("s", "1/s", "B")
-    how: Literal["ratio", "difference"] = "ratio" if timed or name.startswith("ratio_to_") else "difference"
-    paired = compared(y.units, x.units, how) if x.units and y.units else None
-    if paired is None:
-        value = _plain(x.estimate.value, y.estimate.value, how)
-        return Change(Estimate(value), how, "not paired")
-    if timed:
-        return Change(paired._replace(low=None, high=None), how, "two visits of the machine: not ranked")
-    return Change(paired, how, _verdict(paired, how, x.better, max(noise_floor(name, a), noise_floor(name, b))))
-
-
-def _verdict(found: Estimate, how: str, better: str, floor: float) -> str:
-    if found.low is None or found.high is None:
-        same = found.value == (1.0 if how == "ratio" else 0.0)
-        return "the same" if same else "too few units"
-    low, high, nothing = found.low, found.high, 1.0 if how == "ratio" else 0.0
-    if how == "ratio":
-        low, high = min(low, found.value * math.exp(-floor)), max(high, found.value * math.exp(floor))
-    if low <= nothing <= high:
-        return "no change seen"
-    if better == "none":
-        return "changed"
-    return "B is better" if (found.value > nothing) == (better == "higher") else "B is worse"
-
-
-def _plain(x: float, y: float, how: str) -> float:
-    if how == "difference":
-        return y - x if math.isfinite(x) and math.isfinite(y) else math.nan
-    return y / x if x else math.nan
-
-
 def _line(cell: Measured, name: str, x: Number, y: Number, change: Change) -> list[str]:
-    found = change.estimate
-    sign = "x " if change.how == "ratio" else "+" if found.value > 0 else ""
-    value = "–" if math.isnan(found.value) else f"{sign}{number(found.value)}"
-    interval = "–" if found.low is None else f"[{number(found.low, 3)}, {number(found.high, 3)}]"
-    return [cell.suite, cell.decoder, cell.slice, name, number(x.estimate.value), number(y.estimate.value), value,
-            interval, str(found.n or "–"), change.verdict]  # fmt: skip
+    return [cell.suite, cell.decoder, cell.slice, name, number(x.estimate.value), number(y.estimate.value), change.text,
+            change.interval, str(change.estimate.n or DASH), change.verdict]  # fmt: skip
 
 
 def _differences(path: Path, ids: list[str]) -> list[str]:

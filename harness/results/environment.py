@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+#: The environment variable by which the board learns which results file to show.
+RESULTS_VARIABLE = "DECODATHLON_RESULTS"
 PACKAGES = (
     "decodathlon",
     "torch",

@@ -14,7 +14,6 @@ from decodathlon.harness.errors import SpecError, near_miss
 from decodathlon.harness.measure.observations import Observations, compared
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.results import store
-from decodathlon.harness.results.metrics import METRICS
 
 _COLUMNS = (
     "cell_id", "suite", "suite_version", "slice", "scale", "decoder", "model", "dtype", "device", "dataset", "seed",
@@ -78,7 +77,7 @@ def of_outcomes(outcomes: Sequence[Outcome]) -> list[Measured]:
             seed=o.spec.seed,
             status=o.status,
             reason=o.reason,
-            metrics={m["metric"]: _number(m) for m in o.metrics},
+            metrics={m["metric"]: number(m) for m in o.metrics},
         )
         for o in outcomes
     ]
@@ -99,7 +98,7 @@ def of_run(path: Path, run: str) -> list[Measured]:
     metrics: dict[str, dict[str, Number]] = {}
     for row in rows:
         metric = dict(zip(names, row, strict=True))
-        metrics.setdefault(metric["cell_id"], {})[metric["metric"]] = _number(metric)
+        metrics.setdefault(metric["cell_id"], {})[metric["metric"]] = number(metric)
     return [Measured(**cell, metrics=metrics.get(cell["cell_id"], {})) for cell in found]
 
 
@@ -120,7 +119,7 @@ def run_id(path: Path, run: str) -> str:
 
 def noise_floor(metric: str, cell: Measured) -> float:
     """How far, as a logarithm, the decoder seemed to differ from itself; 0 for what time does not move."""
-    timed = metric.startswith("ratio_to_") or METRICS[metric].unit in ("s", "1/s")
+    timed = metric.startswith("ratio_to_") or cell.metrics[metric].unit in ("s", "1/s")
     own = cell.metrics.get("ratio_to_self")
     if not timed or own is None or metric == "ratio_to_self":
         return 0.0
@@ -141,7 +140,36 @@ def differ(metric: str, a: Measured, b: Measured) -> bool:
     return not min(found.low, found.value * math.exp(-floor)) <= 1 <= max(found.high, found.value * math.exp(floor))
 
 
-def _number(metric: dict[str, Any]) -> Number:
+def best(metric: str, cells: Sequence[Measured]) -> set[str]:
+    """Ids of the best cell in a metric and of all that cannot be told apart from it; empty where there is no rank.
+
+    Nothing ranks without an interval, nor times and sizes: cells run one after another, so only paired ratios rank.
+    Told apart are two cells by the interval of their difference, unit by unit, beyond the spread of each from itself.
+    """
+    found = {c.cell_id: c for c in cells if c.status == "ok" and _ranks(c.metrics.get(metric))}
+    if len(found) < 2:
+        return set()
+    numbers = {i: c.metrics[metric] for i, c in found.items()}
+    sign = 1.0 if next(iter(numbers.values())).better == "higher" else -1.0
+    leader = max(found, key=lambda i: sign * numbers[i].estimate.value)
+    if numbers[leader].estimate.low is None:
+        return set()
+    return {i for i, c in found.items() if i == leader or not differ(metric, c, found[leader])}
+
+
+def _ranks(number: Number | None) -> bool:
+    if number is None or number.units is None or number.better == "none" or number.unit != "1":
+        return False
+    return math.isfinite(number.estimate.value)
+
+
+def exactly(value: float, *, unit: str = "1", better: str = "higher") -> Number:
+    """A number that holds by definition, such as a baseline's ratio to itself."""
+    return Number(Estimate(value), unit, better, None)
+
+
+def number(metric: dict[str, Any]) -> Number:
+    """A row of the table `metric`, or of a shard."""
     units = metric.get("units")
     if isinstance(units, str):
         units = json.loads(units)

@@ -18,39 +18,8 @@ class Metric(NamedTuple):
     kind: Kind
 
 
+#: The most telling of each kind first: what nobody described otherwise is shown in this order.
 METRICS: dict[str, Metric] = {
-    "ppl": Metric(
-        "1",
-        "lower",
-        "Perplexity of real text under the decoder's own next-token law, given the real prefix; infinite as "
-        "soon as the decoder cuts one real token.",
-        "quality",
-    ),
-    "coverage": Metric(
-        "1",
-        "higher",
-        "Share of the real tokens that the decoder's law does not cut.",
-        "quality",
-    ),
-    "ppl_conditional": Metric(
-        "1",
-        "none",
-        "Perplexity over the covered tokens only; says nothing about the others.",
-        "context",
-    ),
-    "ppl_mixture": Metric(
-        "1",
-        "lower",
-        "Perplexity of the decoder's law mixed with the model's own, the weight tuned on validation text; "
-        "equals the model's perplexity where truncation adds nothing.",
-        "quality",
-    ),
-    "mixture_weight": Metric(
-        "1",
-        "none",
-        "The model's weight in that mixture; 1 says that the decoder adds nothing.",
-        "context",
-    ),
     "ppl_epsilon": Metric(
         "1",
         "lower",
@@ -65,11 +34,25 @@ METRICS: dict[str, Metric] = {
         "smoothing (Martins et al. 2020).",
         "quality",
     ),
-    "ppl_model": Metric(
+    "coverage": Metric(
+        "1",
+        "higher",
+        "Share of the real tokens that the decoder's law does not cut.",
+        "quality",
+    ),
+    "ppl": Metric(
         "1",
         "lower",
-        "Perplexity of the same tokens under the model's unprocessed law: the reference line.",
-        "context",
+        "Perplexity of real text under the decoder's own next-token law, given the real prefix; infinite as "
+        "soon as the decoder cuts one real token.",
+        "quality",
+    ),
+    "ppl_mixture": Metric(
+        "1",
+        "lower",
+        "Perplexity of the decoder's law mixed with the model's own, the weight tuned on validation text; "
+        "equals the model's perplexity where truncation adds nothing.",
+        "quality",
     ),
     "ppl_word": Metric(
         "1",
@@ -83,6 +66,49 @@ METRICS: dict[str, Metric] = {
         "lower",
         "The same per byte; needs no agreement on what a word is.",
         "quality",
+    ),
+    "ppl_conditional": Metric(
+        "1",
+        "none",
+        "Perplexity over the covered tokens only; says nothing about the others.",
+        "context",
+    ),
+    "mixture_weight": Metric(
+        "1",
+        "none",
+        "The model's weight in that mixture; 1 says that the decoder adds nothing.",
+        "context",
+    ),
+    "ppl_model": Metric(
+        "1",
+        "lower",
+        "Perplexity of the same tokens under the model's unprocessed law: the reference line.",
+        "context",
+    ),
+    "ratio_to_greedy": Metric(
+        "1",
+        "higher",
+        "Speed against greedy search on the same engine: its time over the decoder's, end to end, paired and "
+        "interleaved.",
+        "speed",
+    ),
+    "ratio_to_hf_generate": Metric(
+        "1",
+        "higher",
+        "Speed against transformers.generate with the same weights, paired and interleaved.",
+        "speed",
+    ),
+    "ratio_to_baseline": Metric(
+        "1",
+        "higher",
+        "Speed against the decoder that --baseline names, paired and interleaved.",
+        "speed",
+    ),
+    "ratio_to_self": Metric(
+        "1",
+        "none",
+        "A decoder against itself (A/A), run beside itself like any rival: how far noise and the order of runs go.",
+        "context",
     ),
     "tokens_per_s": Metric(
         "1/s",
@@ -108,6 +134,12 @@ METRICS: dict[str, Metric] = {
         "Prompt tokens of the whole batch read per second.",
         "speed",
     ),
+    "sampler_share": Metric(
+        "1",
+        "lower",
+        "Share of a decoding step that the draw takes (law and sampling, without the model).",
+        "speed",
+    ),
     "peak_memory_bytes": Metric(
         "B",
         "lower",
@@ -115,54 +147,23 @@ METRICS: dict[str, Metric] = {
         "which weights that stay mapped from their file (float32 safetensors) do not count.",
         "memory",
     ),
-    "sampler_share": Metric(
-        "1",
-        "lower",
-        "Share of a decoding step that the draw takes (law and sampling, without the model).",
-        "speed",
-    ),
-    "ratio_to_greedy": Metric(
-        "1",
-        "higher",
-        "Speed against greedy search on the same engine: its time over the decoder's, end to end, paired and "
-        "interleaved.",
-        "speed",
-    ),
-    "ratio_to_baseline": Metric(
-        "1",
-        "higher",
-        "The same against the decoder that --baseline names.",
-        "speed",
-    ),
-    "ratio_to_hf_generate": Metric(
-        "1",
-        "higher",
-        "The same against transformers.generate with the same weights.",
-        "speed",
-    ),
-    "ratio_to_self": Metric(
-        "1",
-        "none",
-        "A decoder against itself (A/A), run beside itself like any rival: how far noise and the order of runs go.",
-        "context",
-    ),
     "greedy_match": Metric(
         "1",
         "higher",
         "Share of prompts whose tokens all equal greedy search on the same engine.",
         "exactness",
     ),
-    "overhead_s": Metric(
-        "s",
-        "lower",
-        "Median time of one operation of the harness itself (suite overheads), by pytest-benchmark.",
-        "harness",
-    ),
     "generated_tokens": Metric(
         "1",
         "none",
         "New tokens that the cell's timed runs of the decoder made.",
         "context",
+    ),
+    "overhead_s": Metric(
+        "s",
+        "lower",
+        "Median time of one operation of the harness itself (suite overheads), by pytest-benchmark.",
+        "harness",
     ),
 }
 

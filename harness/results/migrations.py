@@ -39,4 +39,9 @@ def migrate(connection: duckdb.DuckDBPyConnection, begin: int) -> None:
     for number in range(begin + 1, NEWEST + 1):
         connection.execute((_HERE / f"schema_{number}.sql").read_text(encoding="utf-8"))
         connection.execute("INSERT INTO migration (version) VALUES (?)", [number])
+    make_views(connection)
+
+
+def make_views(connection: duckdb.DuckDBPyConnection) -> None:
+    """Make the views of this code in an open file of the newest schema."""
     connection.execute((_HERE / "views.sql").read_text(encoding="utf-8"))

@@ -23,6 +23,11 @@ def folder_of(results: Path, run_id: str) -> Path:
     return results.with_suffix(".shards") / run_id
 
 
+def runs(results: Path) -> list[Path]:
+    """The folders of runs beside a results file, oldest first."""
+    return sorted(p.parent for p in results.with_suffix(".shards").glob(f"*/{RUN_FILE}"))
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write JSON under a temporary name, flush it to disk, put it in place.
 

@@ -10,14 +10,14 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decodathlon.harness.errors import MissingError, StoreError
 from decodathlon.harness.locks import file_lock
-from decodathlon.harness.results import migrations, rows
+from decodathlon.harness.results import migrations, rows, shards
 
 if TYPE_CHECKING:
     import duckdb
@@ -149,6 +149,47 @@ def ingest(path: Path, sources: Sequence[Path]) -> Ingested:
 
     ingested: Ingested = update(path, work)
     return ingested
+
+
+def snapshot(path: Path, copy: Path, prepare: Callable[[duckdb.DuckDBPyConnection], None]) -> list[str]:
+    """A private copy for a reader that stays: in the newest schema, with what runs beside the file have so far.
+
+    Nothing of the file is held open afterwards, so that no writer ever waits for the reader.
+
+    Args:
+        path: the results file; where there is none yet, the shards beside it are all there is.
+        prepare: what the reader wants to work out once; it gets the copy open for writing.
+
+    Returns:
+        What could not be read of the shards.
+
+    Raises:
+        StoreError: the file is not ours, damaged, or held by another program.
+        MissingError: DuckDB is not installed.
+    """
+    import duckdb
+
+    told = []
+    try:
+        if path.exists():
+            _copy_of(path, copy)
+        else:
+            _create(copy)
+        with duckdb.connect(str(copy)) as connection, tempfile.TemporaryDirectory(prefix="decodathlon-") as scratch:
+            migrations.make_views(connection)
+            known = set(connection.execute("SELECT run_id, cell_id FROM cell").fetchall())
+            for folder in shards.runs(path):
+                if all((folder.name, shard.stem) in known for shard in shards.cells(folder)):
+                    continue
+                try:
+                    rows.stage(connection, rows.of_folders([folder]), Path(scratch))
+                    rows.merge(connection)
+                except StoreError as error:
+                    told.append(str(error))
+            prepare(connection)
+    except (duckdb.Error, OSError) as error:
+        raise StoreError(f"{path} could not be copied to {copy.parent}: {str(error).splitlines()[0]}") from error
+    return told
 
 
 def update(path: Path, work: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results import measured
-from decodathlon.harness.results.metrics import METRICS
 
 DASH = "–"
 #: Beginnings of notes that the reader of a number must see.
@@ -82,7 +81,8 @@ def _operations(suite: str, members: Sequence[Outcome]) -> list[str]:
 
 def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
     columns = [c for c in registry.get("suite", suite).table if any(_metric(o, c) for o in members)]
-    best = {c: _best(c, members) for c in columns}
+    ranked = measured.of_outcomes(members)
+    best = {c: measured.best(c, ranked) for c in columns}
     rows = [["decoder", "claims", *columns]]
     remarks = []
     for outcome in members:
@@ -97,8 +97,8 @@ def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
             rows.append([label, f"{outcome.status}: {outcome.reason}"])
     body = aligned(rows)
     title = f"{suite} {part}" if part != "all" else suite
-    measured = any(o.status == "ok" for o in members)
-    warning = [] if not measured or any(best.values()) or len(members) < 2 else ["(too few observations to rank)"]
+    any_ok = any(o.status == "ok" for o in members)
+    warning = [] if not any_ok or any(best.values()) or len(members) < 2 else ["(too few observations to rank)"]
     return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:], *warning, *remarks]
 
 
@@ -114,24 +114,6 @@ def _about(members: Sequence[Outcome]) -> str:
 
 def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
     return next((m for m in outcome.metrics if m["metric"] == name), None)
-
-
-def _best(name: str, members: Sequence[Outcome]) -> set[str]:
-    """The best cell of a column and all that cannot be told apart from it; empty where there is no rank to speak of.
-
-    Nothing is marked without an interval, nor times and sizes: cells run one after another, so only paired ratios rank.
-    Told apart are two cells by the interval of their difference, unit by unit, beyond the spread of each from itself.
-    """
-    cells = {c.cell_id: c for c in measured.of_outcomes(members) if c.status == "ok"}
-    found = {i: c.metrics[name] for i, c in cells.items() if name in c.metrics and c.metrics[name].units is not None}
-    found = {i: m for i, m in found.items() if math.isfinite(m.estimate.value)}
-    if len(found) < 2 or METRICS[name].better == "none" or METRICS[name].unit != "1":
-        return set()
-    sign = 1.0 if METRICS[name].better == "higher" else -1.0
-    best = max(found, key=lambda i: sign * found[i].estimate.value)
-    if found[best].estimate.low is None:
-        return set()
-    return {i for i in found if i == best or not measured.differ(name, cells[i], cells[best])}
 
 
 def _cell_text(metric: dict[str, Any] | None, best: bool) -> str:

@@ -9,21 +9,22 @@ FROM cell c
 LEFT JOIN metric m USING (run_id, cell_id)
 LEFT JOIN run r USING (run_id);
 
--- The newest cell of each thing measured on each kind of machine, with all its metrics: never one metric of an old cell
--- beside another of a new one, and only of the newest version of its suite. "The same thing" is spelt out, because
--- `--device auto` and `--device cpu` may be.
+-- The newest cell of each thing measured on each kind of machine, by the newest version of its suite. "The same thing" is
+-- spelt out, because `--device auto` and `--device cpu` may be.
+CREATE OR REPLACE VIEW latest_cell AS
+SELECT c.*, r.hardware, r.git_commit, r.git_dirty
+FROM cell c JOIN run r USING (run_id)
+-- a cell that failed before its model was loaded knows neither dtype nor data, but it has its id
+SEMI JOIN (SELECT run_id, cell_id FROM cell JOIN run USING (run_id)
+           QUALIFY row_number() OVER (PARTITION BY cell_id, hardware ORDER BY cell.started DESC, run_id DESC) = 1) u
+  ON c.run_id = u.run_id AND c.cell_id = u.cell_id
+SEMI JOIN (SELECT suite, max(suite_version) AS suite_version FROM cell GROUP BY suite) v
+  ON c.suite = v.suite AND c.suite_version = v.suite_version
+QUALIFY row_number() OVER (
+    PARTITION BY c.suite, c.slice, c.scale, c.decoder, c.model, c.dtype, c.dataset, c.seed, r.hardware
+    ORDER BY c.started DESC, c.run_id DESC
+) = 1;
+
+-- Its rows with all its metrics: never one metric of an old cell beside another of a new one.
 CREATE OR REPLACE VIEW latest AS
-SELECT results.* FROM results
-SEMI JOIN (
-    SELECT c.run_id, c.cell_id
-    FROM cell c JOIN run r USING (run_id)
-    -- a cell that failed before its model was loaded knows neither dtype nor data, but it has its id
-    JOIN (SELECT run_id, cell_id FROM cell JOIN run USING (run_id)
-          QUALIFY row_number() OVER (PARTITION BY cell_id, hardware ORDER BY cell.started DESC, run_id DESC) = 1) u
-      ON c.run_id = u.run_id AND c.cell_id = u.cell_id
-    WHERE c.suite_version = (SELECT max(suite_version) FROM cell v WHERE v.suite = c.suite)
-    QUALIFY row_number() OVER (
-        PARTITION BY c.suite, c.slice, c.scale, c.decoder, c.model, c.dtype, c.dataset, c.seed, r.hardware
-        ORDER BY c.started DESC, c.run_id DESC
-    ) = 1
-) newest USING (run_id, cell_id);
+SELECT results.* FROM results SEMI JOIN latest_cell USING (run_id, cell_id);

@@ -1,0 +1,162 @@
+"""Charts, each with the words that say the same. Altair only: no database, no Streamlit.
+
+Colour goes by family (Okabe and Ito's palette, told apart by colour-blind readers) and shape by claim, so that nothing
+is said by colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from decodathlon.harness.results.measured import Number
+from decodathlon.harness.results.table import number as written
+
+if TYPE_CHECKING:
+    import altair
+
+    from decodathlon.leaderboard.findings import Axis, Point
+
+PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#888888"]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+#: Above so many points their names would cover one another; then only those on the front are written.
+MOST_LABELS = 16
+
+
+def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
+    """Two metrics with their intervals; the front as a line, what is doubted pale."""
+    import altair as alt
+
+    rows = [
+        {
+            "decoder": p.decoder,
+            "family": p.family,
+            "claim": p.claim,
+            **_coordinates("x", p.x),
+            **_coordinates("y", p.y),
+            "front": "yes" if p.on_front else "no",
+            "probability": "–" if p.probability is None else f"{p.probability:.0%}",
+            "pale": bool(p.doubts),
+            "label": p.decoder if len(points) <= MOST_LABELS or p.on_front else "",
+        }
+        for p in points
+        if all(math.isfinite(n.estimate.value) for n in (p.x, p.y))
+    ]
+    base = alt.Chart(alt.Data(values=rows))
+    at_x = alt.X("x:Q", title=_title(x, points[0].x if points else None), scale=alt.Scale(zero=False, nice=True))
+    at_y = alt.Y("y:Q", title=_title(y, points[0].y if points else None), scale=alt.Scale(zero=False, nice=True))
+    colour = alt.Color("family:N", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="bottom", columns=4))
+    shape = alt.Shape("claim:N", scale=alt.Scale(range=SHAPES), legend=alt.Legend(orient="bottom", columns=3))
+    faint = alt.condition("datum.pale", alt.value(0.3), alt.value(1.0))
+    tips = [alt.Tooltip(f"{f}:N") for f in ("decoder", "claim", "x_text", "y_text", "front", "probability")]
+    whole = "isValid(datum.{0}_low)"
+    return alt.layer(
+        base.mark_line(strokeDash=[4, 3], opacity=0.6, color="#888888")
+        .transform_filter("datum.front == 'yes'")
+        .encode(x=at_x, y=at_y, order="x:Q"),
+        base.mark_rule(opacity=0.45)
+        .transform_filter(whole.format("x"))
+        .encode(x="x_low:Q", x2="x_high:Q", y="y:Q", color=colour),
+        base.mark_rule(opacity=0.45)
+        .transform_filter(whole.format("y"))
+        .encode(x="x:Q", y="y_low:Q", y2="y_high:Q", color=colour),
+        base.mark_point(size=110, filled=True).encode(
+            x=at_x, y=at_y, color=colour, shape=shape, opacity=faint, tooltip=tips
+        ),
+        base.mark_text(dx=9, dy=-9, align="left", fontSize=12, color="#888888").encode(
+            x="x:Q", y="y:Q", text="label:N"
+        ),
+    ).properties(height=440)
+
+
+def trade_off_in_words(points: Sequence[Point], x: Axis, y: Axis) -> str:
+    """What the chart shows, for who cannot see it."""
+    front = [p for p in points if p.on_front]
+    said = "; ".join(
+        f"{p.decoder} at {written(p.x.estimate.value)} and {written(p.y.estimate.value)}"
+        + (f", on the front in {p.probability:.0%} of resamples" if p.probability is not None else "")
+        for p in front
+    )
+    hidden = [p.decoder for p in points if not all(math.isfinite(n.estimate.value) for n in (p.x, p.y))]
+    text = f"{x.metric} of {x.column} across, {y.metric} of {y.column} upwards, {len(points)} decoders. "
+    text += f"On the Pareto front: {said or 'none'}."
+    return text + (f" Not drawn because infinite: {', '.join(hidden)}." if hidden else "")
+
+
+def over_time(rows: Sequence[dict[str, Any]], metric: str) -> altair.LayerChart:
+    """One metric from run to run, a line per setting of the decoder."""
+    return _lines(
+        [
+            {
+                **row,
+                "at": row["started"].isoformat(),
+                "low": row["ci_low"],
+                "high": row["ci_high"],
+                "code": (row["git_commit"] or "")[:10] + (" (changed)" if row["git_dirty"] else ""),
+                "line": row["decoder"],
+            }
+            for row in rows
+        ],
+        "at:T",
+        "measured",
+        metric,
+        ["line", "run_id", "at", "value", "low", "high", "code"],
+    )
+
+
+def sweep(rows: Sequence[dict[str, Any]], parameter: str, metric: str) -> altair.LayerChart:
+    """One metric over the values of one parameter.
+
+    Args:
+        rows: `value`, `low` and `high` of the metric `at` a value of the parameter, `decoder`.
+    """
+    numeric = all(isinstance(row["at"], int | float) for row in rows)
+    return _lines(
+        [row | {"line": parameter} for row in rows],
+        "at:Q" if numeric else "at:N",
+        parameter,
+        metric,
+        ["decoder", "at", "value", "low", "high"],
+    )
+
+
+def series_in_words(rows: Sequence[dict[str, Any]], metric: str, over: str) -> str:
+    """What a line of values shows, for who cannot see it."""
+    said = "; ".join(f"{row['at']}: {written(row['value'])}" for row in rows[:40])
+    more = f"; and {len(rows) - 40} more" if len(rows) > 40 else ""
+    return f"{metric} over {over}, {len(rows)} points. {said}{more}."
+
+
+def _lines(rows: Sequence[dict[str, Any]], at: str, title: str, metric: str, tips: Sequence[str]) -> altair.LayerChart:
+    import altair as alt
+
+    plain = [{k: v for k, v in row.items() if isinstance(v, str | int | float | type(None))} for row in rows]
+    base = alt.Chart(alt.Data(values=plain))
+    x = alt.X(at, title=title, scale=alt.Scale(zero=False) if at.endswith(":Q") else alt.Undefined)
+    y = alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False))
+    many = len({row["line"] for row in plain}) > 1
+    legend = alt.Legend(orient="bottom", columns=2) if many else None
+    colour = alt.Color("line:N", scale=alt.Scale(range=PALETTE), legend=legend, title=None)
+    shape = alt.Shape("line:N", scale=alt.Scale(range=SHAPES), legend=legend, title=None)
+    return alt.layer(
+        base.mark_line(opacity=0.6).encode(x=x, y=y, color=colour),
+        base.mark_rule(opacity=0.45)
+        .transform_filter("isValid(datum.low)")
+        .encode(x=x, y="low:Q", y2="high:Q", color=colour),
+        base.mark_point(size=80, filled=True).encode(
+            x=x, y=y, color=colour, shape=shape, tooltip=[alt.Tooltip(f"{t}:N") for t in tips]
+        ),
+    ).properties(height=280)
+
+
+def _coordinates(axis: str, number: Number) -> dict[str, Any]:
+    value, low, high, _ = number.estimate
+    text = written(value) + ("" if low is None else f" [{written(low, 3)}, {written(high, 3)}]")
+    return {axis: value, f"{axis}_low": low, f"{axis}_high": high, f"{axis}_text": text}
+
+
+def _title(axis: Axis, number: Number | None) -> str:
+    better = "" if number is None or number.better == "none" else f" ({number.better} is better)"
+    unit = "" if number is None or number.unit == "1" else f" in {number.unit}"
+    return f"{axis.metric}{unit}, {axis.column}{better}"

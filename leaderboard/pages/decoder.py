@@ -1,0 +1,95 @@
+"""Decoder: what one decoder is, its settings, how it did over time and over its parameters, and where it failed."""
+
+import streamlit as st
+
+from decodathlon.leaderboard import charts, findings, parts, queries
+from decodathlon.leaderboard.tables import Field, link, table
+
+found = parts.begin()
+setting = parts.setting(found)
+known = parts.ask(found, queries.decoders)
+metrics = parts.ask(found, queries.metrics)
+suites = parts.ask(found, queries.suites)
+baselines = parts.ask(found, queries.baselines, setting)
+
+name = st.selectbox("Decoder", sorted(known), key="decoder", bind="query-params")
+about = known[name]
+cells = parts.cells(found, setting, None, name)
+st.title(name)
+if about:
+    st.markdown(about["text"])
+    if about["paper"]:
+        st.caption(f"Paper: {about['paper']}")
+else:
+    st.caption("No run has described this decoder; runs measured from now on do.")
+claims = sorted({c.claim for c in cells if c.claim})
+st.markdown(
+    f"Family **{about.get('family') or next((c.family for c in cells), name)}**"
+    + (f" · claims **{', '.join(claims)}**" if claims else "")
+    + f" · [what claims mean]({link('about')}) · `pytest suites/ --benchmark --decoder {name}`"
+)
+if about.get("parameters"):
+    st.subheader("Parameters")
+    rows = [
+        [p["name"], p["type"], str(p["default"]), p["bounds"] or "any", ", ".join(map(str, p["sweep"])) or "–"]
+        for p in about["parameters"]
+    ]
+    st.html(table(["parameter", "type", "default", "range", "values of --sweep"], rows, f"Parameters of {name}"))
+
+st.subheader("Results")
+st.caption(str(setting))
+if cells:
+    for column in dict.fromkeys(c.column for c in cells):
+        own = [c for c in cells if c.column == column]
+        present = {m for c in own for m in c.measured.metrics}
+        axes = [findings.Axis(column, m) for m in findings.table_of(column, present, suites, metrics)]
+        lines = sorted(findings.lines(own, axes, baselines), key=lambda line: line.decoder)
+        st.markdown(f"**{column}**" + (f" · {column.dataset}" if column.dataset else ""))
+        if axes:
+            head = [
+                Field(a.metric, small={"higher": "↑", "lower": "↓"}.get(metrics[a.metric].better, "")) for a in axes
+            ]
+            body = [[line.decoder, *(parts.entry_field(e) for e in line.entries)] for line in lines[: parts.MOST_LINES]]
+            st.html(table(["setting", *head], body, f"{name} on {column}"))
+        for cell in own:
+            if cell.measured.status not in findings.MEASURED:
+                st.markdown(f"- `{cell.decoder}`: {cell.measured.status}: {cell.measured.reason}")
+else:
+    st.info("Not measured in this setting; choose another in the sidebar.")
+
+measurable = sorted({m for c in cells for m in c.measured.metrics})
+if measurable:
+    st.subheader("Over its parameters, and over time")
+    first = next((a.metric for a in findings.leads(findings.columns_of(cells), suites, metrics)), measurable[0])
+    metric = st.selectbox("Metric", measurable, index=measurable.index(first), key="metric", bind="query-params")
+    st.caption(metrics[metric].meaning)
+    swept = findings.sweeps(cells, metric)
+    for (column, parameter), values in swept.items():
+        st.markdown(f"**{column}** · {metric} over `{parameter}`")
+        words = charts.series_in_words(values, metric, parameter)
+        st.altair_chart(charts.sweep(values, parameter, metric), width="stretch", alt=words)
+    if not swept:
+        st.caption("No parameter was measured at two values in this setting: `--sweep` measures them.")
+    past = parts.ask(found, queries.history, setting, name, metric)
+    for column in dict.fromkeys((r["suite"], r["suite_version"], r["slice"], r["dataset"]) for r in past):
+        part = [r for r in past if (r["suite"], r["suite_version"], r["slice"], r["dataset"]) == column]
+        if len({r["run_id"] for r in part}) > 1:
+            label = str(queries.Column(*column))
+            st.markdown(f"**{label}** (version {column[1]}) · {metric} from run to run")
+            words = charts.series_in_words([r | {"at": r["run_id"]} for r in part], metric, "runs")
+            st.altair_chart(charts.over_time(part, metric), width="stretch", alt=words)
+    parts.download(past, f"{name}-{metric}")
+
+failed = parts.ask(found, queries.failures, name)
+if failed:
+    st.subheader("Not measured, in any setting")
+    rows = [
+        [f["decoder"], str(queries.Column(f["suite"], 0, f["slice"], "")), f["status"], f["reason"] or "–",
+         f"{f['model']}, {f['hardware']}, {f['scale']}", Field(f["run_id"], href=link("run", run=f["run_id"]))]
+        for f in failed
+    ]  # fmt: skip
+    st.html(table(["decoder", "suite", "status", "why", "where", "run"], rows, f"Failures of {name}"))
+    for f in failed[:5]:
+        if f["error"] or f["log"]:
+            with st.expander(f"{f['decoder']}, {f['suite']} {f['slice']}: {f['status']} in {f['run_id']}"):
+                st.code((f["error"] or "") + (f["log"] or ""), language=None)

@@ -1,0 +1,96 @@
+"""Run: what was run, where, by which code; what its gates said; what another run says of the same cells."""
+
+import streamlit as st
+
+from decodathlon.harness.results import changes, measured
+from decodathlon.leaderboard import findings, parts, queries
+from decodathlon.leaderboard.tables import Field, link, table
+
+MOST_CELLS = 500
+LOOKS = {"pass": "pass", "fail": "fail", "inconclusive": "unsure", "not run": "none"}
+
+found = parts.begin()
+runs = {r["run_id"]: r for r in parts.ask(found, queries.runs)}
+if not runs:
+    st.title("No runs yet")
+    st.info("Run `pytest suites/ --benchmark`; this page fills while it runs.")
+    st.stop()
+chosen = st.selectbox("Run", list(runs), key="run", bind="query-params")
+record, brief = parts.ask(found, queries.run, chosen), runs[chosen]
+
+st.title(f"Run {chosen}")
+code = (record["git_commit"] or "unknown")[:12]
+changed = " **with uncommitted changes**" if record["git_dirty"] else ""
+st.markdown(
+    f"Began {parts.moment(record['started'])} UTC on **{record['hardware']}**, code `{code}`{changed}. "
+    f"{brief['ok']} of {brief['cells']} cells ok; {brief['models'] or 'no model'}, {brief['scales'] or 'no scale'}."
+)
+
+st.subheader("Gates")
+gates = [
+    [g["gate"], g["decoder"] or "–", Field(g["outcome"], look=LOOKS.get(g["outcome"], "")), g["detail"]]
+    for g in parts.ask(found, queries.gates, chosen)
+]
+if gates:
+    st.html(table(["rule", "decoder", "outcome", "why"], gates, "Gates of the run"))
+else:
+    st.caption("This run was judged by no gates.")
+
+cells = parts.ask(found, queries.run_cells, chosen)
+st.subheader(f"{len(cells)} cells")
+rows = []
+for cell in cells[:MOST_CELLS]:
+    name = cell["decoder"].partition("[")[0]
+    address = "" if name == queries.HARNESS else link("decoder", decoder=name)
+    rows.append(
+        [
+            Field(cell["decoder"], href=address),
+            str(queries.Column(cell["suite"], 0, cell["slice"], "")),
+            Field(cell["status"], small=cell["reason"], look="" if cell["status"] == "ok" else "none"),
+            Field("–" if cell["seconds"] is None else f"{cell['seconds']:.1f} s", number=True),
+            (cell["dataset"] or "–") + (" (stand-in)" if cell["source"] == "stand-in" else ""),
+            "; ".join(cell["notes"] or []) or "–",
+        ]
+    )
+st.html(table(["decoder", "suite", "status", "took", "data", "notes"], rows, "Cells of the run"))
+if len(cells) > len(rows):
+    st.caption(f"{len(rows)} of {len(cells)}; the CSV has them all.")
+parts.download([{k: v for k, v in c.items() if k not in ("error", "log")} for c in cells], chosen)
+for cell in [c for c in cells if c["error"] or c["log"]][:20]:
+    with st.expander(f"{cell['decoder']} on {cell['suite']} {cell['slice']}: {cell['status']}"):
+        st.code((cell["error"] or "") + (cell["log"] or ""), language=None)
+
+st.subheader("Against another run")
+others = [run for run in runs if run != chosen]
+other = st.selectbox("Compare with", others, index=None, key="with", bind="query-params")
+if other:
+    before = {(c.decoder, c.where): c for c in measured.of_run(found.path, other)}
+    rows, judged = [], 0
+    for now in measured.of_run(found.path, chosen):
+        then = before.get((now.decoder, now.where))
+        for metric in [m for m in now.metrics if then is not None and m in then.metrics]:
+            change = changes.change_of(metric, then, now)
+            judged += change.estimate.low is not None
+            values = [findings.text_of(c.metrics[metric], interval=False) for c in (then, now)]
+            small = change.interval if change.estimate.low is not None else ""
+            verdict = change.verdict.replace("B is", "this run is")
+            fields = [Field(value, number=True) for value in values]
+            rows.append([now.name, metric, *fields, Field(change.text, small=small, number=True), verdict])
+    if rows:
+        head = ["cell", "metric", f"then ({other})", f"now ({chosen})", "change", "what it says"]
+        st.html(table(head, rows[:MOST_CELLS], f"Run {chosen} against {other}"))
+        st.caption(f"{judged} intervals: about {judged * 0.05:.1f} of them would speak of a change by chance alone.")
+    else:
+        st.info("No cell in common: suite and its version, model, type, data, scale and seed must be the same.")
+
+st.subheader("Environment")
+environment, options = record["environment"], record["options"]
+machine = {k: v for k, v in environment.items() if k != "packages" and v not in ("", [], None)}
+left, right = st.columns(2)
+with left:
+    st.html(table(["machine", ""], [[k, str(v)] for k, v in machine.items()], "Machine"))
+with right:
+    packages = environment.get("packages", {})
+    st.html(table(["package", "version"], [[k, str(v)] for k, v in packages.items()], "Packages"))
+asked = [[k, str(v)] for k, v in options.items() if v not in ([], None, False)]
+st.html(table(["option", "value"], asked, "Options"))

@@ -1,0 +1,61 @@
+"""Trade-off: quality against speed or memory, with intervals, and how sure it is who is on the Pareto front."""
+
+import streamlit as st
+
+from decodathlon.leaderboard import charts, findings, parts, queries
+from decodathlon.leaderboard.tables import Field, link, table
+
+found = parts.begin()
+setting = parts.setting(found)
+metrics = parts.ask(found, queries.metrics)
+baselines = parts.ask(found, queries.baselines, setting)
+suites = parts.ask(found, queries.suites)
+
+st.title("What does quality cost?")
+st.caption(str(setting))
+
+axes = findings.axes(parts.ask(found, queries.columns, setting), suites, metrics)
+ranked = [a for a in axes if findings.ranks(metrics[a.metric])]
+cost = [a for a in ranked if metrics[a.metric].kind == "speed"]
+cost += [a for a in axes if metrics[a.metric].kind == "memory"]
+quality = [a for a in ranked if metrics[a.metric].kind in ("quality", "exactness")]
+if not cost or not quality:
+    lacking = "quality" if cost else "speed or memory"
+    st.info(f"No metric of {lacking} was measured here. `pytest suites/ --benchmark` runs every suite.")
+    st.stop()
+
+with st.container(horizontal=True):
+    x = parts.choose_axis("Across: speed or memory", cost, "x")
+    y = parts.choose_axis("Upwards: quality", quality, "y")
+cells = parts.cells(found, setting, tuple(sorted({x.metric, y.metric, "ratio_to_self"})))
+points, lacking = findings.points(
+    [c for c in cells if c.column.part in (x.column.part, y.column.part)], x, y, baselines
+)
+
+st.altair_chart(charts.trade_off(points, x, y), width="stretch", alt=charts.trade_off_in_words(points, x, y))
+st.caption(
+    "The dashed line joins the front: nobody is at least as good in both and better in one. Its probability is the "
+    "share of bootstrap resamples of the units (windows of text, pairs of runs) in which the decoder is on it; speeds "
+    "also carry the decoder's error against itself. It does not know how far another visit of the machine would move "
+    "them. A peak of memory is one measurement."
+)
+rows = []
+for p in sorted(points, key=lambda p: (-(p.probability or 0), p.decoder))[: parts.MOST_LINES]:
+    sure = "–" if p.probability is None else f"{p.probability:.0%}"
+    why = "" if p.probability is not None else ", ".join(p.doubts) or "too few observations"
+    rows.append(
+        [
+            Field(
+                p.decoder, look="front" if p.on_front else "", href=link("decoder", decoder=p.decoder.partition("[")[0])
+            ),
+            Field(sure, small=why, number=True),
+            Field(findings.text_of(p.x), number=True),
+            Field(findings.text_of(p.y), number=True),
+        ]
+    )
+head = ["decoder", "on the front", parts.axis_head(x, metrics), parts.axis_head(y, metrics)]
+st.html(table(head, rows, "Decoders with both numbers"))
+parts.download([findings.as_row(p) for p in points], "trade-off")
+if lacking:
+    st.markdown(f"Without one of the two: {findings.listed([line.decoder for line in lacking], 20)}.")
+    st.markdown("\n".join(f"- {reason}" for reason in parts.missing(lacking, [x, y])))

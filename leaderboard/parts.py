@@ -1,0 +1,215 @@
+"""What several pages of the board share: the snapshot and its cache, the setting that the sidebar chooses, pieces."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import streamlit as st
+
+from decodathlon.harness.results import environment
+from decodathlon.harness.results.metrics import Metric
+from decodathlon.harness.results.store import MissingError, StoreError
+from decodathlon.leaderboard import findings, queries
+from decodathlon.leaderboard.queries import Cell, Setting
+from decodathlon.leaderboard.source import Snapshot, Source
+from decodathlon.leaderboard.tables import Field, link
+
+#: How often an open page looks whether something was written.
+PULSE = "5s"
+#: Lines of a table that a page shows at once.
+MOST_LINES = 100
+T = TypeVar("T")
+
+
+# --- Data --------------------------------------------------------------------------------------------------------
+
+
+@st.cache_resource(show_spinner=False)
+def _source(results: str) -> Source:
+    return Source(Path(results))
+
+
+def source() -> Source:
+    """The results that this board shows."""
+    return _source(os.environ.get(environment.RESULTS_VARIABLE) or str(environment.ROOT / "results.duckdb"))
+
+
+def snapshot() -> Snapshot:
+    """The newest results, or a page that says why there are none and looks again."""
+    try:
+        found = source().current()
+    except (StoreError, MissingError) as error:
+        st.title("Nothing to show yet")
+        st.warning(str(error))
+        st.caption("This page looks again every few seconds.")
+        st.stop()
+    for remark in found.remarks:
+        st.warning(remark)
+    return found
+
+
+def ask(found: Snapshot, query: Callable[..., T], *values: Any, **more: Any) -> T:
+    """The answer to a query of `queries`, computed once per snapshot."""
+    answer: T = _answer(found, found.version, query.__name__, values, more)
+    return answer
+
+
+@st.cache_data(show_spinner=False, max_entries=300)
+def _answer(_found: Snapshot, version: str, query: str, values: tuple[Any, ...], more: dict[str, Any]) -> Any:
+    cursor = _found.cursor()
+    try:
+        return getattr(queries, query)(cursor, *values, **more)
+    finally:
+        cursor.close()
+
+
+# --- The frame ---------------------------------------------------------------------------------------------------
+
+
+def watch() -> None:
+    """In the sidebar: how fresh the page is, and what is being measured; draws the page anew when results arrive."""
+    with st.sidebar:
+        _pulse()
+
+
+@st.fragment(run_every=PULSE)
+def _pulse() -> None:
+    shown = st.session_state.get("_version")
+    if shown is not None and source().changed(shown):
+        st.session_state["_version"] = None
+        st.rerun()
+    for run in source().progress()[:3]:
+        share = run.done / run.planned
+        if run.live:
+            st.progress(share, text=f"being measured: {run.run_id}, {run.done} of {run.planned} cells")
+        else:
+            st.caption(f"unfinished: {run.run_id}, {run.done} of {run.planned} cells")
+
+
+def begin() -> Snapshot:
+    """The snapshot of this drawing of the page, remembered for `watch`."""
+    st.session_state["_version"] = ""
+    found = snapshot()
+    st.session_state["_version"] = found.version
+    return found
+
+
+def setting(found: Snapshot) -> Setting:
+    """The setting that the sidebar chooses; by default the one measured last."""
+    known = [s for s, _ in ask(found, queries.settings)]
+    if not known:
+        st.title("Nothing was measured yet")
+        st.info(
+            "The results file has no measured cell. Run `pytest suites/ --benchmark`; this page fills while it runs."
+        )
+        st.stop()
+    values: dict[str, Any] = {}
+    with st.sidebar:
+        for key, label in (("model", "Model"), ("dtype", "Type"), ("hardware", "Hardware"), ("scale", "Scale"),
+                           ("seed", "Seed")):  # fmt: skip
+            left = [s for s in known if all(getattr(s, k) == v for k, v in values.items())]
+            options = list(dict.fromkeys(getattr(s, key) for s in left))
+            if len(options) == 1 and key in ("dtype", "seed"):
+                values[key] = options[0]
+            else:
+                values[key] = st.selectbox(label, options, key=key, bind="query-params", format_func=str)
+        st.caption(f"{len(known)} settings; results as of {found.taken:%Y-%m-%d %H:%M:%S} UTC")
+    return Setting(**values)
+
+
+def cells(found: Snapshot, chosen: Setting, *filters: Any) -> list[Cell]:
+    """The newest cells of a setting, filtered as `queries.cells` says."""
+    return ask(found, queries.cells, chosen, *filters)
+
+
+def leads(found: Snapshot, chosen: Setting) -> list[findings.Axis]:
+    """The most telling metric of each column of a setting."""
+    return findings.leads(ask(found, queries.columns, chosen), ask(found, queries.suites), ask(found, queries.metrics))
+
+
+# --- Pieces ------------------------------------------------------------------------------------------------------
+
+
+def entry_field(entry: findings.Entry) -> Field:
+    """A field of a table of decoders: the number with its marks, or why there is none."""
+    look = ["best"] if entry.best else []
+    small = ", ".join(entry.doubts)
+    if entry.number is None:
+        look.append("none")
+    elif entry.doubts:
+        look.append("grey")
+    if entry.cell is not None and entry.cell.remarks and entry.number is not None:
+        small = "; ".join(filter(None, [small, "! " + entry.cell.remarks[0].partition(":")[0]]))
+    return Field(entry.text, small=small, look=" ".join(look), number=entry.number is not None)
+
+
+def decoder_field(line: findings.Line) -> Field:
+    """The name of a decoder, leading to its page."""
+    look = " ".join(filter(None, ["front" if line.pareto else "", "grey" if line.grey else ""]))
+    return Field(line.decoder, look=look, href=link("decoder", decoder=line.name))
+
+
+def axis_name(axis: findings.Axis, among: Sequence[findings.Axis]) -> str:
+    """What an axis is called in a choice."""
+    return f"{column_name(axis.column, among)}: {axis.metric}"
+
+
+def column_name(column: queries.Column, among: Sequence[findings.Axis]) -> str:
+    """What a column is called; with its data set where the same part of a suite was measured on several."""
+    several = len({a.column.dataset for a in among if a.column.part == column.part}) > 1
+    return f"{column} on {column.dataset or 'no data'}" if several else str(column)
+
+
+def choose_axis(label: str, axes: Sequence[findings.Axis], key: str) -> findings.Axis:
+    """One of some axes; its name is in the address of the page."""
+    names = {axis_name(a, axes): a for a in axes}
+    return names[st.selectbox(label, list(names), key=key, bind="query-params")]
+
+
+def axis_head(axis: findings.Axis, metrics: Mapping[str, Metric], among: Sequence[findings.Axis] = ()) -> Field:
+    """The head of a column that is an axis."""
+    return Field(column_name(axis.column, among), small=axis.metric + _arrow(metrics[axis.metric]))
+
+
+def metric_head(metric: str, metrics: Mapping[str, Metric]) -> Field:
+    """The head of a column that is a metric."""
+    return Field(metric + _arrow(metrics[metric]))
+
+
+def _arrow(metric: Metric) -> str:
+    return {"higher": " ↑", "lower": " ↓"}.get(metric.better, "")
+
+
+def missing(lines: Sequence[findings.Line], axes: Sequence[findings.Axis]) -> list[str]:
+    """What was not measured and why, one sentence per reason."""
+    by_reason: dict[tuple[str, str, str], list[str]] = {}
+    for line in lines:
+        for axis, entry in zip(axes, line.entries, strict=True):
+            if entry.number is None and entry.cell is not None and entry.cell.measured.status not in findings.MEASURED:
+                key = (str(axis.column), entry.cell.measured.status, entry.reason)
+                by_reason.setdefault(key, []).append(line.decoder)
+    return [
+        f"`{findings.listed(who)}` on {where}: {status}" + (f" ({reason})" if reason else "")
+        for (where, status, reason), who in by_reason.items()
+    ]
+
+
+def download(rows: Sequence[Mapping[str, Any]], name: str, label: str = "CSV") -> None:
+    """A button that saves rows as CSV."""
+    if rows:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        st.download_button(label, text.getvalue(), file_name=f"{name}.csv", mime="text/csv", icon=":material/download:")
+
+
+def moment(value: datetime | None) -> str:
+    """A time as a person writes it, in UTC."""
+    return "–" if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M}"

@@ -1,0 +1,162 @@
+"""The board in a real browser: every page, both themes, desk and phone; a filter, a deep link, screenshots."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from made_results import demo
+
+ROOT = Path(__file__).parents[2]
+#: Where the screenshots are kept; DECODATHLON_SCREENSHOTS names another folder.
+VARIABLE = "DECODATHLON_SCREENSHOTS"
+PAGES = {"overview": "", "trade-off": "trade-off", "decoder": "decoder?decoder=top-p", "run": "run", "about": "about"}
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(chromium is None, reason="there is no chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install -e '.[dev]'")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@contextlib.contextmanager
+def _served(results):
+    """The board on a port of its own, by the user's command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        sys.executable,
+        "-m",
+        "decodathlon",
+        "board",
+        "--results",
+        str(results),
+        "--port",
+        str(port),
+        "--no-browser",
+    ]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        for _ in range(150):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=1)
+                break
+            time.sleep(0.2)
+        yield f"http://localhost:{port}"
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    with _served(demo(tmp_path_factory.mktemp("board") / "results.duckdb")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    folder = Path(os.environ.get(VARIABLE) or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _page(browser, size, theme="light"):
+    context = browser.new_context(viewport=size, color_scheme=theme)
+    page = context.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert errors == []
+
+
+def _ready(page):
+    """Waits until Streamlit has drawn the page, and nothing went wrong in it."""
+    page.get_by_test_id("stMainBlockContainer").get_by_role("heading").first.wait_for(timeout=30_000)
+    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')", timeout=30_000)
+    page.wait_for_function("!document.querySelector('[data-stale=true]')", timeout=30_000)
+    page.wait_for_timeout(400)  # charts are drawn after the page
+    assert page.get_by_test_id("stException").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_in_both_themes(browser, board, shots, name, theme):
+    with _page(browser, DESK, theme) as page:
+        page.goto(f"{board}/{PAGES[name]}")
+        _ready(page)
+        page.screenshot(path=shots / f"{name}-{theme}.png", full_page=True)
+        colour = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+        levels = [int(x) for x in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+        assert (sum(levels) > 3 * 128) == (theme == "light")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_fits_a_phone(browser, board, shots, name):
+    with _page(browser, PHONE) as page:
+        page.goto(f"{board}/{PAGES[name]}")
+        _ready(page)
+        page.screenshot(path=shots / f"{name}-phone.png", full_page=True)
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= PHONE["width"], "nothing but tables in their own frames may scroll sideways"
+
+
+def test_a_filter_is_clicked_and_stands_in_the_address(browser, board):
+    with _page(browser, DESK) as page:
+        page.goto(board)
+        _ready(page)
+        assert page.get_by_role("rowheader", name="turbo").count() > 0
+        page.get_by_test_id("stMultiSelect").filter(has_text="Family").locator("input").click()
+        page.get_by_role("option", name="top-p").click()
+        page.wait_for_function("location.search.includes('family=top-p')", timeout=10_000)
+        _ready(page)
+        table = page.get_by_role("region", name="Decoders by suite")
+        assert table.get_by_role("rowheader", name="top-p[p=0.5]").count() == 1
+        assert table.get_by_role("rowheader", name="turbo").count() == 0
+
+
+def test_a_link_in_the_table_leads_to_the_decoder_and_can_be_reached_by_keyboard(browser, board):
+    with _page(browser, DESK) as page:
+        page.goto(board)
+        _ready(page)
+        link = page.get_by_role("region", name="Decoders by suite").get_by_role("link", name="turbo")
+        link.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/decoder?decoder=turbo", timeout=10_000)
+        _ready(page)
+        assert page.get_by_role("heading", name="turbo", exact=True).count() == 1
+
+
+def test_charts_have_words_for_those_who_do_not_see_them(browser, board):
+    with _page(browser, DESK) as page:
+        page.goto(f"{board}/trade-off")
+        _ready(page)
+        assert page.get_by_label("On the Pareto front").count() + page.locator("[alt*='Pareto front']").count() > 0
+
+
+def test_an_open_page_shows_what_a_run_writes(browser, tmp_path):
+    from made_results import cell, day, speed_metrics, write_run
+
+    results = demo(tmp_path / "r.duckdb")
+    with _served(results) as address, _page(browser, DESK) as page:
+        page.goto(address)
+        _ready(page)
+        one = cell("live", "throughput", "newcomer", speed_metrics(1, 1.0), started=day(21), slice="batch-1")
+        write_run(results.with_suffix(".shards"), "live", [one], started=day(21), planned=4)
+        page.get_by_role("rowheader", name="newcomer").first.wait_for(timeout=20_000)
+        page.get_by_text("1 of 4 cells").wait_for(timeout=10_000)

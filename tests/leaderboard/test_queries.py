@@ -1,0 +1,127 @@
+"""What the board asks: settings never mix, the newest cell counts whole, doubts are named, nothing is left out."""
+
+from dataclasses import replace
+
+import duckdb
+import pytest
+from made_results import QUICK, SPEED, TEXT, cell, day, metric_row, speed_metrics, write_run
+
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.results import store
+from decodathlon.leaderboard import queries
+from decodathlon.leaderboard.queries import Column, Setting
+
+SMOKE = replace(QUICK, scale="smoke")
+
+
+def by_decoder(cells, column):
+    return {c.decoder: c for c in cells if c.column == column}
+
+
+def test_the_setting_measured_last_comes_first(asked):
+    assert [s for s, _ in queries.settings(asked)] == [QUICK, SMOKE]
+
+
+def test_a_setting_holds_its_own_cells_and_no_others(asked):
+    cells = queries.cells(asked, QUICK)
+    assert {c.decoder for c in cells} == {
+        "greedy", "top-p", "top-p[p=0.5]", "top-p[p=0.8]", "hf-generate", "boom[x=1]", "mine", "typical", "temperature",
+        "turbo", "late",
+    }  # fmt: skip
+    assert {c.decoder for c in queries.cells(asked, SMOKE)} == {"elsewhere"}
+    assert {c.decoder for c in queries.cells(asked, QUICK, name="top-p")} == {"top-p", "top-p[p=0.5]", "top-p[p=0.8]"}
+
+
+def test_the_newest_cell_counts_with_all_its_metrics(asked):
+    one = by_decoder(queries.cells(asked, QUICK), SPEED)["top-p"]
+    assert one.run_id == "demo-3"
+    assert set(one.measured.metrics) == {"ratio_to_self", "ratio_to_greedy", "tokens_per_s", "peak_memory_bytes"}
+    assert one.measured.metrics["ratio_to_greedy"].estimate.value == pytest.approx(0.94, abs=0.02)
+    assert len(one.measured.metrics["ratio_to_greedy"].units.rows) == 10
+
+
+def test_fewer_metrics_can_be_asked_for(asked):
+    one = by_decoder(queries.cells(asked, QUICK, ("tokens_per_s",)), SPEED)["top-p"]
+    assert set(one.measured.metrics) == {"tokens_per_s"}
+
+
+def test_doubts_and_remarks_are_named(asked):
+    cells = queries.cells(asked, QUICK)
+    assert by_decoder(cells, SPEED)["mine"].doubts == ("changed code",)
+    (typical,) = [c for c in cells if c.decoder == "typical"]
+    assert (typical.column.dataset, typical.doubts) == ("prose", ("stand-in data", "changed code"))
+    assert by_decoder(cells, SPEED)["temperature"].remarks == ("contended: by a neighbour",)
+    assert by_decoder(cells, TEXT)["late"].remarks == ("partial: after 9 s 12 of 24 units were measured",)
+    assert by_decoder(cells, SPEED)["greedy"].doubts == ()
+
+
+def test_failures_keep_their_words(asked):
+    cells = queries.cells(asked, QUICK)
+    (boom,) = [c for c in cells if c.decoder == "boom[x=1]"]
+    assert (boom.column.dataset, boom.measured.reason) == ("", "ValueError: <b>boom</b>")
+    assert by_decoder(cells, TEXT)["hf-generate"].measured.status == "unsupported"
+    (one,) = queries.failures(asked, "boom")
+    assert (one["status"], one["log"]) == ("failed", "it said & died\n")
+    assert queries.failures(asked, "greedy") == []
+
+
+def test_columns_and_baselines(asked):
+    found = queries.columns(asked, QUICK)
+    assert set(found) == {SPEED, TEXT, Column("wikitext2", 1, "joined", "prose")}
+    assert found[TEXT] == ["coverage", "ppl_epsilon"]
+    assert queries.baselines(asked, QUICK) == {"ratio_to_greedy": "greedy"}
+
+
+def test_who_was_measured_only_elsewhere(asked):
+    (one,) = queries.elsewhere(asked, QUICK)
+    assert one["name"] == "elsewhere"
+    assert Setting(**one["at"]) == SMOKE
+
+
+def test_runs_describe_what_they_measured(asked):
+    suites = queries.suites(asked)
+    assert suites["throughput"]["table"][1] == "ratio_to_greedy"
+    decoders = queries.decoders(asked)
+    assert decoders["top-p"]["parameters"][0]["name"]
+    assert decoders["boom"] == {}, "nobody described it, and it is there all the same"
+    assert queries.metrics(asked)["ppl_epsilon"].better == "lower"
+
+
+def test_history_is_in_order_and_has_both_runs(asked):
+    found = [(r["run_id"], r["decoder"]) for r in queries.history(asked, QUICK, "top-p", "ratio_to_greedy")]
+    assert found == [("demo-1", "top-p"), ("demo-3", "top-p"), ("demo-3", "top-p[p=0.5]"), ("demo-3", "top-p[p=0.8]")]
+
+
+def test_runs_and_gates(asked):
+    assert [r["run_id"] for r in queries.runs(asked)] == ["demo-3", "demo-2", "demo-1"]
+    one = queries.run(asked, "demo-2")
+    assert (one["git_dirty"], one["environment"]["packages"]["torch"]) == (True, "2.13.0")
+    assert [g["outcome"] for g in queries.gates(asked, "demo-3")] == ["fail", "inconclusive", "pass", "not run"]
+    cells = queries.run_cells(asked, "demo-1")
+    assert [c["status"] for c in cells if c["decoder"] == "boom[x=1]"] == ["failed"]
+    assert [c["notes"] for c in queries.run_cells(asked, "demo-3") if c["decoder"] == "temperature"] == [
+        ["contended: by a neighbour"]
+    ] * 2
+
+
+def test_every_number_of_a_setting_can_be_had_as_rows(asked):
+    rows = queries.numbers_as_rows(asked, QUICK)
+    assert len({r["cell_id"] for r in rows}) == len(queries.cells(asked, QUICK))
+    assert {r["metric"] for r in rows if r["decoder"] == "boom[x=1]"} == {None}
+
+
+def test_ratios_to_different_baselines_are_different_metrics(tmp_path):
+    cells = []
+    for decoder, baseline in (("a", "top-p"), ("b", "min-p")):
+        ratio = Observations.each([f"pair-{i}" for i in range(8)], [0.1 + i / 100 for i in range(8)], scale="exp")
+        rows = [*speed_metrics(1, 1.0), metric_row("ratio_to_baseline", ratio, baseline)]
+        cells.append(cell("r", "throughput", decoder, rows, started=day(1), slice="batch-1"))
+    store.ingest(tmp_path / "r.duckdb", [write_run(tmp_path, "r", cells, started=day(1))])
+    store.snapshot(tmp_path / "r.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        (names,) = queries.columns(connection, QUICK).values()
+        assert {"ratio_to_baseline(top-p)", "ratio_to_baseline(min-p)"} <= set(names)
+        assert queries.metrics(connection)["ratio_to_baseline(min-p)"].kind == "speed"
+        assert set(queries.baselines(connection, QUICK).values()) == {"greedy", "top-p", "min-p"}
+        (one,) = [c for c in queries.cells(connection, QUICK) if c.decoder == "a"]
+        assert "ratio_to_baseline(top-p)" in one.measured.metrics
