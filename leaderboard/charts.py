@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from decodathlon.leaderboard.findings import Axis, Point
 
 PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#888888"]
+#: Legible on white and on black.
+GREY = "#888888"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 #: Above so many points their names would cover one another; then only those on the front are written.
 MOST_LABELS = 16
@@ -46,13 +48,19 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
     base = alt.Chart(alt.Data(values=rows))
     at_x = alt.X("x:Q", title=_title(x, points[0].x if points else None), scale=alt.Scale(zero=False, nice=True))
     at_y = alt.Y("y:Q", title=_title(y, points[0].y if points else None), scale=alt.Scale(zero=False, nice=True))
-    colour = alt.Color("family:N", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="bottom", columns=4))
-    shape = alt.Shape("claim:N", scale=alt.Scale(range=SHAPES), legend=alt.Legend(orient="bottom", columns=3))
+    colour = alt.Color(
+        "family:N", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="bottom", columns=4, symbolOpacity=1)
+    )
+    shape = alt.Shape(
+        "claim:N",
+        scale=alt.Scale(range=SHAPES),
+        legend=alt.Legend(orient="bottom", columns=3, symbolFillColor=GREY, symbolStrokeColor=GREY),
+    )
     faint = alt.condition("datum.pale", alt.value(0.3), alt.value(1.0))
     tips = [alt.Tooltip(f"{f}:N") for f in ("decoder", "claim", "x_text", "y_text", "front", "probability")]
     whole = "isValid(datum.{0}_low)"
     return alt.layer(
-        base.mark_line(strokeDash=[4, 3], opacity=0.6, color="#888888")
+        base.mark_line(strokeDash=[4, 3], opacity=0.6, color=GREY)
         .transform_filter("datum.front == 'yes'")
         .encode(x=at_x, y=at_y, order="x:Q"),
         base.mark_rule(opacity=0.45)
@@ -64,9 +72,7 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
         base.mark_point(size=110, filled=True).encode(
             x=at_x, y=at_y, color=colour, shape=shape, opacity=faint, tooltip=tips
         ),
-        base.mark_text(dx=9, dy=-9, align="left", fontSize=12, color="#888888").encode(
-            x="x:Q", y="y:Q", text="label:N"
-        ),
+        base.mark_text(dx=9, dy=-9, align="left", fontSize=12, color=GREY).encode(x="x:Q", y="y:Q", text="label:N"),
     ).properties(height=440)
 
 
@@ -136,7 +142,7 @@ def _lines(rows: Sequence[dict[str, Any]], at: str, title: str, metric: str, tip
     x = alt.X(at, title=title, scale=alt.Scale(zero=False) if at.endswith(":Q") else alt.Undefined)
     y = alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False))
     many = len({row["line"] for row in plain}) > 1
-    legend = alt.Legend(orient="bottom", columns=2) if many else None
+    legend = alt.Legend(orient="bottom", columns=2, symbolOpacity=1) if many else None
     colour = alt.Color("line:N", scale=alt.Scale(range=PALETTE), legend=legend, title=None)
     shape = alt.Shape("line:N", scale=alt.Scale(range=SHAPES), legend=legend, title=None)
     return alt.layer(

@@ -111,16 +111,19 @@ def table_of(
     return first + [m for m in metrics if m in present and m not in first]
 
 
-def lines(cells: Sequence[Cell], axes: Sequence[Axis], baselines: Mapping[str, str]) -> list[Line]:
+def lines(
+    cells: Sequence[Cell], axes: Sequence[Axis], baselines: Mapping[str, str], *, rank: bool = True
+) -> list[Line]:
     """A table: a line per decoder, a field per axis. What is doubted can neither be best nor keep others from it.
 
     Args:
         baselines: of each ratio, the decoder that it is relative to.
+        rank: mark the best; False where not all decoders of a column are at hand.
     """
     by_decoder: dict[str, list[Cell]] = {}
     for cell in cells:
         by_decoder.setdefault(cell.decoder, []).append(cell)
-    sound = [c for c in cells if not c.doubts]
+    sound = [c for c in cells if rank and not c.doubts]
     best = {a: measured.best(a.metric, [c.measured for c in sound if c.column == a.column]) for a in axes}
     found = []
     for decoder, own in by_decoder.items():
@@ -282,8 +285,8 @@ def _own(entry: Entry, metric: str) -> Number | None:
 # --- In a sentence -----------------------------------------------------------------------------------------------
 
 
-def summary(table: Sequence[Line], axes: Sequence[Axis], baselines: Mapping[str, str]) -> list[str]:
-    """What a hurried reader takes away: one sentence per column that has something to say."""
+def summary(table: Sequence[Line], axes: Sequence[Axis], baselines: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a hurried reader takes away: per column that has something to say its name and a sentence."""
     found = []
     for place, axis in enumerate(axes):
         entries = [(line.decoder, line.entries[place]) for line in table]
@@ -293,7 +296,7 @@ def summary(table: Sequence[Line], axes: Sequence[Axis], baselines: Mapping[str,
         else:
             text = _leading(sound)
         if text:
-            found.append(f"**{axis.column}** (`{axis.metric}`): {text}")
+            found.append((f"{axis.column} ({axis.metric})", text))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, TypeVar
 
 import streamlit as st
 
+from decodathlon.harness.errors import MissingError, StoreError
 from decodathlon.harness.results import environment
 from decodathlon.harness.results.metrics import Metric
-from decodathlon.harness.results.store import MissingError, StoreError
 from decodathlon.leaderboard import findings, queries
 from decodathlon.leaderboard.queries import Cell, Setting
 from decodathlon.leaderboard.source import Snapshot, Source
@@ -75,6 +76,7 @@ def _answer(_found: Snapshot, version: str, query: str, values: tuple[Any, ...],
 def watch() -> None:
     """In the sidebar: how fresh the page is, and what is being measured; draws the page anew when results arrive."""
     with st.sidebar:
+        st.subheader("Decodathlon", anchor=False)
         _pulse()
 
 
@@ -97,6 +99,8 @@ def begin() -> Snapshot:
     st.session_state["_version"] = ""
     found = snapshot()
     st.session_state["_version"] = found.version
+    with st.sidebar:
+        st.caption(f"results as of {found.taken:%Y-%m-%d %H:%M:%S} UTC")
     return found
 
 
@@ -119,7 +123,6 @@ def setting(found: Snapshot) -> Setting:
                 values[key] = options[0]
             else:
                 values[key] = st.selectbox(label, options, key=key, bind="query-params", format_func=str)
-        st.caption(f"{len(known)} settings; results as of {found.taken:%Y-%m-%d %H:%M:%S} UTC")
     return Setting(**values)
 
 
@@ -195,9 +198,21 @@ def missing(lines: Sequence[findings.Line], axes: Sequence[findings.Axis]) -> li
                 key = (str(axis.column), entry.cell.measured.status, entry.reason)
                 by_reason.setdefault(key, []).append(line.decoder)
     return [
-        f"`{findings.listed(who)}` on {where}: {status}" + (f" ({reason})" if reason else "")
+        f"{findings.listed(who)} on {where}: {status}" + (f" ({reason})" if reason else "")
         for (where, status, reason), who in by_reason.items()
     ]
+
+
+def plain(text: str, *, code: bool = False) -> str:
+    """Text of others as Markdown that shows it letter by letter, without links, pictures, formulas or tags.
+
+    Args:
+        code: what stands between backticks is still set as code.
+    """
+    parts = re.split(r"(`[^`\n]*`)", text) if code else [text]
+    return "".join(
+        part if i % 2 else re.sub(r"([\\`*_{}\[\]()#+!<>|~$:-])", r"\\\1", part) for i, part in enumerate(parts)
+    )
 
 
 def download(rows: Sequence[Mapping[str, Any]], name: str, label: str = "CSV") -> None:

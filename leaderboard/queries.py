@@ -114,12 +114,18 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def settings(connection: duckdb.DuckDBPyConnection) -> list[tuple[Setting, int]]:
-    """Every setting with the number of its decoders; the one measured last comes first."""
+    """Every setting with the number of its decoders; the one measured last comes first.
+
+    What failed before its model was loaded knows no type; it makes a setting only where nothing else did.
+    """
     rows = connection.execute(
         """
-        SELECT model, dtype, hardware, scale, seed, count(DISTINCT decoder) AS decoders
-        FROM board WHERE status IN ('ok', 'partial') GROUP BY ALL
-        ORDER BY max(started) DESC, model, dtype, hardware, scale, seed
+        SELECT model, dtype, hardware, scale, seed, decoders
+        FROM (SELECT model, dtype, hardware, scale, seed, count(DISTINCT decoder) AS decoders, max(started) AS newest
+              FROM board GROUP BY ALL)
+        QUALIFY dtype NOT IN ('', 'auto') OR
+                bool_and(dtype IN ('', 'auto')) OVER (PARTITION BY model, hardware, scale, seed)
+        ORDER BY newest DESC, model, dtype, hardware, scale, seed
         """
     ).fetchall()
     return [(Setting(*row[:5]), row[5]) for row in rows]

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decodathlon.harness.errors import StoreError
 from decodathlon.harness.results import shards, store
 from decodathlon.leaderboard import queries
 
@@ -80,7 +81,7 @@ class Source:
                 return before
             try:
                 self._snapshot = self._take(version)
-            except store.StoreError as error:
+            except StoreError as error:
                 if before is None:
                     raise
                 stale = f"shown as of {before.taken:%H:%M:%S} UTC: {error}"
@@ -102,10 +103,13 @@ class Source:
             plan = folder / shards.PLAN_FILE
             if not plan.is_file():
                 continue
-            planned = len(shards.read(plan).get("cells", []))
-            done = list(shards.cells(folder))
-            if len(done) < planned:
+            try:
+                planned = len(shards.read(plan).get("cells", []))
+                done = list(shards.cells(folder))
                 newest = max(p.stat().st_mtime for p in [folder / shards.RUN_FILE, *done])
+            except (StoreError, FileNotFoundError):  # damaged, or taken away meanwhile: no progress to speak of
+                continue
+            if len(done) < planned:
                 found.append(Progress(folder.name, len(done), planned, max(0.0, time.time() - newest)))
         return found
 
@@ -117,7 +121,8 @@ class Source:
                 found = path.stat()
                 seen.append((found.st_mtime_ns, found.st_size, found.st_ino))
         for folder in shards.runs(self.results):
-            seen.append((folder.name, self._finished(folder)))
+            with contextlib.suppress(FileNotFoundError):  # taken away meanwhile
+                seen.append((folder.name, self._finished(folder)))
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
     def _finished(self, folder: Path) -> str:
@@ -133,7 +138,7 @@ class Source:
         import duckdb
 
         if not self.results.exists() and not shards.runs(self.results):
-            raise store.StoreError(f"there are no results at {self.results}; run `pytest suites/ --benchmark` first")
+            raise StoreError(f"there are no results at {self.results}; run `pytest suites/ --benchmark` first")
         self._count += 1
         copy = Path(self._folder.name) / f"{self._count}.duckdb"
         remarks = store.snapshot(self.results, copy, queries.prepare)

@@ -17,10 +17,12 @@ ALLOWED = {
     "decoders": {"decodathlon", "decodathlon.harness", "decodathlon.kernels", "decodathlon.decoders"},
     "kernels": set(),
     "suites": {"decodathlon", "decodathlon.harness"},
-    "leaderboard": {"decodathlon.harness.results", "decodathlon.leaderboard"},
+    "leaderboard": {"decodathlon.harness.errors", "decodathlon.harness.results", "decodathlon.leaderboard"},
 }
 #: Modules that the controller imports: they must be light, so torch is imported inside functions or lazily.
 TORCH_AT_TOP = {"harness/targets", "harness/measure"}
+#: What Streamlit runs, besides the pages of the board; nothing else may know it.
+STREAMLIT = {"leaderboard/app.py", "leaderboard/parts.py"}
 
 
 def imports(path, *, top_level_only=False):
@@ -43,6 +45,8 @@ def test_parts_import_only_what_they_may(folder):
         for name in imports(path):
             if name.split(".")[0] in ("harness", "decoders", "suites", "leaderboard"):
                 pytest.fail(f"{path}: import {name} through decodathlon.{name}")
+            if path.name == "test_overheads.py" and name == "decodathlon.leaderboard":
+                continue  # it times the board's queries
             if name.split(".")[0] == "decodathlon":
                 ok = any(name == a or (a != "decodathlon" and name.startswith(a + ".")) for a in ALLOWED[folder])
                 assert ok, f"{path} imports {name}"
@@ -67,7 +71,21 @@ def test_heavy_modules_are_not_imported_at_the_top():
             place = str(path.relative_to(ROOT).parent)
             found = heavy & {name.split(".")[0] for name in imports(path, top_level_only=True)}
             allowed = {"torch", "transformers"} if place in TORCH_AT_TOP else set()
+            if str(path.relative_to(ROOT)) in STREAMLIT or place == "leaderboard/pages":
+                allowed = {"streamlit"}
             assert found <= allowed, f"{path} imports {found} at its top"
+
+
+def test_on_the_board_streamlit_sql_and_drawing_are_kept_apart():
+    """Pages show; `queries` and `source` know DuckDB; `charts` knows neither it nor Streamlit."""
+    for path in files("leaderboard"):
+        name, known = str(path.relative_to(ROOT)), {n.split(".")[0] for n in imports(path)}
+        shows = name in STREAMLIT or name.startswith("leaderboard/pages/")
+        assert ("streamlit" in known) <= shows, f"{name} knows Streamlit"
+        asks = name in ("leaderboard/queries.py", "leaderboard/source.py")
+        assert ("duckdb" in known) <= asks, f"{name} knows DuckDB"
+        assert not (asks and "streamlit" in known)
+        assert "altair" not in known or name == "leaderboard/charts.py", f"{name} draws"
 
 
 def test_kernels_is_no_package_of_its_own():

@@ -1,5 +1,6 @@
 """The documentation is true: its generated page is the table's, its example runs, its options exist."""
 
+import argparse
 import importlib.util
 import re
 import subprocess
@@ -37,7 +38,11 @@ def test_the_readmes_plugin_is_a_decoder(tmp_path):
 
 
 def test_the_readmes_options_exist(request):
-    help_text = request.config._parser.optparser.format_help()
+    from decodathlon.harness.commands import board
+
+    parser = argparse.ArgumentParser()
+    board._arguments(parser)
+    help_text = request.config._parser.optparser.format_help() + parser.format_help()
     for option in sorted(set(re.findall(r"`(--[a-z-]+)", README)) - {"--no-deps"}):
         assert option in help_text, option
 

@@ -17,9 +17,9 @@ about = known[name]
 cells = parts.cells(found, setting, None, name)
 st.title(name)
 if about:
-    st.markdown(about["text"])
+    st.markdown(parts.plain(about["text"], code=True))
     if about["paper"]:
-        st.caption(f"Paper: {about['paper']}")
+        st.caption(parts.plain(f"Paper: {about['paper']}"))
 else:
     st.caption("No run has described this decoder; runs measured from now on do.")
 claims = sorted({c.claim for c in cells if c.claim})
@@ -43,17 +43,16 @@ if cells:
         own = [c for c in cells if c.column == column]
         present = {m for c in own for m in c.measured.metrics}
         axes = [findings.Axis(column, m) for m in findings.table_of(column, present, suites, metrics)]
-        lines = sorted(findings.lines(own, axes, baselines), key=lambda line: line.decoder)
+        lines = sorted(findings.lines(own, axes, baselines, rank=False), key=lambda line: line.decoder)
         st.markdown(f"**{column}**" + (f" · {column.dataset}" if column.dataset else ""))
         if axes:
-            head = [
-                Field(a.metric, small={"higher": "↑", "lower": "↓"}.get(metrics[a.metric].better, "")) for a in axes
-            ]
+            head = [parts.metric_head(a.metric, metrics) for a in axes]
             body = [[line.decoder, *(parts.entry_field(e) for e in line.entries)] for line in lines[: parts.MOST_LINES]]
             st.html(table(["setting", *head], body, f"{name} on {column}"))
         for cell in own:
             if cell.measured.status not in findings.MEASURED:
-                st.markdown(f"- `{cell.decoder}`: {cell.measured.status}: {cell.measured.reason}")
+                why = f"{cell.decoder}: {cell.measured.status}: {cell.measured.reason}"
+                st.markdown(f"- {parts.plain(why)}")
 else:
     st.info("Not measured in this setting; choose another in the sidebar.")
 

@@ -24,15 +24,15 @@ with st.container(horizontal=True):
     order = st.selectbox("Sort by", orders, index=min(1, len(orders) - 1), key="sort", bind="query-params")
 
 axes = [a for a in axes if not data or a.column.dataset in data]
-cells = [c for c in cells if not families or c.family in families]
-cells = [c for c in cells if not claims or c.claim in claims]
-cells = [c for c in cells if not data or c.column.dataset in ("", *data)]
 plane = findings.default_axes(axes, metrics)
-lines = findings.with_front(findings.lines(cells, axes, baselines), axes, plane)
+everyone = findings.with_front(findings.lines(cells, axes, baselines), axes, plane)
 place = next((i for i, a in enumerate(axes) if parts.axis_name(a, axes) == order), None)
-lines = sorted(lines, key=lambda line: line.decoder) if place is None else findings.ordered(lines, place)
+everyone = sorted(everyone, key=lambda x: x.decoder) if place is None else findings.ordered(everyone, place)
+# Filters hide lines; who is best is decided among all.
+lines = [x for x in everyone if (not families or x.family in families) and (not claims or x.claim in claims)]
 
-st.markdown("\n".join(f"- {sentence}" for sentence in findings.summary(lines, axes, baselines)))
+for column, sentence in findings.summary(everyone, axes, baselines):
+    st.markdown(f"- **{parts.plain(column)}**: {parts.plain(sentence)}")
 
 head: list[str | Field] = ["decoder", "claims", *(parts.axis_head(a, metrics, axes) for a in axes)]
 rows = [
@@ -44,7 +44,7 @@ if len(lines) > parts.MOST_LINES:
     st.caption(f"{parts.MOST_LINES} of {len(lines)} decoders; filter by family or claim to see the others.")
 front = f"◆ on the [Pareto front]({link('trade-off')}) of {plane[1]} and {plane[0]} · " if plane else ""
 st.caption(
-    f"★ best of its column, or not told apart from the best · {front}↑ higher, ↓ lower is better · "
+    f"★ best of its column among all, or not told apart from the best · {front}↑ higher, ↓ lower is better · "
     f"[intervals]({link('about')}) are 95 % · pale: stand-in data, changed code or a failed audit, as it says"
 )
 parts.download(parts.ask(found, queries.numbers_as_rows, setting), "decodathlon", "All numbers of this setting as CSV")
@@ -52,28 +52,28 @@ parts.download(parts.ask(found, queries.numbers_as_rows, setting), "decodathlon"
 reasons = parts.missing(lines, axes)
 if reasons:
     st.subheader("Not measured")
-    st.markdown("\n".join(f"- {reason}" for reason in reasons[: parts.MOST_LINES]))
-remarks = sorted({(c.decoder, remark) for c in cells for remark in c.remarks})
+    st.markdown("\n".join(f"- {parts.plain(reason)}" for reason in reasons[: parts.MOST_LINES]))
+shown = {line.decoder for line in lines}
+remarks = sorted({(c.decoder, remark) for c in cells for remark in c.remarks if c.decoder in shown})
 if remarks:
     st.subheader("What a reader of these numbers must know")
-    st.markdown("\n".join(f"- `{decoder}`: {remark}" for decoder, remark in remarks[: parts.MOST_LINES]))
+    st.markdown("\n".join(f"- {parts.plain(': '.join(remark))}" for remark in remarks[: parts.MOST_LINES]))
 
 columns = {parts.column_name(a.column, axes): a.column for a in axes}
 if columns:
     st.subheader("One suite with all its metrics")
     chosen = columns[st.selectbox("Suite", list(columns), key="suite", bind="query-params")]
-    st.markdown(suites.get(chosen.suite, {}).get("asks", ""))
-    shown = {line.decoder for line in lines}
-    whole = [c for c in parts.cells(found, setting, None, "", chosen) if c.decoder in shown]
+    st.markdown(parts.plain(suites.get(chosen.suite, {}).get("asks", "")))
+    whole = parts.cells(found, setting, None, "", chosen)
     names = findings.columns_of(whole).get(chosen, set())
     detail = [findings.Axis(chosen, m) for m in findings.table_of(chosen, names, suites, metrics)]
     body = [
         [parts.decoder_field(line), *(parts.entry_field(e) for e in line.entries)]
-        for line in sorted(findings.lines(whole, detail, baselines), key=lambda x: x.decoder)[: parts.MOST_LINES]
+        for line in sorted(findings.lines(whole, detail, baselines), key=lambda x: x.decoder)
+        if line.decoder in shown
     ]
-    st.html(
-        table(["decoder", *(parts.metric_head(a.metric, metrics) for a in detail)], body, f"All metrics of {chosen}")
-    )
+    head = ["decoder", *(parts.metric_head(a.metric, metrics) for a in detail)]
+    st.html(table(head, body[: parts.MOST_LINES], f"All metrics of {chosen}"))
 
 others = parts.ask(found, queries.elsewhere, setting)
 if others:

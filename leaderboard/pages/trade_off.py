@@ -57,5 +57,6 @@ head = ["decoder", "on the front", parts.axis_head(x, metrics), parts.axis_head(
 st.html(table(head, rows, "Decoders with both numbers"))
 parts.download([findings.as_row(p) for p in points], "trade-off")
 if lacking:
-    st.markdown(f"Without one of the two: {findings.listed([line.decoder for line in lacking], 20)}.")
-    st.markdown("\n".join(f"- {reason}" for reason in parts.missing(lacking, [x, y])))
+    names = findings.listed([line.decoder for line in lacking], 20)
+    st.markdown(parts.plain(f"Without one of the two: {names}."))
+    st.markdown("\n".join(f"- {parts.plain(reason)}" for reason in parts.missing(lacking, [x, y])))

@@ -1,5 +1,6 @@
 """The `decodathlon` command: every sub-command does its work, and every mistake is named with its remedy."""
 
+import argparse
 import csv
 import json
 import math
@@ -12,10 +13,11 @@ import pytest
 
 from decodathlon.harness import datasets
 from decodathlon.harness.commands.command import main
-from decodathlon.harness.commands.compare import change_of
+from decodathlon.harness.errors import SpecError
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.results import store
+from decodathlon.harness.results.changes import change_of
 from decodathlon.harness.results.measured import Measured, Number
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +140,24 @@ def test_every_mistake_is_named(capsys, results, words, message):
     assert err.startswith("decodathlon: ")
 
 
+def test_the_board_is_streamlit_on_this_machine_only_unless_told_otherwise(tmp_path):
+    from decodathlon.harness.commands import board
+
+    def command(*words):
+        parser = argparse.ArgumentParser()
+        board._arguments(parser)
+        return board.command(parser.parse_args([*map(str, words)]))
+
+    words = command("--results", tmp_path / "r.duckdb")
+    assert Path(words[4]).is_file()
+    assert "--server.address=localhost" in words
+    assert "--server.headless=false" in words
+    assert "--server.headless=true" in command("--no-browser", "--results", tmp_path / "r.duckdb")
+    for bad in (["--port", 0], ["--port", 70000], ["--results", tmp_path], ["--results", tmp_path / "no" / "r.duckdb"]):
+        with pytest.raises(SpecError, match=r"--port|--results"):
+            command(*bad)
+
+
 def test_a_missing_results_file_says_what_to_do(capsys, tmp_path):
     code, _, err = said(capsys, "list", "runs", "--results", tmp_path / "none.duckdb")
     assert (code, "run `pytest suites/ --benchmark` first" in err) == (2, True)
@@ -156,7 +176,8 @@ def test_ingest_tells_conflicts_by_its_exit_code(capsys, results, tmp_path):
 
 
 def test_a_run_against_itself_shows_no_change(capsys, results):
-    code, out, _ = said(capsys, "compare", "last", "last", "--metric", "ratio_to_greedy", "--results", results)
+    run = next(p.parent.name for p in PUBLISHED.glob("*/throughput-*.json"))
+    code, out, _ = said(capsys, "compare", run, run, "--metric", "ratio_to_greedy", "--results", results)
     assert code == 0
     assert "is better" not in out
     assert "is worse" not in out

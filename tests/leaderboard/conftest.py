@@ -1,6 +1,5 @@
 """Results files that the board is tried on."""
 
-import duckdb
 import pytest
 from made_results import demo, million
 
@@ -21,6 +20,7 @@ def million_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def asked(demo_file, tmp_path_factory):
     """A connection to a snapshot of the demo, as the board asks it."""
+    duckdb = pytest.importorskip("duckdb")
     copy = tmp_path_factory.mktemp("asked") / "copy.duckdb"
     assert store.snapshot(demo_file, copy, queries.prepare) == []
     with duckdb.connect(str(copy)) as connection:

@@ -84,3 +84,14 @@ def test_a_table_can_be_read_aloud_and_reached_by_keyboard():
     assert '<th scope="col">' in made
     assert '<th scope="row"' in made
     assert 'aria-label="best or not told apart from it"' in made
+
+
+def test_text_of_others_is_shown_letter_by_letter():
+    """Each sign that means something to Streamlit's Markdown is escaped; code stays code where that is asked."""
+
+    from decodathlon.leaderboard.parts import plain
+
+    evil = "![x](http://a/b.png) <b>$1$</b> *a_b* :smile: `c` [p=0.5](d) \\"
+    assert re.sub(r"\\(.)", r"\1", plain(evil)) == evil
+    assert not re.search(r"(?<!\\)[!\[\]()<>$*_:`]", plain(evil).replace("\\\\", ""))
+    assert plain("keeps `top_p` of a*b", code=True) == r"keeps `top_p` of a\*b"

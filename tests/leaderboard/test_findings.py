@@ -79,7 +79,7 @@ def test_what_is_doubted_takes_part_in_no_front_and_no_sentence(table, cells, ax
     (mine,) = [p for p in points if p.decoder == "mine"]
     assert (mine.on_front, mine.probability, mine.doubts) == (False, None, ("changed code",))
     assert {x.decoder for x in lacking} == {"boom[x=1]", "hf-generate", "late", "typical"}
-    said = "\n".join(findings.summary(table, axes, {"ratio_to_greedy": "greedy"}))
+    said = str(findings.summary(table, axes, {"ratio_to_greedy": "greedy"}))
     assert "mine" not in said
     assert "faster than greedy: turbo" in said
     assert "not told apart from it: temperature" in said
@@ -91,14 +91,15 @@ def test_the_sentence_says_no_more_than_the_intervals(cells, asked):
     speed = [Axis(SPEED, "ratio_to_greedy")]
     two = [c for c in cells if c.decoder in ("temperature", "greedy")]
     table = findings.lines(two, speed, {"ratio_to_greedy": "greedy"})
-    (said,) = findings.summary(table, speed, {"ratio_to_greedy": "greedy"})
+    ((_, said),) = findings.summary(table, speed, {"ratio_to_greedy": "greedy"})
     assert said.endswith("none is shown to be faster than greedy; not told apart from it: temperature.")
 
 
 def test_the_leader_of_a_column_is_named_with_its_equals(cells):
     text = [Axis(TEXT, "ppl_epsilon")]
     sound = [c for c in cells if c.decoder in ("temperature", "top-p", "greedy")]
-    (said,) = findings.summary(findings.lines(sound, text, {}), text, {})
+    ((where, said),) = findings.summary(findings.lines(sound, text, {}), text, {})
+    assert where == "wikitext2 joined (ppl_epsilon)"
     assert "temperature leads with" in said
     assert said.endswith("ahead of all others.")
 

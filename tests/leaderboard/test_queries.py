@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import duckdb
 import pytest
 from made_results import QUICK, SPEED, TEXT, cell, day, metric_row, speed_metrics, write_run
 
@@ -10,6 +9,8 @@ from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.results import store
 from decodathlon.leaderboard import queries
 from decodathlon.leaderboard.queries import Column, Setting
+
+duckdb = pytest.importorskip("duckdb")
 
 SMOKE = replace(QUICK, scale="smoke")
 

@@ -8,13 +8,14 @@ import textwrap
 import time
 from pathlib import Path
 
-import duckdb
 import pytest
 from made_results import cell, day, demo, speed_metrics, write_run
 
 from decodathlon.harness.errors import StoreError
 from decodathlon.harness.results import shards, store
 from decodathlon.leaderboard.source import Source
+
+duckdb = pytest.importorskip("duckdb")
 
 OLD = Path(__file__).parents[1] / "results" / "old"
 
