@@ -24,6 +24,8 @@ GREY = "#888888"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 #: Above so many points their names would cover one another; then only those on the front are written.
 MOST_LABELS = 16
+#: Above this ratio of the largest to the smallest value an axis is logarithmic.
+WIDE = 8
 
 
 def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
@@ -46,8 +48,8 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
         if all(math.isfinite(n.estimate.value) for n in (p.x, p.y))
     ]
     base = alt.Chart(alt.Data(values=rows))
-    at_x = alt.X("x:Q", title=_title(x, points[0].x if points else None), scale=alt.Scale(zero=False, nice=True))
-    at_y = alt.Y("y:Q", title=_title(y, points[0].y if points else None), scale=alt.Scale(zero=False, nice=True))
+    at_x = alt.X("x:Q", title=_title(x, points[0].x if points else None), scale=_scale([r["x"] for r in rows]))
+    at_y = alt.Y("y:Q", title=_title(y, points[0].y if points else None), scale=_scale([r["y"] for r in rows]))
     colour = alt.Color(
         "family:N", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="bottom", columns=4, symbolOpacity=1)
     )
@@ -160,6 +162,14 @@ def _coordinates(axis: str, number: Number) -> dict[str, Any]:
     value, low, high, _ = number.estimate
     text = written(value) + ("" if low is None else f" [{written(low, 3)}, {written(high, 3)}]")
     return {axis: value, f"{axis}_low": low, f"{axis}_high": high, f"{axis}_text": text}
+
+
+def _scale(values: Sequence[float]) -> altair.Scale:
+    """Logarithmic where the values span so much that a linear axis would press most of them together."""
+    import altair as alt
+
+    wide = bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
+    return alt.Scale(type="log", nice=False, padding=20) if wide else alt.Scale(zero=False, nice=True)
 
 
 def _title(axis: Axis, number: Number | None) -> str:

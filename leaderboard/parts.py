@@ -191,15 +191,15 @@ def _arrow(metric: Metric) -> str:
 
 def missing(lines: Sequence[findings.Line], axes: Sequence[findings.Axis]) -> list[str]:
     """What was not measured and why, one sentence per reason."""
-    by_reason: dict[tuple[str, str, str], list[str]] = {}
+    by_reason: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for line in lines:
         for axis, entry in zip(axes, line.entries, strict=True):
             if entry.number is None and entry.cell is not None and entry.cell.measured.status not in findings.MEASURED:
-                key = (str(axis.column), entry.cell.measured.status, entry.reason)
-                by_reason.setdefault(key, []).append(line.decoder)
+                who, where = by_reason.setdefault((entry.cell.measured.status, entry.reason), ({}, {}))
+                who[line.decoder] = where[str(axis.column)] = None
     return [
-        f"{findings.listed(who)} on {where}: {status}" + (f" ({reason})" if reason else "")
-        for (where, status, reason), who in by_reason.items()
+        f"{findings.listed(list(who))} on {findings.listed(list(where))}: {status}" + (f" ({reason})" if reason else "")
+        for (status, reason), (who, where) in by_reason.items()
     ]
 
 

@@ -23,6 +23,11 @@ Row = dict[str, Any]
 HARNESS = "harness"
 
 
+def part_name(suite: str, slice: str) -> str:
+    """What a part of a suite is called."""
+    return suite if slice == "all" else f"{suite} {slice}"
+
+
 @dataclass(frozen=True)
 class Setting:
     """What must be equal for decoders to share a table; the data set is part of each column instead."""
@@ -48,7 +53,7 @@ class Column:
     dataset: str
 
     def __str__(self) -> str:
-        return self.suite if self.slice == "all" else f"{self.suite} {self.slice}"
+        return part_name(self.suite, self.slice)
 
     @property
     def part(self) -> tuple[str, int, str]:
@@ -343,7 +348,8 @@ def _cell(row: Row, numbers: dict[str, Number]) -> Cell:
         "changed code": bool(row["git_dirty"]),
         "audit failed": row["audit"] == "fail",
     }
-    notes = [note for note in json.loads(row["notes"] or "[]") if note.startswith(LOUD)]
+    whole = row["status"] in ("ok", "partial")
+    notes = [note for note in json.loads(row["notes"] or "[]") if whole and note.startswith(LOUD)]
     partial = [f"partial: {row['reason']}"] if row["status"] == "partial" else []
     return Cell(
         run_id=row["run_id"],

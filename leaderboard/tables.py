@@ -15,7 +15,8 @@ class Field:
     text: str
     #: Shown under the text in small letters, such as why there is no number.
     small: str = ""
-    #: `best`, `front`, `grey`, `none` (nothing measured), `pass`, `fail`, `unsure`; several by a space.
+    #: `best`, `front`, `grey`, `none` (nothing measured), `pass`, `fail`, `unsure`, `prose` (may be broken into lines);
+    #: several by a space.
     look: str = ""
     href: str = ""
     number: bool = False

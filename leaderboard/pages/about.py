@@ -46,7 +46,12 @@ st.subheader("Metrics")
 metrics = parts.ask(found, queries.metrics)
 for kind, asks in KINDS.items():
     rows = [
-        [Field(name), m.unit, {"higher": "↑ higher", "lower": "↓ lower"}.get(m.better, "–"), m.meaning or "undescribed"]
+        [
+            Field(name),
+            m.unit,
+            {"higher": "↑ higher", "lower": "↓ lower"}.get(m.better, "–"),
+            Field(m.meaning or "undescribed", look="prose"),
+        ]
         for name, m in metrics.items()
         if m.kind == kind and "(" not in name
     ]
@@ -55,7 +60,7 @@ for kind, asks in KINDS.items():
         st.html(table(["metric", "unit", "better", "meaning"], rows, asks))
 
 st.subheader("Claims")
-st.html(table(["claim", "the decoder ..."], [[k, v] for k, v in CLAIMS.items()], "Claims"))
+st.html(table(["claim", "the decoder ..."], [[k, Field(v, look="prose")] for k, v in CLAIMS.items()], "Claims"))
 
 costs = parts.ask(found, queries.overheads)
 if costs:

@@ -59,7 +59,8 @@ else:
 measurable = sorted({m for c in cells for m in c.measured.metrics})
 if measurable:
     st.subheader("Over its parameters, and over time")
-    first = next((a.metric for a in findings.leads(findings.columns_of(cells), suites, metrics)), measurable[0])
+    leading = [a.metric for a in findings.leads(findings.columns_of(cells), suites, metrics)] or measurable
+    first = next((m for m in leading if findings.sweeps(cells, m)), leading[0])
     metric = st.selectbox("Metric", measurable, index=measurable.index(first), key="metric", bind="query-params")
     st.caption(metrics[metric].meaning)
     swept = findings.sweeps(cells, metric)
@@ -82,11 +83,11 @@ if measurable:
 failed = parts.ask(found, queries.failures, name)
 if failed:
     st.subheader("Not measured, in any setting")
-    rows = [
-        [f["decoder"], str(queries.Column(f["suite"], 0, f["slice"], "")), f["status"], f["reason"] or "–",
-         f"{f['model']}, {f['hardware']}, {f['scale']}", Field(f["run_id"], href=link("run", run=f["run_id"]))]
-        for f in failed
-    ]  # fmt: skip
+    rows = []
+    for f in failed:
+        why, run = Field(f["reason"] or "–", look="prose"), Field(f["run_id"], href=link("run", run=f["run_id"]))
+        where = f"{f['model']}, {f['hardware']}, {f['scale']}"
+        rows.append([f["decoder"], queries.part_name(f["suite"], f["slice"]), f["status"], why, where, run])
     st.html(table(["decoder", "suite", "status", "why", "where", "run"], rows, f"Failures of {name}"))
     for f in failed[:5]:
         if f["error"] or f["log"]:

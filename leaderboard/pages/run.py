@@ -27,14 +27,30 @@ st.markdown(
 )
 
 st.subheader("Gates")
-gates = [
-    [g["gate"], g["decoder"] or "–", Field(g["outcome"], look=LOOKS.get(g["outcome"], "")), g["detail"]]
-    for g in parts.ask(found, queries.gates, chosen)
-]
-if gates:
-    st.html(table(["rule", "decoder", "outcome", "why"], gates, "Gates of the run"))
-else:
+verdicts = parts.ask(found, queries.gates, chosen)
+passed = [g for g in verdicts if g["outcome"] == "pass"]
+
+
+def _gates(some: list[queries.Row], caption: str) -> str:
+    rows = [
+        [
+            g["gate"],
+            g["decoder"] or "–",
+            Field(g["outcome"], look=LOOKS.get(g["outcome"], "")),
+            Field(g["detail"], look="prose"),
+        ]
+        for g in some
+    ]
+    return table(["rule", "decoder", "outcome", "why"], rows, caption)
+
+
+if not verdicts:
     st.caption("This run was judged by no gates.")
+elif len(passed) < len(verdicts):
+    st.html(_gates([g for g in verdicts if g not in passed], "Gates that did not pass"))
+if passed:
+    with st.expander(f"{len(passed)} of {len(verdicts)} passed"):
+        st.html(_gates(passed, "Gates that passed"))
 
 cells = parts.ask(found, queries.run_cells, chosen)
 st.subheader(f"{len(cells)} cells")
@@ -45,11 +61,11 @@ for cell in cells[:MOST_CELLS]:
     rows.append(
         [
             Field(cell["decoder"], href=address),
-            str(queries.Column(cell["suite"], 0, cell["slice"], "")),
+            queries.part_name(cell["suite"], cell["slice"]),
             Field(cell["status"], small=cell["reason"], look="" if cell["status"] == "ok" else "none"),
             Field("–" if cell["seconds"] is None else f"{cell['seconds']:.1f} s", number=True),
             (cell["dataset"] or "–") + (" (stand-in)" if cell["source"] == "stand-in" else ""),
-            "; ".join(cell["notes"] or []) or "–",
+            Field("; ".join(cell["notes"] or []) or "–", look="prose"),
         ]
     )
 st.html(table(["decoder", "suite", "status", "took", "data", "notes"], rows, "Cells of the run"))
@@ -75,9 +91,9 @@ if other:
             small = change.interval if change.estimate.low is not None else ""
             verdict = change.verdict.replace("B is", "this run is")
             fields = [Field(value, number=True) for value in values]
-            rows.append([now.name, metric, *fields, Field(change.text, small=small, number=True), verdict])
+            rows.append([now.name, metric, verdict, Field(change.text, small=small, number=True), *fields])
     if rows:
-        head = ["cell", "metric", f"then ({other})", f"now ({chosen})", "change", "what it says"]
+        head = ["cell", "metric", "what it says", "change", f"then ({other})", f"now ({chosen})"]
         st.html(table(head, rows[:MOST_CELLS], f"Run {chosen} against {other}"))
         st.caption(f"{judged} intervals: about {judged * 0.05:.1f} of them would speak of a change by chance alone.")
     else:

@@ -18,7 +18,7 @@ axes = findings.axes(parts.ask(found, queries.columns, setting), suites, metrics
 ranked = [a for a in axes if findings.ranks(metrics[a.metric])]
 cost = [a for a in ranked if metrics[a.metric].kind == "speed"]
 cost += [a for a in axes if metrics[a.metric].kind == "memory"]
-quality = [a for a in ranked if metrics[a.metric].kind in ("quality", "exactness")]
+quality = [a for kind in ("quality", "exactness") for a in ranked if metrics[a.metric].kind == kind]
 if not cost or not quality:
     lacking = "quality" if cost else "speed or memory"
     st.info(f"No metric of {lacking} was measured here. `pytest suites/ --benchmark` runs every suite.")

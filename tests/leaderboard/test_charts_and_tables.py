@@ -42,6 +42,17 @@ def test_what_is_infinite_is_named_instead_of_drawn(points):
     assert charts.trade_off([], x, y).to_dict()
 
 
+def test_an_axis_that_spans_much_is_logarithmic(points):
+    from dataclasses import replace
+
+    from decodathlon.harness.results import measured
+
+    found, x, y = points
+    far = [replace(found[0], y=measured.exactly(2000.0, better="lower")), *found[1:]]
+    scales = [charts.trade_off(p, x, y).to_dict()["layer"][3]["encoding"]["y"]["scale"] for p in (found, far)]
+    assert [s.get("type", "linear") for s in scales] == ["linear", "log"]
+
+
 def test_sweeps_and_histories(asked):
     rows = next(iter(findings.sweeps(queries.cells(asked, QUICK), "ppl_epsilon").values()))
     assert charts.sweep(rows, "p", "ppl_epsilon").to_dict()["layer"][2]["encoding"]["x"]["type"] == "quantitative"

@@ -181,6 +181,7 @@ def test_a_run_shows_gates_and_what_another_run_says(opened, demo_file):
     assert not at.exception
     text = said(at)
     assert 'class="fail">fail<' in text
+    assert "1 of 4 passed" in [e.label for e in at.expander]
     assert 'class="unsure">inconclusive<' in text
     assert "then (demo-1)" in text
     assert "throughput top-p batch-1" in text
