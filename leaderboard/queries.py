@@ -236,18 +236,19 @@ def metrics(connection: duckdb.DuckDBPyConnection) -> dict[str, Metric]:
 
 
 def history(connection: duckdb.DuckDBPyConnection, setting: Setting, name: str, metric: str) -> list[Row]:
-    """One metric of one decoder over all runs, oldest first; versions of a suite are told apart."""
-    return _rows(
+    """One metric of one decoder over its newest runs, oldest first; versions of a suite are told apart."""
+    newest_first = _rows(
         connection,
         f"""
         SELECT c.run_id, c.started, c.decoder, c.suite, c.suite_version, c.slice, coalesce(c.dataset, '') AS dataset,
                m.value, m.ci_low, m.ci_high, m.n, r.git_commit, r.git_dirty
         FROM cell c JOIN number m USING (run_id, cell_id) JOIN run r USING (run_id)
         WHERE {_SETTING} AND split_part(c.decoder, '[', 1) = $name AND m.metric = $metric AND isfinite(m.value)
-        ORDER BY c.started LIMIT 2000
+        ORDER BY c.started DESC, c.decoder DESC LIMIT 2000
         """,
         vars(setting) | {"name": name, "metric": metric},
     )
+    return newest_first[::-1]
 
 
 def failures(connection: duckdb.DuckDBPyConnection, name: str, most: int = 200) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 from urllib.parse import quote
 
 
@@ -22,9 +23,10 @@ class Field:
     number: bool = False
 
 
-def table(head: Sequence[str | Field], rows: Sequence[Sequence[Field | str]], caption: str) -> str:
+def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str) -> str:
     """
     Args:
+        head, rows: fields, or plain text.
         caption: what the table is, for those who do not see what stands around it.
     """
     tops = "".join(f'<th scope="col">{_inside(_field(h))}</th>' for h in head)

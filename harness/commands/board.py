@@ -53,10 +53,9 @@ def _run(options: argparse.Namespace) -> int:
     say(f"the board of {options.results.resolve()} at http://{options.address}:{options.port}; Ctrl-C ends it")
     sys.stdout.flush()
     surroundings = os.environ | {environment.RESULTS_VARIABLE: str(options.results.resolve())}
-    try:
-        return subprocess.run(words, env=surroundings, check=False).returncode
-    except KeyboardInterrupt:  # the server got it, too, and has ended
-        return 0
+    if os.name == "posix":  # the server takes the place of this process, so that whoever ends this ends the server
+        os.execve(words[0], words, surroundings)
+    return subprocess.run(words, env=surroundings, check=False).returncode
 
 
 registry.add("command", "board", Command("show the leaderboard in the browser", _arguments, _run), __file__)

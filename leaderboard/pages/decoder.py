@@ -71,24 +71,23 @@ if measurable:
     if not swept:
         st.caption("No parameter was measured at two values in this setting: `--sweep` measures them.")
     past = parts.ask(found, queries.history, setting, name, metric)
-    for column in dict.fromkeys((r["suite"], r["suite_version"], r["slice"], r["dataset"]) for r in past):
-        part = [r for r in past if (r["suite"], r["suite_version"], r["slice"], r["dataset"]) == column]
-        if len({r["run_id"] for r in part}) > 1:
-            label = str(queries.Column(*column))
-            st.markdown(f"**{label}** (version {column[1]}) · {metric} from run to run")
-            words = charts.series_in_words([r | {"at": r["run_id"]} for r in part], metric, "runs")
-            st.altair_chart(charts.over_time(part, metric), width="stretch", alt=words)
+    for part in dict.fromkeys((r["suite"], r["suite_version"], r["slice"], r["dataset"]) for r in past):
+        own_past = [r for r in past if (r["suite"], r["suite_version"], r["slice"], r["dataset"]) == part]
+        if len({r["run_id"] for r in own_past}) > 1:
+            st.markdown(f"**{queries.Column(*part)}** (version {part[1]}) · {metric} from run to run")
+            words = charts.series_in_words([r | {"at": r["run_id"]} for r in own_past], metric, "runs")
+            st.altair_chart(charts.over_time(own_past, metric), width="stretch", alt=words)
     parts.download(past, f"{name}-{metric}")
 
 failed = parts.ask(found, queries.failures, name)
 if failed:
     st.subheader("Not measured, in any setting")
-    rows = []
+    failures = []
     for f in failed:
-        why, run = Field(f["reason"] or "–", look="prose"), Field(f["run_id"], href=link("run", run=f["run_id"]))
+        reason, run = Field(f["reason"] or "–", look="prose"), Field(f["run_id"], href=link("run", run=f["run_id"]))
         where = f"{f['model']}, {f['hardware']}, {f['scale']}"
-        rows.append([f["decoder"], queries.part_name(f["suite"], f["slice"]), f["status"], why, where, run])
-    st.html(table(["decoder", "suite", "status", "why", "where", "run"], rows, f"Failures of {name}"))
+        failures.append([f["decoder"], queries.part_name(f["suite"], f["slice"]), f["status"], reason, where, run])
+    st.html(table(["decoder", "suite", "status", "why", "where", "run"], failures, f"Failures of {name}"))
     for f in failed[:5]:
         if f["error"] or f["log"]:
             with st.expander(f"{f['decoder']}, {f['suite']} {f['slice']}: {f['status']} in {f['run_id']}"):

@@ -34,7 +34,7 @@ lines = [x for x in everyone if (not families or x.family in families) and (not 
 for column, sentence in findings.summary(everyone, axes, baselines):
     st.markdown(f"- **{parts.plain(column)}**: {parts.plain(sentence)}")
 
-head: list[str | Field] = ["decoder", "claims", *(parts.axis_head(a, metrics, axes) for a in axes)]
+head = ["decoder", "claims", *(parts.axis_head(a, metrics, axes) for a in axes)]
 rows = [
     [parts.decoder_field(line), line.claim or "–", *(parts.entry_field(e) for e in line.entries)]
     for line in lines[: parts.MOST_LINES]

@@ -84,7 +84,9 @@ if other:
     rows, judged = [], 0
     for now in measured.of_run(found.path, chosen):
         then = before.get((now.decoder, now.where))
-        for metric in [m for m in now.metrics if then is not None and m in then.metrics]:
+        if then is None:
+            continue
+        for metric in [m for m in now.metrics if m in then.metrics]:
             change = changes.change_of(metric, then, now)
             judged += change.estimate.low is not None
             values = [findings.text_of(c.metrics[metric], interval=False) for c in (then, now)]

@@ -20,8 +20,8 @@ cost = [a for a in ranked if metrics[a.metric].kind == "speed"]
 cost += [a for a in axes if metrics[a.metric].kind == "memory"]
 quality = [a for kind in ("quality", "exactness") for a in ranked if metrics[a.metric].kind == kind]
 if not cost or not quality:
-    lacking = "quality" if cost else "speed or memory"
-    st.info(f"No metric of {lacking} was measured here. `pytest suites/ --benchmark` runs every suite.")
+    absent = "quality" if cost else "speed or memory"
+    st.info(f"No metric of {absent} was measured here. `pytest suites/ --benchmark` runs every suite.")
     st.stop()
 
 with st.container(horizontal=True):
