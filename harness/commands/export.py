@@ -32,17 +32,19 @@ def _run(options: argparse.Namespace) -> int:
     if options.suite is not None:
         registry.get("suite", options.suite)
     path = options.results.resolve()
-    view, conditions = ("results" if options.run else options.view), ["TRUE"]
-    if options.run:
-        conditions.append(f"run_id = '{measured.run_id(path, options.run)}'")
-    if options.suite:
-        conditions.append(f"suite = '{options.suite}'")
-    query = f"SELECT * FROM {view} WHERE {' AND '.join(conditions)} ORDER BY suite, slice, decoder, metric, run_id"
+    of_run = f"run_id = '{measured.run_id(path, options.run)}'" if options.run else "TRUE"
+    of_suite = f"suite = '{options.suite}'" if options.suite else "TRUE"
+    view = "results" if options.run else options.view
+    query = f"FROM {view} WHERE {of_run} AND {of_suite} ORDER BY suite, slice, decoder, metric, run_id"
     if options.format == "parquet" and options.out is None:
         raise SpecError("export --format parquet needs --out FILE: a terminal cannot show it")
     if options.out is not None and not options.out.resolve().parent.is_dir():
         raise SpecError(f"--out {options.out}: the folder {options.out.resolve().parent} does not exist; create it")
     with store.connect(path) as connection:
+        if not connection.execute(f"SELECT 1 FROM {view} WHERE {of_run} AND {of_suite} LIMIT 1").fetchone():
+            suites = connection.execute(f"SELECT DISTINCT suite FROM {view} WHERE {of_run} ORDER BY 1").fetchall()
+            there = ", ".join(s for (s,) in suites) or "nothing"
+            raise SpecError(f"export: there are no such rows in {path}; the run or view has {there}")
         if options.format == "parquet":
             count = connection.execute(f"COPY ({query}) TO '{rows.quoted(options.out)}' (FORMAT parquet)").fetchone()
             say(f"{count[0] if count else 0} rows in {options.out}")

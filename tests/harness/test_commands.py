@@ -110,9 +110,19 @@ def test_export_has_every_row(capsys, results, tmp_path, form):
 
 
 def test_export_of_one_run_and_suite_to_the_terminal(capsys, results):
-    code, out, _ = said(capsys, "export", "--run", "last", "--suite", "wikitext2", "--results", results)
+    measured, other = {}, {}
+    with store.connect(Path(results)) as connection:
+        for run, suite in connection.execute("SELECT DISTINCT run_id, suite FROM cell").fetchall():
+            (measured if suite == "wikitext2" else other)[run] = suite
+    asked = ("export", "--suite", "wikitext2", "--results", results, "--run")
+    code, out, _ = said(capsys, *asked, next(iter(measured)))
     assert code == 0
     assert {row["suite"] for row in csv.DictReader(out.splitlines())} == {"wikitext2"}
+    assert {row["run_id"] for row in csv.DictReader(out.splitlines())} == {next(iter(measured))}
+    run = next(r for r in other if r not in measured)
+    code, _, err = said(capsys, *asked, run)
+    assert code != 0
+    assert f"there are no such rows in {results}; the run or view has {other[run]}" in err
 
 
 @pytest.mark.parametrize(
