@@ -161,7 +161,8 @@ def text_of(number: Number, *, interval: bool = True) -> str:
 def sweeps(cells: Sequence[Cell], metric: str) -> dict[tuple[Column, str], list[dict[str, Any]]]:
     """One metric over each parameter that was measured at several values, all others being equal.
 
-    Where that holds for several sets of the others, the largest is taken.
+    Where that holds for several sets of the others, the largest is taken. Values stand in their order where all are
+    numbers, else as text.
     """
     found: dict[tuple[Column, str], list[dict[str, Any]]] = {}
     for cell in cells:
@@ -177,8 +178,14 @@ def sweeps(cells: Sequence[Cell], metric: str) -> dict[tuple[Column, str], list[
             ]
             rows = [_swept(c, parameter, metric) for c in alike if c.params[parameter] is not None]
             if len(rows) > max(1, len(found.get((cell.column, parameter), ()))):
-                found[cell.column, parameter] = sorted(rows, key=lambda row: row["at"])
+                found[cell.column, parameter] = _in_order(rows)
     return found
+
+
+def _in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    if any(isinstance(row["at"], bool) or not isinstance(row["at"], int | float) for row in rows):
+        rows = [row | {"at": str(row["at"])} for row in rows]
+    return sorted(rows, key=lambda row: row["at"])
 
 
 def _swept(cell: Cell, parameter: str, metric: str) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class Source:
             if not plan.is_file():
                 continue
             try:
-                planned = len(shards.read(plan).get("cells", []))
+                cells = shards.read(plan).get("cells")
+                planned = len(cells) if isinstance(cells, list) else 0
                 done = list(shards.cells(folder))
                 newest = max(p.stat().st_mtime for p in [folder / shards.RUN_FILE, *done])
             except (StoreError, FileNotFoundError):  # damaged, or taken away meanwhile: no progress to speak of

@@ -71,7 +71,7 @@ def probabilities(
     random sign. A number without units (a peak of memory) does not vary.
 
     Returns:
-        None for a contestant that no resample can speak of: it has too few units for an interval.
+        None for a contestant that no resample can speak of: it, or its speed against itself, has too few units for an interval.
     """
     if not contestants:
         return []
@@ -100,7 +100,8 @@ def probabilities(
     share = np.zeros(len(contestants))
     for part in np.array_split(np.arange(resamples), max(1, resamples * len(contestants) ** 2 // 20_000_000)):
         share += on_front(x[part], y[part], contestants[0].x.better, contestants[0].y.better).sum(0) / resamples
-    spoken = [all(n.units is None or _enough(n.units) for n in (c.x, c.y)) for c in contestants]
+    numbers = [[n for n in (c.x, c.y, *c.own) if n is not None] for c in contestants]
+    spoken = [all(n.units is None or _enough(n.units) for n in own) for own in numbers]
     return [float(p) if known else None for p, known in zip(share, spoken, strict=True)]
 
 

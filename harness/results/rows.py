@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decodathlon.harness.cells import HARNESS, Outcome
+from decodathlon.harness.cells import HARNESS, SHARD_SCHEMA, Outcome
 from decodathlon.harness.errors import StoreError
-from decodathlon.harness.results import shards
+from decodathlon.harness.results import records, shards
 from decodathlon.harness.results.environment import hardware_name
 
 if TYPE_CHECKING:
@@ -62,25 +62,35 @@ def of_folders(folders: Sequence[Path]) -> Rows:
     """
     found: Rows = {table: [] for table in TABLES}
     for folder in folders:
-        run = shards.read(folder / shards.RUN_FILE)
-        cells = [shards.read(path) for path in shards.cells(folder)]
-        outcomes = [Outcome.from_shard(cell) for cell in cells]
+        run = _read(folder / shards.RUN_FILE, records.RunRecord)
+        outcomes = [_outcome(path) for path in shards.cells(folder)]
+        stranger = next((o for o in outcomes if o.run_id != run["run_id"]), None)
+        if stranger is not None:
+            raise StoreError(f"{folder} is of run {run['run_id']}, its {stranger.spec.cell_id} of {stranger.run_id}")
         # The hardware of a run is where its decoders ran; operations of the harness run on the CPU beside a GPU.
         models = [o.model for o in outcomes if o.model and o.spec.model != HARNESS]
         model: dict[str, Any] = next((m for m in models if "processor" in m), models[0] if models else {})
-        try:
-            found["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
-        except KeyError as error:
-            raise StoreError(f"{folder / shards.RUN_FILE} lacks {error}; it is not the record of a run") from error
+        found["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
         for outcome in outcomes:
-            try:
-                _add_cell(found, outcome)
-            except (TypeError, AttributeError, ValueError) as error:
-                raise StoreError(f"{outcome.spec.cell_id} in {folder} is not the shard of a cell: {error}") from error
+            _add_cell(found, outcome)
         if (folder / shards.GATES_FILE).is_file():
-            verdicts = shards.read(folder / shards.GATES_FILE).get("verdicts", [])
+            verdicts = _read(folder / shards.GATES_FILE, records.GatesRecord)["verdicts"]
             found["gate"] += [{"run_id": run["run_id"], **verdict} for verdict in verdicts]
     return found
+
+
+def _outcome(path: Path) -> Outcome:
+    content = shards.read(path)
+    schema = content.get("schema", 0)
+    if not isinstance(schema, int) or schema <= SHARD_SCHEMA:  # of a newer one only that can be said
+        records.check(content, records.CellRecord, path)
+    return Outcome.from_shard(content)
+
+
+def _read(path: Path, kind: type[records.Record]) -> dict[str, Any]:
+    content = shards.read(path)
+    records.check(content, kind, path)
+    return content
 
 
 def _add_cell(found: Rows, outcome: Outcome) -> None:

@@ -56,7 +56,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not a whole shard: {error}") from error
     if not isinstance(content, dict):
         raise StoreError(f"{path} is not a shard")

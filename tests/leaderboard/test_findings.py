@@ -1,11 +1,17 @@
 """What the numbers say: the right metric leads, doubts never win, sentences claim no more than intervals do."""
 
+from dataclasses import replace
+
 import pytest
 from made_results import QUICK, SPEED, TEXT
 
+from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.results import measured
+from decodathlon.harness.results.measured import Measured, Number
+from decodathlon.harness.results.metrics import Metric
 from decodathlon.leaderboard import findings, queries
 from decodathlon.leaderboard.findings import Axis
+from decodathlon.leaderboard.queries import Cell
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +123,128 @@ def test_numbers_are_said_as_people_say_them():
     assert findings.text_of(measured.exactly(0.0123, unit="s")) == "12.3 ms"
     assert findings.text_of(measured.exactly(float("inf"))) == "∞"
     assert findings.listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
+
+
+# --- On cells made by hand -----------------------------------------------------------------------------------------
+
+
+def timed(logs):
+    units = Observations.each([f"pair-{i}" for i in range(len(logs))], logs, scale="exp")
+    return Number(units.estimate(), "1", "higher", units)
+
+
+def scored(values, better="lower"):
+    units = Observations([f"w{i}" for i in range(len(values))], values, [1] * len(values))
+    return Number(units.estimate(), "1", better, units)
+
+
+def made(decoder, column, *, doubts=(), params=None, **numbers):
+    one = Measured(
+        f"{decoder}-{column.suite}-{column.version}-{column.slice}-{column.dataset}", column.suite, column.version,
+        column.slice, "quick", decoder, "tiny", "float32", "cpu", column.dataset or None, 0, "ok", "", numbers,
+    )  # fmt: skip
+    return Cell("r", column, decoder, "shaped", None, params or {}, one, tuple(doubts), ())
+
+
+SPREAD = [-0.005 + 0.001 * i for i in range(10)]
+
+
+def speed_of(decoder, log, own=0.0, **more):
+    """A decoder `exp(log)` times as fast as the baseline that measured itself `exp(own)` times as fast as itself."""
+    found = {"ratio_to_greedy": timed([log + s for s in SPREAD]), "ratio_to_self": timed([own + s for s in SPREAD])}
+    return made(decoder, SPEED, **found, **more)
+
+
+def test_a_decoder_that_differs_as_much_from_itself_is_called_neither_faster_nor_slower():
+    axes = [Axis(SPEED, "ratio_to_greedy")]
+    for log, alike in ((0.05, True), (-0.05, True), (0.2, False), (-0.2, False)):
+        table = findings.lines([speed_of("it", log, own=0.1)], axes, {})
+        ((_, said),) = findings.summary(table, axes, {"ratio_to_greedy": "greedy"})
+        assert ("not told apart from it: it" in said) == alike, log
+        assert (("faster than greedy: it" in said) or ("slower: it" in said)) != alike
+
+
+def test_a_doubt_on_either_axis_keeps_a_decoder_off_the_front():
+    axes = (Axis(SPEED, "ratio_to_greedy"), Axis(TEXT, "ppl_epsilon"))
+    quality = scored([10 + s for s in SPREAD])
+    for where in (0, 1):
+        doubts = [(), ()]
+        doubts[where] = ("stand-in data",)
+        cells = [speed_of("it", 0.3, doubts=doubts[0]), made("it", TEXT, ppl_epsilon=quality, doubts=doubts[1])]
+        (point,), _ = findings.points(cells, *axes, {})
+        assert (point.on_front, point.probability, point.doubts) == (False, None, ("stand-in data",))
+        (line,) = findings.with_front(findings.lines(cells, axes, {}), axes, axes)
+        assert not line.pareto
+        assert not line.grey, "its other number stands"
+    both = [speed_of("it", 0.3, doubts=["x"]), made("it", TEXT, ppl_epsilon=quality, doubts=["x"])]
+    assert findings.lines(both, axes, {})[0].grey
+
+
+def test_the_front_knows_how_far_a_decoder_strays_from_itself():
+    """Two per cent faster by its pairs and ten per cent from itself: it may be behind just as well."""
+    axes = (Axis(SPEED, "ratio_to_greedy"), Axis(TEXT, "ppl_epsilon"))
+    quality = scored([10 + s for s in SPREAD])
+    for own, sure in ((0.0, True), (0.1, False)):
+        cells = [c for d, log in (("slow", 0.0), ("fast", 0.02))
+                 for c in (speed_of(d, log, own), made(d, TEXT, ppl_epsilon=quality))]  # fmt: skip
+        found = {p.decoder: p.probability for p in findings.points(cells, *axes, {})[0]}
+        assert (found["fast"] > 0.99) == sure, found
+
+
+def test_the_best_of_a_column_is_sought_on_its_own_data():
+    other = replace(TEXT, dataset="prose")
+    better, worse = (scored([at + s for s in SPREAD]) for at in (5.0, 10.0))
+    cells = [made("a", TEXT, ppl_epsilon=worse), made("b", TEXT, ppl_epsilon=scored([11 - s for s in SPREAD])),
+             made("c", other, ppl_epsilon=better)]  # fmt: skip
+    table = findings.lines(cells, [Axis(TEXT, "ppl_epsilon")], {})
+    assert [x.decoder for x in table if x.entries[0].best] == ["a"], "c is lower, on another text"
+
+
+def test_versions_of_a_suite_are_columns_of_their_own():
+    newer = replace(TEXT, version=2)
+    number = scored([10 + s for s in SPREAD])
+    (line,) = findings.lines([made("a", TEXT, ppl_epsilon=number)], [Axis(newer, "ppl_epsilon")], {})
+    assert line.entries[0].reason == "not measured in this setting"
+
+
+def test_order_and_leader_follow_the_metrics_direction():
+    for better, first in (("lower", "small"), ("higher", "large")):
+        axes = [Axis(TEXT, "score")]
+        cells = [made("small", TEXT, score=scored([1 + s for s in SPREAD], better)),
+                 made("large", TEXT, score=scored([2 + s for s in SPREAD], better)),
+                 made("none", TEXT)]  # fmt: skip
+        table = findings.lines(cells, axes, {})
+        assert [x.decoder for x in findings.ordered(table, 0)] == [first, *({"small", "large"} - {first}), "none"]
+        ((_, said),) = findings.summary(table, axes, {})
+        assert said.startswith(f"{first} leads with")
+
+
+@pytest.mark.parametrize(("better", "sign"), [("lower", 1), ("higher", -1)])
+def test_a_leader_is_named_with_all_that_cannot_be_told_apart_from_it(better, sign):
+    noisy = [0.2 * (-1) ** i for i in range(10)]  # around nothing
+    cells = [made("first", TEXT, score=scored([sign * (1 + s) for s in SPREAD], better)),
+             made("second", TEXT, score=scored([sign * (1.01 + s) for s in noisy], better)),
+             made("third", TEXT, score=scored([sign * (3 + s) for s in SPREAD], better))]  # fmt: skip
+    axes = [Axis(TEXT, "score")]
+    ((_, said),) = findings.summary(findings.lines(cells, axes, {}), axes, {})
+    assert said.startswith("first leads with")
+    assert said.endswith("; not told apart from it: second.")
+
+
+@pytest.mark.parametrize(
+    ("unit", "better", "kind", "ranked"),
+    [
+        ("1", "lower", "quality", True), ("1", "higher", "speed", True), ("1", "none", "quality", False),
+        ("s", "lower", "speed", False), ("B", "lower", "memory", False), ("1", "higher", "context", False),
+        ("1", "lower", "harness", False),
+    ],
+)  # fmt: skip
+def test_what_decoders_can_be_ranked_by(unit, better, kind, ranked):
+    assert findings.ranks(Metric(unit, better, "", kind)) == ranked
+
+
+def test_a_parameter_of_any_kind_can_be_swept():
+    number = scored([1 + s for s in SPREAD])
+    cells = [made(f"k{i}", TEXT, params={"k": k}, score=number) for i, k in enumerate((10, "auto", [1], 2))]
+    assert [r["at"] for r in findings.sweeps(cells, "score")[TEXT, "k"]] == ["10", "2", "[1]", "auto"]
+    assert [r["at"] for r in findings.sweeps([cells[0], cells[3]], "score")[TEXT, "k"]] == [2, 10]

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from made_results import QUICK, SPEED, TEXT, cell, day, metric_row, speed_metrics, write_run
+from made_results import QUICK, SPEED, TEXT, cell, day, metric_row, speed_metrics, text_metrics, write_run
 
 from decodathlon.harness.measure.observations import Observations
-from decodathlon.harness.results import store
+from decodathlon.harness.results import shards, store
 from decodathlon.leaderboard import queries
 from decodathlon.leaderboard.queries import Column, Setting
 
@@ -93,6 +93,18 @@ def test_history_is_in_order_and_has_both_runs(asked):
     assert found == [("demo-1", "top-p"), ("demo-3", "top-p"), ("demo-3", "top-p[p=0.5]"), ("demo-3", "top-p[p=0.8]")]
 
 
+def test_history_leaves_out_what_cannot_be_drawn(tmp_path):
+    cut = metric_row("ppl_epsilon", Observations(["a", "b"], [float("inf"), 1.0], [1, 1], scale="exp"))
+    runs = [
+        write_run(tmp_path, run, [cell(run, "wikitext2", "it", rows, started=day(i), slice="joined")], started=day(i))
+        for i, (run, rows) in enumerate((("r1", text_metrics(1)), ("r2", [cut])), 1)
+    ]
+    store.ingest(tmp_path / "r.duckdb", runs)
+    store.snapshot(tmp_path / "r.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        assert [h["run_id"] for h in queries.history(connection, QUICK, "it", "ppl_epsilon")] == ["r1"]
+
+
 def test_runs_and_gates(asked):
     assert [r["run_id"] for r in queries.runs(asked)] == ["demo-3", "demo-2", "demo-1"]
     one = queries.run(asked, "demo-2")
@@ -103,6 +115,68 @@ def test_runs_and_gates(asked):
     assert [c["notes"] for c in queries.run_cells(asked, "demo-3") if c["decoder"] == "temperature"] == [
         ["contended: by a neighbour"]
     ] * 2
+
+
+@pytest.fixture
+def twins(tmp_path):
+    """Cells that are alike but in one thing that must keep them apart; each decoder's name says which."""
+    places = {
+        "here": {}, "other-seed": {"seed": 1}, "other-version": {"version": 2}, "other-model": {"model": "large"},
+        "other-dtype": {"dtype": "bfloat16"},
+    }  # fmt: skip
+    cells = []
+    for name, other in places.items():
+        one = cell("r1", "throughput", name, speed_metrics(1, 1.0), started=day(1), slice="batch-1",
+                   model={"name": other.get("model", "tiny"), "dtype": other.get("dtype", "float32"), "device": "cpu",
+                          "threads": 2})  # fmt: skip
+        one.spec = replace(one.spec, seed=other.get("seed", 0), suite_version=other.get("version", 1))
+        cells.append(one)
+    elsewhere = [cell("r2", "throughput", "other-hardware", speed_metrics(1, 1.0), started=day(2), slice="batch-1",
+                      model={"name": "tiny", "dtype": "float32", "device": "cpu", "threads": 64}),
+                 cell("r2", "wikitext2", "unsure", started=day(2), slice="joined",
+                      model={"name": "tiny", "dtype": "float32", "device": "cpu", "threads": 64},
+                      data={"dataset": "unverified-wikitext", "source": "folder"})]  # fmt: skip
+    runs = [write_run(tmp_path, "r1", cells, started=day(1)), write_run(tmp_path, "r2", elsewhere, started=day(2))]
+    for run, said in zip(runs, ("an older word", "a newer word"), strict=True):
+        record = shards.read(run / shards.RUN_FILE)
+        record["about"]["suites"]["throughput"]["asks"] = said
+        shards.write(run / shards.RUN_FILE, record)
+    store.ingest(tmp_path / "r.duckdb", runs)
+    store.snapshot(tmp_path / "r.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        yield connection
+
+
+def test_nothing_that_differs_in_its_setting_shares_a_table(twins):
+    """Seed, model, type, hardware; of a suite's versions only the newest is shown at all."""
+    assert {c.decoder for c in queries.cells(twins, QUICK)} == {"other-version"}
+    for one, decoder in (
+        (replace(QUICK, seed=1), "other-seed"),
+        (replace(QUICK, model="large"), "other-model"),
+        (replace(QUICK, dtype="bfloat16"), "other-dtype"),
+        (replace(QUICK, hardware="a CPU, 64 threads"), "other-hardware"),
+    ):
+        assert [h["decoder"] for h in queries.history(twins, one, decoder, "tokens_per_s")] == [decoder]
+        assert queries.history(twins, QUICK, decoder, "tokens_per_s") == []
+    found = queries.history(twins, QUICK, "here", "tokens_per_s")
+    assert [(h["suite_version"], h["value"]) for h in found] == [(1, pytest.approx(50))], "one metric, not all"
+
+
+def test_a_column_asked_for_is_one_version_on_one_text(asked):
+    assert {c.column for c in queries.cells(asked, QUICK, column=TEXT)} == {TEXT}
+    assert queries.cells(asked, QUICK, column=replace(TEXT, version=2)) == []
+
+
+def test_unverified_data_and_failed_audits_are_doubts(twins):
+    (unsure,) = [c for c in queries.cells(twins, replace(QUICK, hardware="a CPU, 64 threads")) if c.name == "unsure"]
+    assert unsure.doubts == ("unverified data",)
+    twins.execute("UPDATE board SET audit = 'fail' WHERE decoder = 'unsure'")
+    (unsure,) = [c for c in queries.cells(twins, replace(QUICK, hardware="a CPU, 64 threads")) if c.name == "unsure"]
+    assert unsure.doubts == ("unverified data", "audit failed")
+
+
+def test_what_the_newest_run_says_of_a_suite_counts(twins):
+    assert queries.suites(twins)["throughput"]["asks"] == "a newer word"
 
 
 def test_every_number_of_a_setting_can_be_had_as_rows(asked):

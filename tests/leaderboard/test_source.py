@@ -1,6 +1,7 @@
 """The board's snapshots: fresh, complete, and never in a writer's way."""
 
 import gzip
+import os
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,39 @@ def test_before_the_first_run_has_ended_its_shards_are_all_there_is(tmp_path):
     write_run(results.with_suffix(".shards"), "live", [one_cell("live")], started=day(21), planned=2)
     assert decoders(Source(results).current()) == {"new"}
     assert not results.exists()
+
+
+def test_a_change_that_leaves_the_size_is_seen(tmp_path):
+    results = demo(tmp_path / "r.duckdb")
+    source = Source(results)
+    first = source.current()
+    size = results.stat().st_size
+    store.update(results, lambda c: c.execute("UPDATE cell SET reason = reason"))
+    assert results.stat().st_size == size, "else this test says nothing"
+    assert source.changed(first.version)
+
+
+def test_only_a_run_with_work_left_has_progress(tmp_path):
+    results = demo(tmp_path / "r.duckdb")
+    folder = results.with_suffix(".shards")
+    write_run(folder, "done", [one_cell("done")], started=day(21), planned=1)
+    old = write_run(folder, "old", [one_cell("old")], started=day(21), planned=4)
+    for path in old.iterdir():
+        os.utime(path, (0, 0))
+    (run,) = Source(results).progress()
+    assert (run.run_id, run.done, run.planned, run.live) == ("old", 1, 4, False)
+    for damaged in ("{half", "[]", '{"cells": 5}', "[" * 100_000):
+        (old / shards.PLAN_FILE).write_text(damaged)
+        assert Source(results).progress() == []
+
+
+def test_what_no_reader_holds_any_more_is_thrown_away(tmp_path):
+    results = demo(tmp_path / "r.duckdb")
+    source = Source(results)
+    first = source.current()
+    store.ingest(results, [write_run(tmp_path / "x", "r9", [one_cell("r9")], started=day(21))])
+    assert source.current().path.exists()
+    assert not first.path.exists()
 
 
 def test_a_damaged_shard_costs_its_run_and_says_so(tmp_path):

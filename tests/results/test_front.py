@@ -101,6 +101,10 @@ def test_few_units_get_no_probability_and_infinities_stay():
     few = mean([1.0, 2.0])
     y = measured.exactly(1.0)
     assert probabilities([Contestant(few, y), fixed(5, 1, ("higher", "higher"))]) == [None, 1.0]
+    assert probabilities([Contestant(y, few), fixed(5, 1, ("higher", "higher"))]) == [None, 1.0]
+    paired = logs([0.1 + 0.001 * i for i in range(8)])
+    unsure = Contestant(paired, y, (logs([0.3, -0.3]), None))
+    assert probabilities([unsure, fixed(5, 1, ("higher", "higher"))]) == [None, 1.0], "how noisy it is nobody knows"
     cut = Observations(["a"] * 8, [math.inf] * 8, [1] * 8, scale="exp")
     number = Number(Estimate(math.inf), "1", "lower", cut)
     assert probabilities([Contestant(y, number), Contestant(y, measured.exactly(3.0, better="lower"))]) == [0.0, 1.0]

@@ -294,15 +294,6 @@ def test_a_cell_that_failed_before_it_knew_its_data_gives_way_to_its_success(tmp
     assert query(path, "SELECT DISTINCT run_id, status FROM latest") == [("r2", "ok")]
 
 
-def test_what_is_no_shard_of_a_cell_is_named(tmp_path):
-    for number, broken in enumerate(({"metrics": "x"}, {"decoder": None}, {"samples": 3})):
-        run = make_run(tmp_path / str(number), "r1", [outcome("r1")])
-        shard = next(shards.cells(run))
-        shards.write(shard, shards.read(shard) | broken)
-        with pytest.raises(StoreError, match="is not the shard of a cell"):
-            store.ingest(tmp_path / "r.duckdb", [run])
-
-
 def test_permissions_and_unfolded_logs_survive(tmp_path):
     path = tmp_path / "results.duckdb"
     store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
