@@ -71,7 +71,8 @@ def probabilities(
     random sign. A number without units (a peak of memory) does not vary.
 
     Returns:
-        None for a contestant that no resample can speak of: it, or its speed against itself, has too few units for an interval.
+        None for a contestant that no resample can speak of: it, or its speed against itself, has too few units for an
+        interval.
     """
     if not contestants:
         return []
