@@ -87,6 +87,7 @@ def test_what_strangers_wrote_is_text():
     (address,) = [a["href"] for t, a in reader.tags if t == "a"]
     assert address.startswith("decoder?decoder=%22%3E%3Cscript")
     assert reader.text.count(evil) == 5, "caption, head, name, its reason and the second field"
+    assert "<script" not in table(["a"], [[Field("x", href=evil)]], "Addresses, too")
 
 
 def test_a_table_can_be_read_aloud_and_reached_by_keyboard():

@@ -131,7 +131,10 @@ def twins(tmp_path):
                           "threads": 2})  # fmt: skip
         one.spec = replace(one.spec, seed=other.get("seed", 0), suite_version=other.get("version", 1))
         cells.append(one)
-    elsewhere = [cell("r2", "throughput", "other-hardware", speed_metrics(1, 1.0), started=day(2), slice="batch-1",
+    for threads, run in ((2, cells), (64, elsewhere := [])):
+        run.append(cell("r1" if run is cells else "r2", "wikitext2", "both", started=day(1), slice="joined",
+                        model={"name": "tiny", "dtype": "float32", "device": "cpu", "threads": threads}))  # fmt: skip
+    elsewhere += [cell("r2", "throughput", "other-hardware", speed_metrics(1, 1.0), started=day(2), slice="batch-1",
                       model={"name": "tiny", "dtype": "float32", "device": "cpu", "threads": 64}),
                  cell("r2", "wikitext2", "unsure", started=day(2), slice="joined",
                       model={"name": "tiny", "dtype": "float32", "device": "cpu", "threads": 64},
@@ -149,7 +152,9 @@ def twins(tmp_path):
 
 def test_nothing_that_differs_in_its_setting_shares_a_table(twins):
     """Seed, model, type, hardware; of a suite's versions only the newest is shown at all."""
-    assert {c.decoder for c in queries.cells(twins, QUICK)} == {"other-version"}
+    assert {c.decoder for c in queries.cells(twins, QUICK)} == {"other-version", "both"}
+    other = queries.cells(twins, replace(QUICK, hardware="a CPU, 64 threads"))
+    assert "both" in {c.decoder for c in other}, "the same cell on other hardware is another row"
     for one, decoder in (
         (replace(QUICK, seed=1), "other-seed"),
         (replace(QUICK, model="large"), "other-model"),
