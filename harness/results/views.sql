@@ -14,9 +14,15 @@ LEFT JOIN run r USING (run_id);
 CREATE OR REPLACE VIEW latest_cell AS
 SELECT c.*, r.hardware, r.git_commit, r.git_dirty
 FROM cell c JOIN run r USING (run_id)
--- a cell that failed before its model was loaded knows neither dtype nor data, but it has its id
-SEMI JOIN (SELECT run_id, cell_id FROM cell JOIN run USING (run_id)
-           QUALIFY row_number() OVER (PARTITION BY cell_id, hardware ORDER BY cell.started DESC, run_id DESC) = 1) u
+-- A cell that failed before its model was loaded knows neither dtype nor data, but it has its id: it stands for all data
+-- until one of them is measured again.
+SEMI JOIN (SELECT run_id, cell_id, cell.started, dataset FROM cell JOIN run USING (run_id)
+           QUALIFY row_number() OVER (PARTITION BY cell_id, hardware, dataset ORDER BY cell.started DESC, run_id DESC) = 1
+               AND cell.started >= coalesce(
+                   max(cell.started) FILTER (dataset IS NULL) OVER (PARTITION BY cell_id, hardware), cell.started)
+               AND (dataset IS NOT NULL
+                    OR row_number() OVER (PARTITION BY cell_id, hardware ORDER BY cell.started DESC, run_id DESC) = 1)
+          ) u
   ON c.run_id = u.run_id AND c.cell_id = u.cell_id
 SEMI JOIN (SELECT suite, max(suite_version) AS suite_version FROM cell GROUP BY suite) v
   ON c.suite = v.suite AND c.suite_version = v.suite_version

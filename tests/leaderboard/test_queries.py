@@ -167,6 +167,35 @@ def test_nothing_that_differs_in_its_setting_shares_a_table(twins):
     assert [(h["suite_version"], h["value"]) for h in found] == [(1, pytest.approx(50))], "one metric, not all"
 
 
+def test_what_differs_in_one_thing_is_another_row(tmp_path):
+    def one(run="r1", seed=0, model="tiny", dtype="float32", dataset="a", threads=2, when=2):
+        made = cell(run, "wikitext2", "it", text_metrics(1), started=day(when), slice="joined",
+                    model={"name": model, "dtype": dtype, "device": "cpu", "threads": threads},
+                    data={"dataset": dataset, "source": "folder"})  # fmt: skip
+        made.spec = replace(made.spec, seed=seed, dtype=dtype, model=model, data=dataset)
+        return made
+
+    others = {"r2": {"seed": 1}, "r3": {"dtype": "bfloat16"}, "r4": {"dataset": "b"}, "r5": {"model": "large"},
+              "r6": {"threads": 64}}  # fmt: skip
+    runs = [write_run(tmp_path, "r1", [one()], started=day(1))]
+    runs += [write_run(tmp_path, run, [one(run, **other)], started=day(2)) for run, other in others.items()]
+    store.ingest(tmp_path / "r.duckdb", runs)
+    with store.connect(tmp_path / "r.duckdb") as connection:
+        assert connection.execute("SELECT count(*) FROM latest_cell").fetchone() == (6,)
+    later = [write_run(tmp_path, run, [one(run, when=when)], started=day(5)) for run, when in (("r7", 3), ("r8", 1))]
+    store.ingest(tmp_path / "r.duckdb", later)
+    with store.connect(tmp_path / "r.duckdb") as connection:
+        found = connection.execute("SELECT run_id FROM latest_cell ORDER BY 1").fetchall()
+    assert [r for (r,) in found] == ["r2", "r3", "r4", "r5", "r6", "r7"], "the newest by when its cell began"
+    broken = cell("r9", "wikitext2", "it", started=day(4), slice="joined", status="failed", data={},
+                  model={"name": "tiny", "dtype": "", "device": "cpu", "threads": 2})  # fmt: skip
+    broken.spec = one().spec
+    store.ingest(tmp_path / "r.duckdb", [write_run(tmp_path, "r9", [broken], started=day(5))])
+    with store.connect(tmp_path / "r.duckdb") as connection:
+        found = connection.execute("SELECT run_id FROM latest_cell ORDER BY 1").fetchall()
+    assert [r for (r,) in found] == ["r2", "r3", "r5", "r6", "r9"], "it stands for every data set until measured again"
+
+
 def test_a_column_asked_for_is_one_version_on_one_text(asked):
     assert {c.column for c in queries.cells(asked, QUICK, column=TEXT)} == {TEXT}
     assert queries.cells(asked, QUICK, column=replace(TEXT, version=2)) == []
