@@ -46,6 +46,20 @@ def file_lock(path: Path, timeout: float = 600.0) -> Iterator[None]:
         yield
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock now."""
+    if fcntl is None:
+        return path.exists()
+    try:
+        with path.open("r") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _wait(path: Path, deadline: float) -> None:
     if time.monotonic() > deadline:
         raise StoreError(f"{path} has been locked by another process for too long; end that process and try again")

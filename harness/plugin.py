@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--baseline", default=default.baseline, metavar="SPEC", help="one more decoder to compare with, side by side")
     add("--data", default=None, metavar="DIR", help="folder with the data sets (or set DECODATHLON_DATA)")
-    add("--results", default=None, metavar="PATH", help="results file (default results.duckdb beside pyproject.toml)")
+    add("--results", default=None, metavar="PATH", help="results file (default results.duckdb of the project)")
     add("--seed", type=int, default=default.seed, metavar="N", help="same seed, same tokens (default 0)")
     add("--device", choices=["auto", "cpu", "cuda"], default=default.device, help="where the model runs (default auto)")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype, help="of the weights")
@@ -105,7 +105,7 @@ def _interrupt(number: int, frame: Any) -> None:
 def _run(config: pytest.Config) -> Run:
     option = config.option
     # resolved, so that a link to a shared file stays a link
-    results = Path(option.decodathlon_results or config.rootpath / "results.duckdb").resolve()
+    results = Path(option.decodathlon_results or environment.results_file()).resolve()
     rules = Path(option.decodathlon_gates or config.rootpath / gates.FILE)
     wanted = option.decodathlon_gates != "none" and (option.decodathlon_gates is not None or rules.exists())
     settings = Settings(

@@ -75,7 +75,8 @@ class Registry:
             SpecError: nothing of this kind has the name; the nearest one is named.
         """
         if (kind, name) not in self.entries:
-            raise SpecError(f"there is no {kind} {name!r}{near_miss(name, self.names(kind))}")
+            own = "; one in a file of its own needs --decoder-file FILE" if kind == "decoder" else ""
+            raise SpecError(f"there is no {kind} {name!r}{near_miss(name, self.names(kind))}{own}")
         return self.entries[kind, name].value
 
     def names(self, kind: Kind) -> list[str]:

@@ -100,7 +100,8 @@ class Run:
     def _hold(self) -> None:
         """A run has one controller."""
         try:
-            self._held.enter_context(file_lock(self.folder / ".lock", timeout=0))
+            # a moment, because a board may be looking whether somebody measures
+            self._held.enter_context(file_lock(self.folder / shards.LOCK_FILE, timeout=0.2))
         except StoreError:
             raise StoreError(f"run {self.run_id} is being measured by another process") from None
 
@@ -208,7 +209,7 @@ class Run:
 
     @property
     def _results_option(self) -> str:
-        usual = self.settings.results == environment.ROOT / "results.duckdb"
+        usual = self.settings.results == environment.results_file().resolve()
         return "" if usual else f" --results {shlex.quote(str(self.settings.results))}"
 
     def _collect(self) -> None:

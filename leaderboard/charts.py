@@ -48,15 +48,16 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
         if all(math.isfinite(n.estimate.value) for n in (p.x, p.y))
     ]
     base = alt.Chart(alt.Data(values=rows))
-    at_x = alt.X("x:Q", title=_title(x, points[0].x if points else None), scale=_scale([r["x"] for r in rows]))
-    at_y = alt.Y("y:Q", title=_title(y, points[0].y if points else None), scale=_scale([r["y"] for r in rows]))
+    like = (points[0].x, points[0].y) if points else (None, None)
+    at_x = alt.X("x:Q", title=_title(x, like[0], "→"), scale=_scale([r["x"] for r in rows], like[0]))
+    at_y = alt.Y("y:Q", title=_title(y, like[1], "↑"), scale=_scale([r["y"] for r in rows], like[1]))
     colour = alt.Color(
-        "family:N", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="bottom", columns=4, symbolOpacity=1)
+        "family:N", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="bottom", columns=3, symbolOpacity=1)
     )
     shape = alt.Shape(
         "claim:N",
         scale=alt.Scale(range=SHAPES),
-        legend=alt.Legend(orient="bottom", columns=3, symbolFillColor=GREY, symbolStrokeColor=GREY),
+        legend=alt.Legend(orient="bottom", columns=2, symbolFillColor=GREY, symbolStrokeColor=GREY),
     )
     faint = alt.condition("datum.pale", alt.value(0.3), alt.value(1.0))
     tips = [alt.Tooltip(f"{f}:N") for f in ("decoder", "claim", "x_text", "y_text", "front", "probability")]
@@ -164,15 +165,20 @@ def _coordinates(axis: str, number: Number) -> dict[str, Any]:
     return {axis: value, f"{axis}_low": low, f"{axis}_high": high, f"{axis}_text": text}
 
 
-def _scale(values: Sequence[float]) -> altair.Scale:
-    """Logarithmic where the values span so much that a linear axis would press most of them together."""
+def _scale(values: Sequence[float], like: Number | None) -> altair.Scale:
+    """Logarithmic where the values span so much that a linear axis would press most of them together; better is always
+    to the right and up, so what is better lower runs backwards."""
     import altair as alt
 
     wide = bool(values) and min(values) > 0 and max(values) > WIDE * min(values)
-    return alt.Scale(type="log", nice=False, padding=20) if wide else alt.Scale(zero=False, nice=True)
+    back = like is not None and like.better == "lower"
+    if wide:
+        return alt.Scale(type="log", nice=False, padding=20, reverse=back)
+    return alt.Scale(zero=False, nice=True, reverse=back)
 
 
-def _title(axis: Axis, number: Number | None) -> str:
-    better = "" if number is None or number.better == "none" else f" ({number.better} is better)"
+def _title(axis: Axis, number: Number | None, arrow: str) -> list[str]:
+    """Two lines, so that it fits a phone."""
+    better = "" if number is None or number.better == "none" else f"better {arrow} ({number.better})"
     unit = "" if number is None or number.unit == "1" else f" in {number.unit}"
-    return f"{axis.metric}{unit}, {axis.column}{better}"
+    return [f"{axis.metric}{unit}", f"{axis.column}  {better}"]

@@ -11,14 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from decodathlon.harness.results import front, measured
-from decodathlon.harness.results.measured import Number, noise_floor
-from decodathlon.harness.results.metrics import Metric
+from decodathlon.harness.results.measured import Number
+from decodathlon.harness.results.metrics import METRICS, Metric
 from decodathlon.harness.results.table import DASH, quantity
 from decodathlon.leaderboard.queries import Cell, Column
 
 #: A baseline is measured against itself by definition.
 _ONE = measured.exactly(1.0)
 MEASURED = ("ok", "partial")
+#: From this probability on a decoder on the front is marked as such.
+LIKELY = 0.5
+#: Enough to tell likely from unlikely.
+OVERVIEW_RESAMPLES = 400
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Entry:
     cell: Cell | None
     number: Number | None
     text: str
-    best: bool = False
+    mark: measured.Mark | None = None
     #: Why there is no number; empty where there is one.
     reason: str = ""
 
@@ -118,19 +122,24 @@ def lines(
 
     Args:
         baselines: of each ratio, the decoder that it is relative to.
-        rank: mark the best; False where not all decoders of a column are at hand.
+        rank: mark the best and what is not told apart from it; False where not all decoders of a column are at hand.
     """
     by_decoder: dict[str, list[Cell]] = {}
     for cell in cells:
         by_decoder.setdefault(cell.decoder, []).append(cell)
     sound = [c for c in cells if rank and not c.doubts]
-    best = {a: measured.best(a.metric, [c.measured for c in sound if c.column == a.column]) for a in axes}
+    marks = {a: _marks(a, [c.measured for c in sound if c.column == a.column], baselines) for a in axes}
     found = []
     for decoder, own in by_decoder.items():
-        entries = tuple(_entry(decoder, _at(own, axis.column), axis.metric, best[axis], baselines) for axis in axes)
+        entries = tuple(_entry(decoder, _at(own, axis.column), axis.metric, marks[axis], baselines) for axis in axes)
         one = next((c for c in own if c.claim), own[0])
         found.append(Line(decoder, one.name, one.family, one.claim, one.audit, entries))
     return found
+
+
+def _marks(axis: Axis, cells: Sequence[measured.Measured], baselines: Mapping[str, str]) -> dict[str, measured.Mark]:
+    baseline = next((c for c in cells if c.decoder == baselines.get(axis.metric) and c.status == "ok"), None)
+    return measured.marks(axis.metric, cells, baseline)
 
 
 def _at(own: Sequence[Cell], column: Column) -> Cell | None:
@@ -139,17 +148,19 @@ def _at(own: Sequence[Cell], column: Column) -> Cell | None:
     return max(found, key=lambda c: c.column.dataset, default=None)
 
 
-def _entry(decoder: str, cell: Cell | None, metric: str, best: set[str], baselines: Mapping[str, str]) -> Entry:
+def _entry(
+    decoder: str, cell: Cell | None, metric: str, marks: Mapping[str, measured.Mark], baselines: Mapping[str, str]
+) -> Entry:
     if cell is None:
         return Entry(None, None, DASH, reason="not measured in this setting")
     if cell.measured.status not in MEASURED:
         return Entry(cell, None, cell.measured.status, reason=cell.measured.reason)
     number = cell.number(metric)
     if number is None and baselines.get(metric) == decoder:
-        return Entry(cell, _ONE, "1 (baseline)")
+        return Entry(cell, _ONE, "1 (baseline)", marks.get(cell.measured.cell_id))
     if number is None:
         return Entry(cell, None, DASH, reason=f"its cell has no {metric}")
-    return Entry(cell, number, text_of(number), best=cell.measured.cell_id in best)
+    return Entry(cell, number, text_of(number), marks.get(cell.measured.cell_id))
 
 
 def text_of(number: Number, *, interval: bool = True) -> str:
@@ -194,12 +205,12 @@ def _swept(cell: Cell, parameter: str, metric: str) -> dict[str, Any]:
 
 
 def ordered(table: Sequence[Line], place: int) -> list[Line]:
-    """Best first by one column; without a number there come last, by name."""
+    """Best first by one column; last, by name, those without a number there, then those without any."""
 
     def key(line: Line) -> tuple[int, float, str]:
         number = line.entries[place].number if line.entries else None
         if number is None or math.isnan(number.estimate.value):
-            return (1, 0.0, line.decoder)
+            return (1 if any(e.number for e in line.entries) else 2, 0.0, line.decoder)
         sign = -1.0 if number.better == "higher" else 1.0
         return (0, sign * number.estimate.value, line.decoder)
 
@@ -207,9 +218,11 @@ def ordered(table: Sequence[Line], place: int) -> list[Line]:
 
 
 def default_axes(axes: Sequence[Axis], metrics: Mapping[str, Metric]) -> tuple[Axis, Axis] | None:
-    """The first axis of cost and the first of quality, if there are both."""
-    cost = [a for a in axes if metrics[a.metric].kind in ("speed", "memory")]
-    quality = [a for a in axes if metrics[a.metric].kind == "quality"]
+    """The axis of cost and that of quality whose metrics come first in the table of metrics, if there are both."""
+    known = {name: place for place, name in enumerate(METRICS)}
+    telling = sorted(axes, key=lambda a: known.get(a.metric, len(known)))
+    cost = [a for a in telling if metrics[a.metric].kind in ("speed", "memory")]
+    quality = [a for a in telling if metrics[a.metric].kind == "quality"]
     return (cost[0], quality[0]) if cost and quality else None
 
 
@@ -228,6 +241,11 @@ class Point:
     doubts: tuple[str, ...]
     on_front: bool
     probability: float | None
+
+    @property
+    def likely(self) -> bool:
+        """Whether it is on the front, and more likely than not."""
+        return self.on_front and (self.probability or 0.0) >= LIKELY
 
 
 def points(cells: Sequence[Cell], x: Axis, y: Axis, baselines: Mapping[str, str]) -> tuple[list[Point], list[Line]]:
@@ -250,10 +268,13 @@ def points(cells: Sequence[Cell], x: Axis, y: Axis, baselines: Mapping[str, str]
 
 
 def with_front(table: Sequence[Line], axes: Sequence[Axis], plane: tuple[Axis, Axis] | None) -> list[Line]:
-    """The lines of a table with those marked that are on the front of two of its axes by their values."""
+    """The lines of a table with those marked that are on the front of two of its axes, more likely than not."""
     if plane is None:
         return list(table)
-    on = _on_front(_contestants(table, (axes.index(plane[0]), axes.index(plane[1])), plane))
+    contestants = _contestants(table, (axes.index(plane[0]), axes.index(plane[1])), plane)
+    sure = front.probabilities(list(contestants.values()), resamples=OVERVIEW_RESAMPLES)
+    likely = {decoder for decoder, p in zip(contestants, sure, strict=True) if (p or 0.0) >= LIKELY}
+    on = _on_front(contestants) & likely
     return [replace(line, pareto=line.decoder in on) for line in table]
 
 
@@ -308,20 +329,11 @@ def summary(table: Sequence[Line], axes: Sequence[Axis], baselines: Mapping[str,
 
 
 def _against(baseline: str, metric: str, entries: Sequence[tuple[str, Entry]]) -> str:
-    faster, slower, same = [], [], []
+    sides: dict[str | None, list[str]] = {"above": [], "below": [], "not told apart": []}
     for decoder, entry in entries:
-        if entry.number is None or entry.cell is None or decoder == baseline:
-            continue
-        value, low, high, _ = entry.number.estimate
-        if low is None or high is None:
-            continue
-        floor = noise_floor(metric, entry.cell.measured)
-        if min(low, value * math.exp(-floor)) > 1:
-            faster.append(decoder)
-        elif max(high, value * math.exp(floor)) < 1:
-            slower.append(decoder)
-        else:
-            same.append(decoder)
+        if entry.cell is not None and decoder != baseline:
+            sides.setdefault(measured.beside_one(metric, entry.cell.measured), []).append(decoder)
+    faster, slower, same = sides["above"], sides["below"], sides["not told apart"]
     if not faster + slower + same:
         return ""
     parts = [f"faster than {baseline}: {listed(faster)}" if faster else f"none is shown to be faster than {baseline}"]
@@ -333,16 +345,15 @@ def _against(baseline: str, metric: str, entries: Sequence[tuple[str, Entry]]) -
 
 
 def _leading(entries: Sequence[tuple[str, Entry]]) -> str:
-    best = [(d, e.number) for d, e in entries if e.best and e.number is not None]
-    if not best:
+    leader = next(((d, e.number) for d, e in entries if e.mark == "best" and e.number is not None), None)
+    if leader is None:
         return ""
-    sign = -1.0 if best[0][1].better == "higher" else 1.0
-    (leader, number), *rest = sorted(best, key=lambda item: sign * item[1].estimate.value)
-    text = f"{leader} leads with {text_of(number)}"
-    return text + (f"; not told apart from it: {listed([d for d, _ in rest])}." if rest else ", ahead of all others.")
+    text = f"{leader[0]} leads with {text_of(leader[1])}"
+    rest = [d for d, e in entries if e.mark == "tied"]
+    return text + (f"; not told apart from it: {listed(rest)}." if rest else ", ahead of all others.")
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
+def listed(names: Sequence[str], most: int = 20) -> str:
     """Names in a sentence; of many the first and how many more."""
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

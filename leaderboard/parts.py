@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import streamlit as st
 
 from decodathlon.harness.errors import MissingError, StoreError
-from decodathlon.harness.results import environment
+from decodathlon.harness.results import environment, measured
 from decodathlon.harness.results.metrics import Metric
 from decodathlon.leaderboard import findings, queries
+from decodathlon.leaderboard.comparison import compare
 from decodathlon.leaderboard.queries import Cell, Setting
 from decodathlon.leaderboard.source import Snapshot, Source
 from decodathlon.leaderboard.tables import Field, link
@@ -38,7 +39,7 @@ def _source(results: str) -> Source:
 
 def source() -> Source:
     """The results that this board shows."""
-    return _source(os.environ.get(environment.RESULTS_VARIABLE) or str(environment.ROOT / "results.duckdb"))
+    return _source(str(environment.results_file().resolve()))
 
 
 def snapshot() -> Snapshot:
@@ -91,7 +92,10 @@ def _pulse() -> None:
         if run.live:
             st.progress(share, text=f"being measured: {run.run_id}, {run.done} of {run.planned} cells")
         else:
-            st.caption(f"unfinished: {run.run_id}, {run.done} of {run.planned} cells")
+            st.caption(
+                f"stopped: {run.run_id}, {run.done} of {run.planned} cells; go on with "
+                f"`pytest suites/ --benchmark --resume {run.run_id}`"
+            )
 
 
 def begin() -> Snapshot:
@@ -122,8 +126,35 @@ def setting(found: Snapshot) -> Setting:
             if len(options) == 1 and key in ("dtype", "seed"):
                 values[key] = options[0]
             else:
-                values[key] = st.selectbox(label, options, key=key, bind="query-params", format_func=str)
+                values[key] = choose(label, options, key)
+            st.query_params[key] = str(values[key])
     return Setting(**values)
+
+
+def address(chosen: Setting) -> dict[str, str]:
+    """What a link to another page says of the setting, so that it leads to the same numbers."""
+    return {key: str(value) for key, value in vars(chosen).items()}
+
+
+def choose(label: str, options: Sequence[T], key: str, *, first: int = 0) -> T:
+    """One of some options. It is always in the address of the page, and kept from page to page.
+
+    An address that names what is not there gets a word about it: nobody shall take other numbers for those he was sent.
+    """
+    texts = {str(option): option for option in options}
+    kept: dict[str, str] = st.session_state.setdefault("_kept", {})
+    wanted = st.query_params.get(key)
+    if wanted is not None and wanted != kept.get(key):  # a link was followed
+        st.session_state.pop(key, None)
+        if wanted not in texts:
+            st.warning(f"There is no {label.lower()} {plain(wanted[:80])} here; this is another one.")
+    if st.session_state.get(key) not in texts:
+        usual = kept.get(key)
+        at = next((text for text in (wanted, usual) if text in texts), list(texts)[first])
+        st.session_state[key] = at
+    text = st.selectbox(label, list(texts), key=key)
+    kept[key] = st.query_params[key] = text
+    return texts[text]
 
 
 def cells(found: Snapshot, chosen: Setting, *filters: Any) -> list[Cell]:
@@ -141,7 +172,7 @@ def leads(found: Snapshot, chosen: Setting) -> list[findings.Axis]:
 
 def entry_field(entry: findings.Entry) -> Field:
     """A field of a table of decoders: the number with its marks, or why there is none."""
-    look = ["best"] if entry.best else []
+    look: list[str] = [entry.mark] if entry.mark else []
     small = ", ".join(entry.doubts)
     if entry.number is None:
         look.append("none")
@@ -152,10 +183,17 @@ def entry_field(entry: findings.Entry) -> Field:
     return Field(entry.text, small=small, look=" ".join(look), number=entry.number is not None)
 
 
-def decoder_field(line: findings.Line) -> Field:
-    """The name of a decoder, leading to its page."""
+def decoder_row(line: findings.Line, chosen: Setting, *between: str) -> list[Field | str]:
+    """A line of a table: the decoder, leading to its page, what stands between, its numbers. What holds for all of
+    them is said once."""
+    fields = [entry_field(e) for e in line.entries]
+    said = {f.small for f, e in zip(fields, line.entries, strict=True) if e.number is not None}
+    common = said.pop() if len(said) == 1 else ""
+    if common:
+        fields = [replace(f, small="") for f in fields]
     look = " ".join(filter(None, ["front" if line.pareto else "", "grey" if line.grey else ""]))
-    return Field(line.decoder, look=look, href=link("decoder", decoder=line.name))
+    name = Field(line.decoder, small=common, look=look, href=link("decoder", decoder=line.name, **address(chosen)))
+    return [name, *between, *fields]
 
 
 def axis_name(axis: findings.Axis, among: Sequence[findings.Axis]) -> str:
@@ -172,7 +210,7 @@ def column_name(column: queries.Column, among: Sequence[findings.Axis]) -> str:
 def choose_axis(label: str, axes: Sequence[findings.Axis], key: str) -> findings.Axis:
     """One of some axes; its name is in the address of the page."""
     names = {axis_name(a, axes): a for a in axes}
-    return names[st.selectbox(label, list(names), key=key, bind="query-params")]
+    return names[choose(label, list(names), key)]
 
 
 def axis_head(axis: findings.Axis, metrics: Mapping[str, Metric], among: Sequence[findings.Axis] = ()) -> Field:
@@ -196,11 +234,26 @@ def missing(lines: Sequence[findings.Line], axes: Sequence[findings.Axis]) -> li
         for axis, entry in zip(axes, line.entries, strict=True):
             if entry.number is None and entry.cell is not None and entry.cell.measured.status not in findings.MEASURED:
                 who, where = by_reason.setdefault((entry.cell.measured.status, entry.reason), ({}, {}))
-                who[line.decoder] = where[str(axis.column)] = None
+                who[line.decoder] = where[column_name(axis.column, axes)] = None
     return [
         f"{findings.listed(list(who))} on {findings.listed(list(where))}: {status}" + (f" ({reason})" if reason else "")
         for (status, reason), (who, where) in by_reason.items()
     ]
+
+
+def comparison(
+    pairs: Sequence[tuple[measured.Measured, measured.Measured]], names: tuple[str, str], caption: str
+) -> None:
+    """Two lists of cells beside one another, what speaks of a change first."""
+    found = compare(pairs, names, caption)
+    if found.speaking:
+        st.html(found.speaking)
+    if found.judged:
+        chance = found.judged * 0.05
+        st.caption(f"{found.judged} intervals: about {chance:.1f} of them would speak of a change by chance alone.")
+    if found.rest:
+        with st.expander("What cannot be ranked, or is the same"):
+            st.html(found.rest)
 
 
 def plain(text: str, *, code: bool = False) -> str:

@@ -6,6 +6,7 @@ Every function takes a connection to a snapshot that `prepare` has seen, and ret
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import duckdb
 
 Row = dict[str, Any]
+#: The spread of a decoder's speed against itself, as a logarithm, above which its reader is told.
+NOISY = 0.1
 #: What stands in for a decoder in rows of the harness's own operations.
 HARNESS = "harness"
 
@@ -103,8 +106,13 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
                split_part(decoder, '[', 1) AS name, family, coalesce(claim, '') AS claim, NULL::VARCHAR AS audit,
                model, coalesce(dtype, '') AS dtype, coalesce(device, '') AS device, coalesce(dataset, '') AS dataset,
                data->>'source' AS source, seed, status, coalesce(reason, '') AS reason, notes, hardware, git_dirty,
-               params
-        FROM latest_cell WHERE decoder <> '{HARNESS}' ORDER BY model, hardware, scale, suite, slice, decoder
+               params,
+               coalesce(NOT 1 BETWEEN a.ci_low AND a.ci_high AND abs(ln(a.value)) > {measured.BIAS}, false) AS biased,
+               greatest(abs(ln(a.value)), abs(ln(a.ci_low)), abs(ln(a.ci_high))) AS spread
+        FROM latest_cell
+        LEFT JOIN (FROM metric WHERE metric = 'ratio_to_self' AND value > 0 AND coalesce(ci_low, value) > 0) a
+            USING (run_id, cell_id)
+        WHERE decoder <> '{HARNESS}' ORDER BY model, hardware, scale, suite, slice, decoder
         """
     )
     # Ratios to different baselines are different metrics.
@@ -221,6 +229,16 @@ def decoders(connection: duckdb.DuckDBPyConnection) -> dict[str, Row]:
     return {name: {} for (name,) in names} | _described(connection, "decoders")
 
 
+def decoder_files(connection: duckdb.DuckDBPyConnection, name: str) -> list[str]:
+    """The files of their own that the newest run with a decoder was given."""
+    found = connection.execute(
+        "SELECT r.options->>'$.decoder_file[*]' FROM board b JOIN run r USING (run_id) WHERE b.name = $name "
+        "ORDER BY r.started DESC LIMIT 1",
+        {"name": name},
+    ).fetchone()
+    return list(found[0]) if found and found[0] else []
+
+
 def metrics(connection: duckdb.DuckDBPyConnection) -> dict[str, Metric]:
     """The table of metrics with those that plugins added to the runs."""
     known = {
@@ -321,7 +339,7 @@ def numbers_as_rows(connection: duckdb.DuckDBPyConnection, setting: Setting) -> 
         f"""
         SELECT b.suite, b.slice, b.dataset, b.decoder, b.family, b.claim, b.model, b.dtype, b.hardware, b.scale, b.seed,
                b.status, b.reason, m.metric, m.value, m.unit, m.better, m.ci_low, m.ci_high, m.n, m.baseline,
-               b.git_dirty, b.source, b.run_id, b.cell_id
+               b.git_dirty, b.source, b.biased, b.notes, b.run_id, b.cell_id
         FROM board b LEFT JOIN number m USING (run_id, cell_id) WHERE {_SETTING} ORDER BY ALL
         """,
         vars(setting),
@@ -348,10 +366,13 @@ def _cell(row: Row, numbers: dict[str, Number]) -> Cell:
         "unverified data": row["dataset"].startswith("unverified"),
         "changed code": bool(row["git_dirty"]),
         "audit failed": row["audit"] == "fail",
+        "A/A failed": row["biased"],
     }
     whole = row["status"] in ("ok", "partial")
     notes = [note for note in json.loads(row["notes"] or "[]") if whole and note.startswith(LOUD)]
     partial = [f"partial: {row['reason']}"] if row["status"] == "partial" else []
+    if whole and (row["spread"] or 0) > NOISY:
+        partial.append(f"noisy: its speed against itself spreads by {math.expm1(row['spread']):.0%}")
     return Cell(
         run_id=row["run_id"],
         column=column,

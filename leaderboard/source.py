@@ -7,21 +7,18 @@ import hashlib
 import os
 import tempfile
 import threading
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decodathlon.harness.errors import StoreError
+from decodathlon.harness.locks import is_held
 from decodathlon.harness.results import shards, store
 from decodathlon.leaderboard import queries
 
 if TYPE_CHECKING:
     import duckdb
-
-#: A run whose newest shard is younger than this many seconds counts as being measured.
-LIVE_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,8 @@ class Progress:
     run_id: str
     done: int
     planned: int
-    #: Seconds since its last result.
-    silent: float
-
-    @property
-    def live(self) -> bool:
-        return self.silent < LIVE_SECONDS
+    #: Whether a process measures it now; else it was stopped, and can be resumed.
+    live: bool
 
 
 class Source:
@@ -106,12 +99,11 @@ class Source:
             try:
                 cells = shards.read(plan).get("cells")
                 planned = len(cells) if isinstance(cells, list) else 0
-                done = list(shards.cells(folder))
-                newest = max(p.stat().st_mtime for p in [folder / shards.RUN_FILE, *done])
-            except (StoreError, FileNotFoundError):  # damaged, or taken away meanwhile: no progress to speak of
+                done, live = len(list(shards.cells(folder))), is_held(folder / shards.LOCK_FILE)
+            except (StoreError, OSError):  # damaged, or taken away meanwhile: no progress to speak of
                 continue
-            if len(done) < planned:
-                found.append(Progress(folder.name, len(done), planned, max(0.0, time.time() - newest)))
+            if done < planned:
+                found.append(Progress(folder.name, done, planned, live))
         return found
 
     def _version(self) -> str:

@@ -16,8 +16,8 @@ class Field:
     text: str
     #: Shown under the text in small letters, such as why there is no number.
     small: str = ""
-    #: `best`, `front`, `grey`, `none` (nothing measured), `pass`, `fail`, `unsure`, `prose` (may be broken into lines);
-    #: several by a space.
+    #: `best`, `tied`, `front`, `grey`, `none` (nothing measured), `pass`, `fail`, `unsure`, `prose` (may be broken into
+    #: lines); several by a space.
     look: str = ""
     href: str = ""
     number: bool = False
@@ -59,7 +59,11 @@ def _inside(field: Field) -> str:
     text = escape(field.text)
     if field.href:
         text = f'<a href="{escape(field.href)}" target="_self">{text}</a>'
-    marks = {"best": ("★", "best or not told apart from it"), "front": ("◆", "on the Pareto front")}
+    marks = {
+        "best": ("★", "best"),
+        "tied": ("≈", "not told apart from the best"),
+        "front": ("◆", "on the Pareto front"),
+    }
     for look, (sign, says) in marks.items():
         if look in field.look.split():
             text += f' <span class="mark" role="img" aria-label="{says}" title="{says}">{sign}</span>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 
@@ -36,12 +37,23 @@ def command(options: argparse.Namespace) -> list[str]:
         raise SpecError(f"--results {options.results}: name a results file, such as results.duckdb")
     if not 1 <= options.port <= 65535:
         raise SpecError(f"--port {options.port} is not between 1 and 65535")
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(options.address, options.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        raise SpecError(
+            f"{options.address}:{options.port} cannot be used ({error.strerror}); another --port, such as "
+            f"{options.port % 65535 + 1}, may be free"
+        ) from None
     if importlib.util.find_spec("streamlit") is None:
         raise MissingError("the board needs the package streamlit: pip install streamlit")
     settings = {
         "server.port": options.port,
         "server.address": options.address,
         "server.headless": str(options.no_browser).lower(),
+        "logger.hideWelcomeMessage": "true",
         "server.showEmailPrompt": "false",
         "server.fileWatcherType": "none",
     }

@@ -41,7 +41,7 @@ def results_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        default=environment.ROOT / "results.duckdb",
+        default=environment.results_file(),
         metavar="PATH",
         help="results file (default results.duckdb of the project)",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from decodathlon.harness.commands.command import Command, say
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.registry import registry
+from decodathlon.harness.results import environment
 
 _HERE = Path(__file__).parent / "templates"
 #: What a template draws its tokens from.
@@ -48,7 +49,8 @@ def _run(options: argparse.Namespace) -> int:
         raise SpecError(f"{path} cannot be written: {error.strerror}") from None
     shown = shlex.quote(str(path))
     say(f"wrote {path}. It works as it is; try it (about two minutes):")
-    say(f"  pytest suites/ --benchmark --decoder-file {shown} --decoder {name} --decoder top-p --scale smoke")
+    suites = "suites/" if Path("suites").is_dir() else shlex.quote(str(environment.ROOT / "suites"))
+    say(f"  pytest {suites} --benchmark --decoder-file {shown} --decoder {name} --decoder top-p --scale smoke")
     say("  decodathlon board")
     say("Then make it yours: docs/add-a-decoder.md")
     return 0

@@ -151,10 +151,11 @@ def remarks(pairs: Sequence[Pair]) -> list[str]:
     found = []
     if not all(pair.repeatable for pair in pairs):
         found.append("the same seed gave other tokens the second time")
-    gain = statistics.median([p.seconds["candidate"][0] / p.seconds["candidate"][1] for p in pairs]).value
+    gains = [p.seconds["candidate"][0] / p.seconds["candidate"][1] for p in pairs]
     if any(p.first >= sum(p.seconds["candidate"]) / 2 for p in pairs):
         found.append("one token took as long as all of them, so there is no time per further token")
-    if gain > SUSPICIOUS_GAIN:
+    if min(gains) > SUSPICIOUS_GAIN:  # every time: a neighbour on the machine disturbs one run, not all the first ones
+        gain = statistics.median(gains).value
         found.append(f"the second run over the same prompts was {gain:.1f} times as fast: does it remember answers?")
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-#: The environment variable by which the board learns which results file to show.
+#: The environment variable that names the results file where no option does.
 RESULTS_VARIABLE = "DECODATHLON_RESULTS"
 PACKAGES = (
     "decodathlon",
@@ -33,6 +33,13 @@ PACKAGES = (
 OWN_OUTPUT = ("results.duckdb",)
 #: Where an untracked file is code that may run; elsewhere it is the user's own.
 CODE = ("harness/", "decoders/", "kernels/", "suites/", "leaderboard/")
+
+
+def results_file() -> Path:
+    """The results file where none is named: what the environment says, the clone's own, or one in this folder."""
+    if RESULTS_VARIABLE in os.environ:
+        return Path(os.environ[RESULTS_VARIABLE])
+    return (ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()) / "results.duckdb"
 
 
 def describe() -> dict[str, Any]:

@@ -21,6 +21,11 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+Mark = Literal["best", "tied"]
+#: How far, as a logarithm, a decoder may seem to differ from itself before its times are doubted.
+BIAS = 0.05
+
+
 @dataclass(frozen=True)
 class Number:
     """One metric of one cell."""
@@ -140,21 +145,49 @@ def differ(metric: str, a: Measured, b: Measured) -> bool:
     return not min(found.low, found.value * math.exp(-floor)) <= 1 <= max(found.high, found.value * math.exp(floor))
 
 
-def best(metric: str, cells: Sequence[Measured]) -> set[str]:
-    """Ids of the best cell in a metric and of all that cannot be told apart from it; empty where there is no rank.
+def beside_one(metric: str, cell: Measured) -> Literal["above", "below", "not told apart"] | None:
+    """Where a ratio lies to the baseline's 1, beyond the decoder's spread from itself; None without an interval."""
+    value, low, high, _ = cell.metrics[metric].estimate
+    if low is None or high is None:
+        return None
+    floor = noise_floor(metric, cell)
+    if min(low, value * math.exp(-floor)) > 1:
+        return "above"
+    return "below" if max(high, value * math.exp(floor)) < 1 else "not told apart"
+
+
+def biased(cell: Measured) -> bool:
+    """Whether the A/A test failed: the decoder was measured to differ from itself by more than noise allows."""
+    own = cell.metrics.get("ratio_to_self")
+    if own is None or own.estimate.low is None or own.estimate.high is None:
+        return False
+    return not own.estimate.low <= 1 <= own.estimate.high and abs(math.log(own.estimate.value)) > BIAS
+
+
+def marks(metric: str, cells: Sequence[Measured], baseline: Measured | None = None) -> dict[str, Mark]:
+    """By cell id, which cell of a column is best and which cannot be told apart from it; empty where there is no rank.
 
     Nothing ranks without an interval, nor times and sizes: cells run one after another, so only paired ratios rank.
     Told apart are two cells by the interval of their difference, unit by unit, beyond the spread of each from itself.
+    Where nobody is told apart from the best, nobody is marked.
+
+    Args:
+        baseline: of a ratio, the cell that has 1 by definition.
     """
     found = {c.cell_id: c for c in cells if c.status == "ok" and _ranks(c.metrics.get(metric))}
-    if len(found) < 2:
-        return set()
-    numbers = {i: c.metrics[metric] for i, c in found.items()}
-    sign = 1.0 if next(iter(numbers.values())).better == "higher" else -1.0
-    leader = max(found, key=lambda i: sign * numbers[i].estimate.value)
-    if numbers[leader].estimate.low is None:
-        return set()
-    return {i for i, c in found.items() if i == leader or not differ(metric, c, found[leader])}
+    found = {i: c for i, c in found.items() if c.metrics[metric].estimate.low is not None}
+    if len(found) + (baseline is not None) < 2 or not found:
+        return {}
+    sign = 1.0 if next(iter(found.values())).metrics[metric].better == "higher" else -1.0
+    leader = max(found.values(), key=lambda c: sign * c.metrics[metric].estimate.value)
+    if baseline is not None and sign * leader.metrics[metric].estimate.value <= sign:
+        tied = {i for i, c in found.items() if beside_one(metric, c) == "not told apart"}
+        return {baseline.cell_id: "best", **dict.fromkeys(tied, "tied")} if len(tied) < len(found) else {}
+    tied = {i for i, c in found.items() if c is not leader and not differ(metric, c, leader)}
+    others = len(found) - 1 + (baseline is not None)
+    if baseline is not None and beside_one(metric, leader) == "not told apart":
+        tied.add(baseline.cell_id)
+    return {leader.cell_id: "best", **dict.fromkeys(tied, "tied")} if len(tied) < others else {}
 
 
 def _ranks(number: Number | None) -> bool:

@@ -24,7 +24,8 @@ METRICS: dict[str, Metric] = {
         "1",
         "lower",
         "Perplexity of the decoder's law mixed with the uniform law, the weight tuned on validation text "
-        "(Martins et al. 2020).",
+        "(Martins et al. 2020). It is the price of what a law cuts: one that truncates is expected to lose to "
+        "temperature 1, and nothing is said of how its samples read.",
         "quality",
     ),
     "sparsemax_score": Metric(

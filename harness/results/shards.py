@@ -16,6 +16,8 @@ RUN_FILE = "run.json"
 #: What the gates said of the run, and what it plans (with the user's own paths, so it is never published).
 GATES_FILE = "gates.json"
 PLAN_FILE = ".plan.json"
+#: Held by the process that measures the run.
+LOCK_FILE = ".lock"
 
 
 def folder_of(results: Path, run_id: str) -> Path:

@@ -82,7 +82,12 @@ def _operations(suite: str, members: Sequence[Outcome]) -> list[str]:
 def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
     columns = [c for c in registry.get("suite", suite).table if any(_metric(o, c) for o in members)]
     ranked = measured.of_outcomes(members)
-    best = {c: measured.best(c, ranked) for c in columns}
+    trusted = (
+        []
+        if any(o.data.get("source") == "stand-in" for o in members)
+        else [m for m in ranked if not measured.biased(m)]
+    )
+    marks = {c: measured.marks(c, trusted, _baseline(c, members, trusted)) for c in columns}
     rows = [["decoder", "claims", *columns]]
     remarks = []
     for outcome in members:
@@ -91,14 +96,18 @@ def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
         if outcome.status == "partial":
             remarks.append(f"! {label}: partial: {outcome.reason}")
         if outcome.status in ("ok", "partial"):
-            texts = [_cell_text(_metric(outcome, c), outcome.spec.cell_id in best[c]) for c in columns]
+            texts = [_cell_text(outcome, c, marks[c].get(outcome.spec.cell_id), members) for c in columns]
             rows.append([label, outcome.decoder["claim"], *texts])
         else:
             rows.append([label, f"{outcome.status}: {outcome.reason}"])
     body = aligned(rows)
     title = f"{suite} {part}" if part != "all" else suite
-    any_ok = any(o.status == "ok" for o in members)
-    warning = [] if not any_ok or any(best.values()) or len(members) < 2 else ["(too few observations to rank)"]
+    remarks += [f"! {m.decoder}: A/A failed: its speed against itself is not 1" for m in ranked if measured.biased(m)]
+    warning = []
+    if any(marks.values()):
+        warning = ["* best of its column, ~ not told apart from it"]
+    elif len([o for o in members if o.status == "ok"]) > 1:
+        warning = [f"({'too few observations to rank, or nothing told apart' if trusted else 'nothing is ranked'})"]
     return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:], *warning, *remarks]
 
 
@@ -116,8 +125,18 @@ def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
     return next((m for m in outcome.metrics if m["metric"] == name), None)
 
 
-def _cell_text(metric: dict[str, Any] | None, best: bool) -> str:
+def _cell_text(outcome: Outcome, name: str, mark: measured.Mark | None, members: Sequence[Outcome]) -> str:
+    metric = _metric(outcome, name)
+    sign = {"best": " *", "tied": " ~"}[mark] if mark else ""
     if metric is None:
-        return DASH
-    shown = metric["metric"].startswith(INTERVALS_OF)
-    return quantity(metric, interval=shown) + (" *" if best else "")
+        return f"1{sign} (baseline)" if _baseline_name(name, members) == outcome.spec.decoder else DASH
+    return quantity(metric, interval=name.startswith(INTERVALS_OF)) + sign
+
+
+def _baseline(name: str, members: Sequence[Outcome], cells: Sequence[measured.Measured]) -> measured.Measured | None:
+    """Of a ratio, the cell that it is relative to, where it was measured."""
+    return next((c for c in cells if c.status == "ok" and c.decoder == _baseline_name(name, members)), None)
+
+
+def _baseline_name(name: str, members: Sequence[Outcome]) -> str | None:
+    return next((m["baseline"] for o in members if (m := _metric(o, name)) and m.get("baseline")), None)

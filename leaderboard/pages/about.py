@@ -1,5 +1,7 @@
 """About: how to read the board, what every metric means, and the rules of the contest."""
 
+import re
+
 import streamlit as st
 
 from decodathlon.harness.results import environment
@@ -31,12 +33,15 @@ Decodathlon measures decoders of language models: how well their law predicts te
 take. A number here rests on raw observations that were kept; `results.duckdb` is made from them.
 
 - **A line** is a decoder with its parameters, in one setting: model, type, hardware, scale and seed never mix.
-- **★** is the best of a column, or what cannot be told apart from it: the 95 % interval of their difference, unit by
-  unit, holds zero, or the difference is smaller than a decoder's from itself. Times and sizes get no star, because
-  cells run one after another; only ratios, measured side by side, rank.
-- **◆** is on the Pareto front: nobody is at least as good in both metrics and better in one.
-- **Pale** is what does not count: measured on stand-in data, by code with uncommitted changes, or by a decoder whose
-  audit failed. It says which. It gets no star, takes part in no front and in no sentence at the top.
+- **★** is the best of a column, **≈** what cannot be told apart from it: the 95 % interval of their difference, unit
+  by unit, holds zero, or the difference is smaller than a decoder's from itself (which may mean: measured with much
+  noise). Where nobody is told apart, nobody is marked. Times and sizes are not marked, because cells run one after
+  another; only ratios, measured side by side, rank.
+- **◆** is on the Pareto front, more likely than not: nobody is at least as good in both metrics and better in one.
+- **Pale** is what does not count: measured on stand-in data, by code with uncommitted changes, by a decoder whose
+  audit failed, or with a failed A/A test (its speed against itself is not 1). It says which. It gets no mark, takes
+  part in no front and in no sentence at the top.
+- **A claim** is the word of a decoder's author. A run checks `greedy-exact`; the others are not checked yet.
 - **unsupported** says that a question does not apply to a decoder; **failed, crashed, oom, timeout** that it did not
   survive it. Nothing is left out, and no missing number counts as zero.
 """
@@ -75,6 +80,7 @@ st.subheader("The rules of the contest")
 rules = environment.ROOT / "docs" / "principles.md"
 if rules.is_file():
     text = rules.read_text(encoding="utf-8")
+    text = re.sub(r"\[([^\]]+)\]\([^)#]+\.md\)", r"docs/\1", text)  # files of the repository are no pages of the board
     st.markdown(text.partition("\n")[2].replace("\n## ", "\n#### "))
 else:
     st.markdown("They are in `docs/principles.md` of the repository.")

@@ -12,7 +12,7 @@ metrics = parts.ask(found, queries.metrics)
 suites = parts.ask(found, queries.suites)
 baselines = parts.ask(found, queries.baselines, setting)
 
-name = st.selectbox("Decoder", sorted(known), key="decoder", bind="query-params")
+name = parts.choose("Decoder", sorted(known), "decoder")
 about = known[name]
 cells = parts.cells(found, setting, None, name)
 st.title(name)
@@ -23,10 +23,11 @@ if about:
 else:
     st.caption("No run has described this decoder; runs measured from now on do.")
 claims = sorted({c.claim for c in cells if c.claim})
+files = "".join(f" --decoder-file {file}" for file in parts.ask(found, queries.decoder_files, name))
 st.markdown(
     f"Family **{about.get('family') or next((c.family for c in cells), name)}**"
     + (f" · claims **{', '.join(claims)}**" if claims else "")
-    + f" · [what claims mean]({link('about')}) · `pytest suites/ --benchmark --decoder {name}`"
+    + f" · [what claims mean]({link('about')}) · `pytest suites/ --benchmark{files} --decoder {name}`"
 )
 if about.get("parameters"):
     st.subheader("Parameters")
@@ -55,6 +56,30 @@ if cells:
                 st.markdown(f"- {parts.plain(why)}")
 else:
     st.info("Not measured in this setting; choose another in the sidebar.")
+
+settings = sorted({c.decoder for c in cells})
+rivals = sorted({c.decoder for c in parts.cells(found, setting, ("ratio_to_self",))} - {name})
+if cells and rivals:
+    st.subheader("Against another decoder")
+    left, right = st.columns(2)
+    with left:
+        mine = parts.choose("This one", settings, "setting") if len(settings) > 1 else settings[0]
+    with right:
+        rival = st.selectbox("Compare with", rivals, index=None, key="against", bind="query-params")
+    if rival:
+        theirs = parts.cells(found, setting, None, rival.partition("[")[0])
+        by_column = {c.column: c.measured for c in theirs if c.decoder == rival and c.measured.status == "ok"}
+        pairs = [
+            (by_column[c.column], c.measured)
+            for c in cells
+            if c.decoder == mine and c.column in by_column and c.measured.status == "ok"
+        ]
+        parts.comparison(pairs, (rival, mine), f"{mine} against {rival}")
+        doubts = sorted({d for c in (*cells, *theirs) if c.decoder in (mine, rival) for d in c.doubts})
+        if doubts:
+            st.caption(f"Not to be relied on: {', '.join(doubts)}.")
+        if not pairs:
+            st.info("No suite was measured with both on the same data.")
 
 measurable = sorted({m for c in cells for m in c.measured.metrics})
 if measurable:

@@ -2,8 +2,8 @@
 
 import streamlit as st
 
-from decodathlon.harness.results import changes, measured
-from decodathlon.leaderboard import findings, parts, queries
+from decodathlon.harness.results import measured
+from decodathlon.leaderboard import parts, queries
 from decodathlon.leaderboard.tables import Field, link, table
 
 MOST_CELLS = 500
@@ -15,7 +15,7 @@ if not runs:
     st.title("No runs yet")
     st.info("Run `pytest suites/ --benchmark`; this page fills while it runs.")
     st.stop()
-chosen = st.selectbox("Run", list(runs), key="run", bind="query-params")
+chosen = parts.choose("Run", list(runs), "run")
 record, brief = parts.ask(found, queries.run, chosen), runs[chosen]
 
 st.title(f"Run {chosen}")
@@ -81,29 +81,19 @@ others = [run for run in runs if run != chosen]
 other = st.selectbox("Compare with", others, index=None, key="with", bind="query-params")
 if other:
     before = {(c.decoder, c.where): c for c in measured.of_run(found.path, other)}
-    rows, judged = [], 0
-    for now in measured.of_run(found.path, chosen):
-        then = before.get((now.decoder, now.where))
-        if then is None:
-            continue
-        for metric in [m for m in now.metrics if m in then.metrics]:
-            change = changes.change_of(metric, then, now)
-            judged += change.estimate.low is not None
-            values = [findings.text_of(c.metrics[metric], interval=False) for c in (then, now)]
-            small = change.interval if change.estimate.low is not None else ""
-            verdict = change.verdict.replace("B is", "this run is")
-            fields = [Field(value, number=True) for value in values]
-            rows.append([now.name, metric, verdict, Field(change.text, small=small, number=True), *fields])
-    if rows:
-        head = ["cell", "metric", "what it says", "change", f"then ({other})", f"now ({chosen})"]
-        st.html(table(head, rows[:MOST_CELLS], f"Run {chosen} against {other}"))
-        st.caption(f"{judged} intervals: about {judged * 0.05:.1f} of them would speak of a change by chance alone.")
+    now = measured.of_run(found.path, chosen)
+    pairs = [(before[c.decoder, c.where], c) for c in now if (c.decoder, c.where) in before]
+    if pairs:
+        parts.comparison(pairs, (other, chosen), f"Run {chosen} against {other}")
     else:
         st.info("No cell in common: suite and its version, model, type, data, scale and seed must be the same.")
 
 st.subheader("Environment")
 environment, options = record["environment"], record["options"]
 machine = {k: v for k, v in environment.items() if k != "packages" and v not in ("", [], None)}
+if isinstance(machine.get("memory_bytes"), int):
+    machine["memory_bytes"] = f"{machine['memory_bytes'] / 2**30:.1f} GiB"
+machine |= {k: ", ".join(map(str, v)) for k, v in machine.items() if isinstance(v, list)}
 left, right = st.columns(2)
 with left:
     st.html(table(["machine", ""], [[k, str(v)] for k, v in machine.items()], "Machine"))

@@ -11,7 +11,7 @@ metrics = parts.ask(found, queries.metrics)
 baselines = parts.ask(found, queries.baselines, setting)
 suites = parts.ask(found, queries.suites)
 
-st.title("What does quality cost?")
+st.title("Quality against cost")
 st.caption(str(setting))
 
 axes = findings.axes(parts.ask(found, queries.columns, setting), suites, metrics)
@@ -34,10 +34,11 @@ points, lacking = findings.points(
 
 st.altair_chart(charts.trade_off(points, x, y), width="stretch", alt=charts.trade_off_in_words(points, x, y))
 st.caption(
-    "The dashed line joins the front: nobody is at least as good in both and better in one. Its probability is the "
-    "share of bootstrap resamples of the units (windows of text, pairs of runs) in which the decoder is on it; speeds "
-    "also carry the decoder's error against itself. It does not know how far another visit of the machine would move "
-    "them. A peak of memory is one measurement."
+    "Better is to the right and up. The dashed line joins the front by the values alone: nobody is at least as good "
+    "in both and better in one. Its probability is the share of bootstrap resamples of the units (windows of text, "
+    "pairs of runs) in which the decoder is on it; speeds also carry the decoder's error against itself. It does not "
+    "know how far another visit of the machine would move them. A peak of memory is one measurement. ◆ is on the front, "
+    "more likely than not."
 )
 rows = []
 for p in sorted(points, key=lambda p: (-(p.probability or 0), p.decoder))[: parts.MOST_LINES]:
@@ -46,7 +47,9 @@ for p in sorted(points, key=lambda p: (-(p.probability or 0), p.decoder))[: part
     rows.append(
         [
             Field(
-                p.decoder, look="front" if p.on_front else "", href=link("decoder", decoder=p.decoder.partition("[")[0])
+                p.decoder,
+                look="front" if p.likely else "",
+                href=link("decoder", decoder=p.decoder.partition("[")[0], **parts.address(setting)),
             ),
             Field(sure, small=why, number=True),
             Field(findings.text_of(p.x), number=True),

@@ -55,18 +55,18 @@ def test_every_decoder_has_a_line_and_every_gap_a_reason(table):
 
 def test_a_baseline_is_one_against_itself(table):
     entry = line(table, "greedy").entries[0]
-    assert (entry.text, entry.number.estimate.value, entry.best) == ("1 (baseline)", 1.0, False)
+    assert (entry.text, entry.number.estimate.value, entry.mark) == ("1 (baseline)", 1.0, None)
 
 
 def test_stars_go_to_the_best_and_what_cannot_be_told_apart(table):
-    assert [x.decoder for x in table if x.entries[1].best] == ["temperature"]
+    assert [x.decoder for x in table if x.entries[1].mark] == ["temperature"]
     entry = line(table, "mine").entries[1]
-    assert (entry.doubts, entry.best) == (("changed code",), False), "it leads by half a nat, but its code was changed"
+    assert (entry.doubts, entry.mark) == (("changed code",), None), "it leads by half a nat, but its code was changed"
 
 
 def test_times_and_sizes_get_no_star(cells):
     axes = [Axis(SPEED, m) for m in ("tokens_per_s", "peak_memory_bytes")]
-    assert not any(e.best for x in findings.lines(cells, axes, {}) for e in x.entries)
+    assert not any(e.mark for x in findings.lines(cells, axes, {}) for e in x.entries)
 
 
 def test_the_order_is_best_first_and_gaps_last(table):
@@ -197,7 +197,7 @@ def test_the_best_of_a_column_is_sought_on_its_own_data():
     cells = [made("a", TEXT, ppl_epsilon=worse), made("b", TEXT, ppl_epsilon=scored([11 - s for s in SPREAD])),
              made("c", other, ppl_epsilon=better)]  # fmt: skip
     table = findings.lines(cells, [Axis(TEXT, "ppl_epsilon")], {})
-    assert [x.decoder for x in table if x.entries[0].best] == ["a"], "c is lower, on another text"
+    assert [x.decoder for x in table if x.entries[0].mark] == ["a"], "c is lower, on another text"
 
 
 def test_versions_of_a_suite_are_columns_of_their_own():
