@@ -17,12 +17,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from decodathlon.harness.cells import HARNESS
 from decodathlon.harness.errors import SpecError, near_miss
 
 Kind = Literal["decoder", "model-loader", "suite", "dataset", "reward", "metric", "command"]
 
 #: Entry-point groups of third-party packages. Loading a module is enough; it registers what it holds.
 ENTRY_POINT_GROUPS = ("decodathlon.decoders", "decodathlon.plugins")
+#: `--decoder all`, and what stands for a decoder in rows of the harness's own operations.
+RESERVED = ("all", HARNESS)
 _KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _SNAKE = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 
@@ -63,6 +66,8 @@ class Registry:
         shape, style = (_SNAKE, "snake_case") if kind in ("metric", "suite") else (_KEBAB, "kebab-case")
         if not shape.fullmatch(name):
             raise SpecError(f"{kind} name {name!r} ({source}) is not {style}")
+        if kind == "decoder" and name in RESERVED:
+            raise SpecError(f"decoder name {name!r} ({source}) means something else here; choose another")
         held = self.entries.get((kind, name))
         if held is not None and Path(held.source).resolve() != Path(source).resolve():
             raise SpecError(f"{kind} {name!r} is defined twice: in {held.source} and in {source}; rename one")

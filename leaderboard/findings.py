@@ -51,6 +51,13 @@ class Entry:
     def doubts(self) -> tuple[str, ...]:
         return self.cell.doubts if self.cell else ()
 
+    @property
+    def counts(self) -> bool:
+        """Whether it may win: measured whole, without a doubt, on the same units as the others."""
+        if self.cell is None or self.number is None:
+            return False
+        return self.cell.measured.status == "ok" and not self.doubts and self.mark != "unlike"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -63,6 +70,8 @@ class Line:
     audit: str | None
     entries: tuple[Entry, ...]
     pareto: bool = False
+    #: Whether it holds what was measured since and does not count.
+    beside: bool = False
 
     @property
     def grey(self) -> bool:
@@ -118,22 +127,24 @@ def table_of(
 def lines(
     cells: Sequence[Cell], axes: Sequence[Axis], baselines: Mapping[str, str], *, rank: bool = True
 ) -> list[Line]:
-    """A table: a line per decoder, a field per axis. What is doubted can neither be best nor keep others from it.
+    """A table: a line per decoder, a field per axis; another line for what was measured since and does not count.
+
+    What is doubted can neither be best nor keep others from it.
 
     Args:
         baselines: of each ratio, the decoder that it is relative to.
         rank: mark the best and what is not told apart from it; False where not all decoders of a column are at hand.
     """
-    by_decoder: dict[str, list[Cell]] = {}
+    by_decoder: dict[tuple[str, bool], list[Cell]] = {}
     for cell in cells:
-        by_decoder.setdefault(cell.decoder, []).append(cell)
+        by_decoder.setdefault((cell.decoder, cell.beside), []).append(cell)
     sound = [c for c in cells if rank and not c.doubts]
     marks = {a: _marks(a, [c.measured for c in sound if c.column == a.column], baselines) for a in axes}
     found = []
-    for decoder, own in by_decoder.items():
+    for (decoder, beside), own in by_decoder.items():
         entries = tuple(_entry(decoder, _at(own, axis.column), axis.metric, marks[axis], baselines) for axis in axes)
         one = next((c for c in own if c.claim), own[0])
-        found.append(Line(decoder, one.name, one.family, one.claim, one.audit, entries))
+        found.append(Line(decoder, one.name, one.family, one.claim, one.audit, entries, beside=beside))
     return found
 
 
@@ -183,6 +194,7 @@ def sweeps(cells: Sequence[Cell], metric: str) -> dict[tuple[Column, str], list[
                 c
                 for c in cells
                 if c.column == cell.column
+                and not c.doubts
                 and (n := c.number(metric)) is not None
                 and math.isfinite(n.estimate.value)
                 and {k: v for k, v in c.params.items() if k != parameter} == others
@@ -262,7 +274,7 @@ def points(cells: Sequence[Cell], x: Axis, y: Axis, baselines: Mapping[str, str]
         first, second = (e.number for e in line.entries)
         if first is not None and second is not None:
             doubts = tuple(dict.fromkeys(d for e in line.entries for d in e.doubts))
-            at = (line.decoder in on, judged.get(line.decoder))
+            at = (False, None) if line.beside else (line.decoder in on, judged.get(line.decoder))
             found.append(Point(line.decoder, line.family, line.claim, first, second, doubts, *at))
     return found, [line for line in table if any(e.number is None for e in line.entries)]
 
@@ -275,17 +287,17 @@ def with_front(table: Sequence[Line], axes: Sequence[Axis], plane: tuple[Axis, A
     sure = front.probabilities(list(contestants.values()), resamples=OVERVIEW_RESAMPLES)
     likely = {decoder for decoder, p in zip(contestants, sure, strict=True) if (p or 0.0) >= LIKELY}
     on = _on_front(contestants) & likely
-    return [replace(line, pareto=line.decoder in on) for line in table]
+    return [replace(line, pareto=line.decoder in on and not line.beside) for line in table]
 
 
 def _contestants(
     table: Sequence[Line], places: tuple[int, int], axes: tuple[Axis, Axis]
 ) -> dict[str, front.Contestant]:
-    """By decoder, those that have both numbers without a doubt."""
+    """By decoder, those that have both numbers, measured whole and without a doubt, on what the others have."""
     found = {}
     for line in table:
         one, other = (line.entries[place] for place in places)
-        if one.number is not None and other.number is not None and not one.doubts + other.doubts:
+        if one.number is not None and other.number is not None and one.counts and other.counts:
             own = (_own(one, axes[0].metric), _own(other, axes[1].metric))
             found[line.decoder] = front.Contestant(one.number, other.number, own)
     return found
@@ -318,7 +330,7 @@ def summary(table: Sequence[Line], axes: Sequence[Axis], baselines: Mapping[str,
     found = []
     for place, axis in enumerate(axes):
         entries = [(line.decoder, line.entries[place]) for line in table]
-        sound = [(d, e) for d, e in entries if e.number is not None and not e.doubts and e.cell is not None]
+        sound = [(d, e) for d, e in entries if e.counts]
         if axis.metric in baselines:
             text = _against(baselines[axis.metric], axis.metric, sound)
         else:
@@ -332,7 +344,9 @@ def _against(baseline: str, metric: str, entries: Sequence[tuple[str, Entry]]) -
     sides: dict[str | None, list[str]] = {"above": [], "below": [], "not told apart": []}
     for decoder, entry in entries:
         if entry.cell is not None and decoder != baseline:
-            sides.setdefault(measured.beside_one(metric, entry.cell.measured), []).append(decoder)
+            contended = any(r.startswith("contended") for r in entry.cell.remarks)
+            said = f"{decoder} (contended)" if contended else decoder
+            sides.setdefault(measured.beside_one(metric, entry.cell.measured), []).append(said)
     faster, slower, same = sides["above"], sides["below"], sides["not told apart"]
     if not faster + slower + same:
         return ""
@@ -350,7 +364,7 @@ def _leading(entries: Sequence[tuple[str, Entry]]) -> str:
         return ""
     text = f"{leader[0]} leads with {text_of(leader[1])}"
     rest = [d for d, e in entries if e.mark == "tied"]
-    return text + (f"; not told apart from it: {listed(rest)}." if rest else ", ahead of all others.")
+    return text + (f"; not told apart from it: {listed(rest)}." if rest else ", ahead of all that count.")
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

@@ -172,8 +172,10 @@ def leads(found: Snapshot, chosen: Setting) -> list[findings.Axis]:
 
 def entry_field(entry: findings.Entry) -> Field:
     """A field of a table of decoders: the number with its marks, or why there is none."""
-    look: list[str] = [entry.mark] if entry.mark else []
+    look: list[str] = [entry.mark] if entry.mark in ("best", "tied") else []
     small = ", ".join(entry.doubts)
+    if entry.mark == "unlike":
+        small = "other weights, data or units: not ranked"
     if entry.number is None:
         look.append("none")
     elif entry.doubts:
@@ -191,6 +193,8 @@ def decoder_row(line: findings.Line, chosen: Setting, *between: str) -> list[Fie
     common = said.pop() if len(said) == 1 else ""
     if common:
         fields = [replace(f, small="") for f in fields]
+    if line.beside:
+        common = ", ".join(filter(None, ["measured since", common]))
     look = " ".join(filter(None, ["front" if line.pareto else "", "grey" if line.grey else ""]))
     name = Field(line.decoder, small=common, look=look, href=link("decoder", decoder=line.name, **address(chosen)))
     return [name, *between, *fields]
@@ -229,15 +233,18 @@ def _arrow(metric: Metric) -> str:
 
 def missing(lines: Sequence[findings.Line], axes: Sequence[findings.Axis]) -> list[str]:
     """What was not measured and why, one sentence per reason."""
-    by_reason: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    by_reason: dict[tuple[str, str, bool], tuple[dict[str, None], dict[str, None]]] = {}
     for line in lines:
         for axis, entry in zip(axes, line.entries, strict=True):
             if entry.number is None and entry.cell is not None and entry.cell.measured.status not in findings.MEASURED:
-                who, where = by_reason.setdefault((entry.cell.measured.status, entry.reason), ({}, {}))
+                key = (entry.cell.measured.status, entry.reason, entry.cell.beside)
+                who, where = by_reason.setdefault(key, ({}, {}))
                 who[line.decoder] = where[column_name(axis.column, axes)] = None
     return [
-        f"{findings.listed(list(who))} on {findings.listed(list(where))}: {status}" + (f" ({reason})" if reason else "")
-        for (status, reason), (who, where) in by_reason.items()
+        f"{findings.listed(list(who))} on {findings.listed(list(where))}: {status}"
+        + (f" ({reason})" if reason else "")
+        + ("; what was measured before it is shown" if before else "")
+        for (status, reason, before), (who, where) in by_reason.items()
     ]
 
 

@@ -79,6 +79,8 @@ class Cell:
     doubts: tuple[str, ...]
     #: What the reader of its numbers must know.
     remarks: tuple[str, ...]
+    #: Whether it is newer than a sound cell of the same thing, which counts in its place.
+    beside: bool = False
 
     @property
     def decoder(self) -> str:
@@ -98,18 +100,39 @@ _NUMBER = ("cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", 
 
 
 def prepare(connection: duckdb.DuckDBPyConnection) -> None:
-    """Work out once per snapshot which cells are the newest; a table, because every page asks."""
+    """Work out once per snapshot which cells are shown; a table, because every page asks.
+
+    Those are the newest ones. Where something speaks against the newest, the newest sound one is shown as well, and the
+    other stands beside it: what is doubted or failed takes nobody's place.
+    """
+    connection.execute("CREATE TEMP TABLE newest AS FROM latest_cell")
+    doubted = connection.execute("SELECT 1 FROM newest ANTI JOIN sound_cell USING (run_id, cell_id) LIMIT 1").fetchone()
+    connection.execute(  # where nothing is doubted, and in a large file that saves time, the newest are the sound ones
+        "CREATE TEMP TABLE sound AS " + ("FROM newest_of('sound_cell')" if doubted else "FROM newest")
+    )
     connection.execute(
         f"""
         CREATE TABLE board AS
+        WITH shown AS (
+            SELECT n.*, EXISTS (
+                FROM sound s WHERE (s.run_id, s.cell_id) <> (n.run_id, n.cell_id)
+                AND (s.suite, s.suite_version, s.slice, s.scale, s.decoder, s.model, s.seed, s.hardware)
+                    = (n.suite, n.suite_version, n.slice, n.scale, n.decoder, n.model, n.seed, n.hardware)
+                AND coalesce(n.dataset, s.dataset) = s.dataset
+                AND (coalesce(n.dtype, '') IN ('', 'auto') OR n.dtype = s.dtype)
+            ) AND NOT EXISTS (FROM sound s WHERE (s.run_id, s.cell_id) = (n.run_id, n.cell_id)) AS beside
+            FROM newest n
+            UNION ALL
+            SELECT s.*, false AS beside FROM sound s ANTI JOIN newest n USING (run_id, cell_id)
+        )
         SELECT run_id, cell_id, started, suite, suite_version, slice, scale, decoder,
                split_part(decoder, '[', 1) AS name, family, coalesce(claim, '') AS claim, NULL::VARCHAR AS audit,
                model, coalesce(dtype, '') AS dtype, coalesce(device, '') AS device, coalesce(dataset, '') AS dataset,
                data->>'source' AS source, seed, status, coalesce(reason, '') AS reason, notes, hardware, git_dirty,
-               params,
+               params, weights, data, sizes, beside,
                coalesce(NOT 1 BETWEEN a.ci_low AND a.ci_high AND abs(ln(a.value)) > {measured.BIAS}, false) AS biased,
                greatest(abs(ln(a.value)), abs(ln(a.ci_low)), abs(ln(a.ci_high))) AS spread
-        FROM latest_cell
+        FROM shown
         LEFT JOIN (FROM metric WHERE metric = 'ratio_to_self' AND value > 0 AND coalesce(ci_low, value) > 0) a
             USING (run_id, cell_id)
         WHERE decoder <> '{HARNESS}' ORDER BY model, hardware, scale, suite, slice, decoder
@@ -364,7 +387,8 @@ def _cell(row: Row, numbers: dict[str, Number]) -> Cell:
     doubts = {
         "stand-in data": row["source"] == "stand-in",
         "unverified data": row["dataset"].startswith("unverified"),
-        "changed code": bool(row["git_dirty"]),
+        "changed code": row["git_dirty"] is True,
+        "unknown code": row["git_dirty"] is None,
         "audit failed": row["audit"] == "fail",
         "A/A failed": row["biased"],
     }
@@ -380,9 +404,15 @@ def _cell(row: Row, numbers: dict[str, Number]) -> Cell:
         claim=row["claim"],
         audit=row["audit"],
         params=json.loads(row["params"] or "{}"),
-        measured=Measured(**{k: row[k] for k in keys}, dataset=row["dataset"] or None, metrics=numbers),
+        measured=Measured(
+            **{k: row[k] for k in keys},
+            dataset=row["dataset"] or None,
+            metrics=numbers,
+            basis=measured.basis(*(json.loads(row[part] or "{}") or {} for part in ("weights", "data", "sizes"))),
+        ),
         doubts=tuple(word for word, so in doubts.items() if so),
         remarks=(*partial, *notes),
+        beside=row["beside"],
     )
 
 

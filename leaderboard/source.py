@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -19,6 +20,17 @@ from decodathlon.leaderboard import queries
 
 if TYPE_CHECKING:
     import duckdb
+
+
+_PREFIX = "decodathlon-board-"
+
+
+def _sweep() -> None:
+    """Take away the copies of boards that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        owner = folder.name[len(_PREFIX) :].partition("-")[0]
+        if owner.isdigit() and Path("/proc").is_dir() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ class Source:
 
     def __init__(self, results: Path) -> None:
         self.results = results
-        self._folder = tempfile.TemporaryDirectory(prefix="decodathlon-board-", ignore_cleanup_errors=True)
+        _sweep()
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True)
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
         self._count = 0
@@ -134,6 +147,11 @@ class Source:
             raise StoreError(f"there are no results at {self.results}; run `pytest suites/ --benchmark` first")
         self._count += 1
         copy = Path(self._folder.name) / f"{self._count}.duckdb"
-        remarks = store.snapshot(self.results, copy, queries.prepare)
-        connection = duckdb.connect(str(copy), read_only=True)
+        try:
+            remarks = store.snapshot(self.results, copy, queries.prepare)
+            connection = duckdb.connect(str(copy), read_only=True)
+        except BaseException:  # whatever it was, half a copy is of use to nobody, and there may be many
+            for path in Path(self._folder.name).glob(f"{copy.name}*"):
+                path.unlink(missing_ok=True)
+            raise
         return Snapshot(version, copy, datetime.now(UTC), tuple(remarks), connection)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -51,11 +52,26 @@ def pack(out: Path, *, model_cache: Path | None, data: Path | None, part_bytes: 
                 archive.add(model_cache / "models", "cache/models")
             if data is not None:
                 archive.add(data, "data")
+            state = Path(work) / "state.json"
+            state.write_text(json.dumps(_state([n for n in listed.stdout.split("\0") if n])), encoding="utf-8")
+            archive.add(state, "code/.packed.json")
         parts = _cut(whole, out, part_bytes)
         manifest = {"sha256": digest(whole), "parts": {p.name: digest(p) for p in parts}}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(__file__, out / "carry.py")
     return parts
+
+
+def _state(names: list[str]) -> dict[str, object]:
+    """Which commit this is and whether its code was changed, so that rows measured elsewhere say so, too."""
+    where = importlib.util.spec_from_file_location("environment", ROOT / "harness" / "results" / "environment.py")
+    assert where is not None
+    assert where.loader is not None
+    environment = importlib.util.module_from_spec(where)  # it imports Python's own library only
+    where.loader.exec_module(environment)
+    commit, dirty, _ = environment.git_state(ROOT)
+    files = [n for n in names if n.startswith(environment.CODE)]
+    return {"git_commit": commit, "git_dirty": dirty, "files": files, "sha256": environment.code_hash(ROOT, files)}
 
 
 def _cut(whole: Path, out: Path, part_bytes: int) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`decodathlon compare`: two runs, metric by metric, unit by unit where their units are the same."""
+"""`decodathlon compare`: two runs, or two decoders, metric by metric, unit by unit where their units are the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decodathlon.harness.commands.command import Command, results_option, say
+from decodathlon.harness.errors import SpecError, near_miss
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results import measured, store
 from decodathlon.harness.results.changes import Change, change_of
@@ -18,8 +19,11 @@ PACKAGES = ("torch", "transformers", "triton")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="RUN_A", help="a run's id, or last")
-    parser.add_argument("b", metavar="RUN_B")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="two runs (an id, or last); with --decoder one, or none")
+    parser.add_argument(
+        "--decoder", action="append", default=[], metavar="SPEC",
+        help="given twice: A and B are these decoders, of the run, or as they were measured last",
+    )  # fmt: skip
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this metric; repeatable")
     results_option(parser)
 
@@ -28,17 +32,19 @@ def _run(options: argparse.Namespace) -> int:
     path = options.results.resolve()
     for name in options.metric:
         registry.get("metric", name)
-    ids = [measured.run_id(path, run) for run in (options.a, options.b)]
-    first, second = (measured.of_run(path, run) for run in ids)
-    for line in _differences(path, ids):
+    if options.decoder:
+        pairs, title = _decoders(path, options)
+    else:
+        pairs, title = _runs(path, options)
+    for line in title:
         say(line)
-    theirs = {(c.decoder, c.where): c for c in second}
     rows = [["suite", "decoder", "slice", "metric", "A", "B", "change", "95 % interval", "pairs", "what it says"]]
     judged = 0
-    for a in first:
-        b = theirs.pop((a.decoder, a.where), None)
-        if b is None:
-            rows.append([a.suite, a.decoder, a.slice, "", "", "", "", "", "", "only in A"])
+    for a, b in pairs:
+        one = a or b
+        assert one is not None
+        if a is None or b is None:
+            rows.append([one.suite, one.decoder, one.slice, *[""] * 6, "only in A" if b is None else "only in B"])
             continue
         if "ok" not in (a.status, b.status) or a.status != b.status:
             rows.append([a.suite, a.decoder, a.slice, "", a.status, b.status, "", "", "", ""])
@@ -47,12 +53,44 @@ def _run(options: argparse.Namespace) -> int:
             change = change_of(name, a, b)
             judged += change.estimate.low is not None
             rows.append(_line(a, name, a.metrics[name], b.metrics[name], change))
-    rows += [[b.suite, b.decoder, b.slice, "", "", "", "", "", "", "only in B"] for b in theirs.values()]
+    if options.decoder:  # both names stand in the title
+        rows = [[row[0], *row[2:]] for row in rows]
     for line in aligned(rows):
         say(line)
     if judged:
         say(f"{judged} intervals: about {judged * 0.05:.1f} of them would speak of a change by chance alone")
     return 0
+
+
+Pairs = list[tuple[Measured | None, Measured | None]]
+
+
+def _runs(path: Path, options: argparse.Namespace) -> tuple[Pairs, list[str]]:
+    if len(options.runs) != 2:
+        raise SpecError("compare takes two runs (`decodathlon list runs` names them), or --decoder A --decoder B")
+    ids = [measured.run_id(path, run) for run in options.runs]
+    first, second = (measured.of_run(path, run) for run in ids)
+    theirs = {(c.decoder, c.where): c for c in second}
+    pairs: Pairs = [(a, theirs.pop((a.decoder, a.where), None)) for a in first]
+    return pairs + [(None, b) for b in theirs.values()], _differences(path, ids)
+
+
+def _decoders(path: Path, options: argparse.Namespace) -> tuple[Pairs, list[str]]:
+    if len(options.decoder) != 2 or len(options.runs) > 1:
+        raise SpecError("compare takes --decoder twice, and one run at most")
+    run = measured.run_id(path, options.runs[0]) if options.runs else None
+    a, b = options.decoder
+    found = measured.of_decoders(path, options.decoder, run)
+    for name in (a, b):
+        if not found[name]:
+            known = sorted(measured.decoders(path, run))
+            raise SpecError(f"compare: {run or path} has no cell of {name!r} that was measured{near_miss(name, known)}")
+    theirs = {(where, c.where): c for where, c in found[b]}
+    pairs: Pairs = [(one, theirs[place, one.where]) for place, one in found[a] if (place, one.where) in theirs]
+    if not pairs:
+        raise SpecError(f"compare: {a} and {b} were never measured on the same suite, data, model and hardware")
+    places = dict.fromkeys(place for place, one in found[a] if (place, one.where) in theirs)
+    return pairs, [f"A {a}", f"B {b}", *places, ""]
 
 
 def _line(cell: Measured, name: str, x: Number, y: Number, change: Change) -> list[str]:
@@ -87,4 +125,6 @@ def _packages(environment: Any) -> dict[str, str]:
     return packages
 
 
-registry.add("command", "compare", Command("two runs, paired where rows pair", _arguments, _run), __file__)
+registry.add(
+    "command", "compare", Command("two runs or two decoders, paired where rows pair", _arguments, _run), __file__
+)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import keyword
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from decodathlon.harness.commands.command import Command, say
 from decodathlon.harness.errors import SpecError
-from decodathlon.harness.registry import registry
+from decodathlon.harness.registry import RESERVED, registry
 from decodathlon.harness.results import environment
 
 _HERE = Path(__file__).parent / "templates"
@@ -32,6 +35,8 @@ def _run(options: argparse.Namespace) -> int:
     name = options.name
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise SpecError(f"{name!r} is not kebab-case: small letters and digits, words joined by -, such as top-a")
+    if name in RESERVED:
+        raise SpecError(f"{name!r} means something else here; choose another name")
     if name in registry.names("decoder"):
         source = registry.entries["decoder", name].source
         raise SpecError(f"there is a decoder {name!r} already ({source}); choose another name")
@@ -39,6 +44,10 @@ def _run(options: argparse.Namespace) -> int:
     if not path.suffix == ".py" or not path.resolve().parent.is_dir():
         raise SpecError(f"--out {path}: name a .py file in a folder that exists")
     title = "".join(word.capitalize() for word in name.split("-"))
+    if keyword.iskeyword(title):
+        raise SpecError(f"{name!r} would make a class {title}, which is a word of Python; choose another name")
+    if path.stem in sys.stdlib_module_names or importlib.util.find_spec(path.stem) is not None:
+        raise SpecError(f"{path.name} would hide the module {path.stem} of Python's; name another --out")
     text = (_HERE / f"{options.form}.txt").read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as handle:

@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -29,6 +30,8 @@ PACKAGES = (
     "gguf",
     "tokenizers",
 )
+#: Where a copy of the code that has no repository says what it was packed from.
+PACKED_FILE = ".packed.json"
 #: Tracked files that a run itself writes; a change in them is not dirty code.
 OWN_OUTPUT = ("results.duckdb",)
 #: Where an untracked file is code that may run; elsewhere it is the user's own.
@@ -80,6 +83,9 @@ def git_state(root: Path) -> tuple[str, bool | None, str]:
             return None
         return done.stdout if done.returncode == 0 else None
 
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top.strip()).resolve() != root.resolve():  # no repository, or one around a copy of ours
+        return packed_state(root)
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-z", "--untracked-files=all")
     if commit is None or changed is None:
         return "", None, ""
@@ -92,6 +98,26 @@ def git_state(root: Path) -> tuple[str, bool | None, str]:
         if state == "??" and (root / path).is_file():
             digest.update(path.encode() + (root / path).read_bytes())
     return commit.strip(), True, digest.hexdigest()[:16]
+
+
+def packed_state(root: Path) -> tuple[str, bool | None, str]:
+    """What `scripts/carry.py pack` wrote down of the repository, unless the code was changed since."""
+    try:
+        stored = json.loads((root / PACKED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "", None, ""
+    digest = code_hash(root, stored["files"])
+    changed = bool(stored["git_dirty"]) or digest != stored["sha256"]
+    return stored["git_commit"], changed, digest if changed else ""
+
+
+def code_hash(root: Path, names: Sequence[str]) -> str:
+    """Of the named files of the code, as they are."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        path = root / name
+        digest.update(name.encode() + (path.read_bytes() if path.is_file() and not path.is_symlink() else b""))
+    return digest.hexdigest()[:16]
 
 
 def machine() -> str:

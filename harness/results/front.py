@@ -49,7 +49,7 @@ def on_front(x: Array, y: Array, x_better: str, y_better: str) -> Array:
     v = np.where(y_better == "higher", y, -y)[:, :, None]
     u_other, v_other = u.swapaxes(1, 2), v.swapaxes(1, 2)
     dominated = (u_other >= u) & (v_other >= v) & ((u_other > u) | (v_other > v))
-    free: Array = np.logical_not(dominated.any(-1))
+    free: Array = ~dominated.any(-1) & ~np.isnan(x) & ~np.isnan(y)
     return free
 
 
@@ -68,11 +68,11 @@ def probabilities(
 
     Units (windows, prompts, pairs of runs) that contestants share are drawn together, so that what makes a text hard
     for all moves nobody past another. A time also carries the decoder's own error, its speed against itself, with a
-    random sign. A number without units (a peak of memory) does not vary.
+    random sign. What holds by definition (a baseline's 1) does not vary.
 
     Returns:
         None for a contestant that no resample can speak of: it, or its speed against itself, has too few units for an
-        interval.
+        interval, or none (a peak of memory is one reading).
     """
     if not contestants:
         return []
@@ -102,8 +102,12 @@ def probabilities(
     for part in np.array_split(np.arange(resamples), max(1, resamples * len(contestants) ** 2 // 20_000_000)):
         share += on_front(x[part], y[part], contestants[0].x.better, contestants[0].y.better).sum(0) / resamples
     numbers = [[n for n in (c.x, c.y, *c.own) if n is not None] for c in contestants]
-    spoken = [all(n.units is None or _enough(n.units) for n in own) for own in numbers]
+    spoken = [all(_by_definition(n) or (n.units is not None and _enough(n.units)) for n in own) for own in numbers]
     return [float(p) if known else None for p, known in zip(share, spoken, strict=True)]
+
+
+def _by_definition(number: Number) -> bool:
+    return number.units is None and number.estimate.n is None
 
 
 def _enough(units: Observations) -> bool:

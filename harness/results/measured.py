@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.errors import SpecError, near_miss
@@ -15,13 +15,16 @@ from decodathlon.harness.measure.observations import Observations, compared
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.results import store
 
+if TYPE_CHECKING:
+    import duckdb
+
 _COLUMNS = (
     "cell_id", "suite", "suite_version", "slice", "scale", "decoder", "model", "dtype", "device", "dataset", "seed",
     "status", "reason",
 )  # fmt: skip
 
 
-Mark = Literal["best", "tied"]
+Mark = Literal["best", "tied", "unlike"]
 #: How far, as a logarithm, a decoder may seem to differ from itself before its times are doubted.
 BIAS = 0.05
 
@@ -54,6 +57,8 @@ class Measured:
     status: str
     reason: str
     metrics: Mapping[str, Number] = field(default_factory=dict)
+    #: Weights, data and sizes, as far as they are known: names may be the same where these are not.
+    basis: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -83,9 +88,16 @@ def of_outcomes(outcomes: Sequence[Outcome]) -> list[Measured]:
             status=o.status,
             reason=o.reason,
             metrics={m["metric"]: number(m) for m in o.metrics},
+            basis=basis(o.model, o.data, o.sizes),
         )
         for o in outcomes
     ]
+
+
+def basis(weights: Mapping[str, Any], data: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[str, ...]:
+    """What must be the same for two cells of one name to be ranked together."""
+    sizes = {k: v for k, v in sizes.items() if k != "slices"}
+    return (str(weights.get("weights_fingerprint")), str(data.get("sha256")), json.dumps(sizes, sort_keys=True))
 
 
 def of_run(path: Path, run: str) -> list[Measured]:
@@ -96,15 +108,63 @@ def of_run(path: Path, run: str) -> list[Measured]:
     """
     run = run_id(path, run)
     with store.connect(path) as connection:
-        cells = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM cell WHERE run_id = ? ORDER BY started", [run])
-        found = [dict(zip(_COLUMNS, row, strict=True)) for row in cells.fetchall()]
-        names = ("cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "units")
-        rows = connection.execute(f"SELECT {', '.join(names)} FROM metric WHERE run_id = ?", [run]).fetchall()
-    metrics: dict[str, dict[str, Number]] = {}
-    for row in rows:
-        metric = dict(zip(names, row, strict=True))
-        metrics.setdefault(metric["cell_id"], {})[metric["metric"]] = number(metric)
-    return [Measured(**cell, metrics=metrics.get(cell["cell_id"], {})) for cell in found]
+        return [
+            cell for _, cell in _cells(connection, "FROM known_cell WHERE run_id = $run ORDER BY started", {"run": run})
+        ]
+
+
+def of_decoders(path: Path, specs: Sequence[str], run: str | None = None) -> dict[str, list[tuple[str, Measured]]]:
+    """Where and how some decoders were measured whole: in one run, or the last time that nothing spoke against it.
+
+    Returns:
+        By spec, pairs of model, hardware and scale in words, and a cell.
+    """
+    source = (
+        "FROM known_cell WHERE run_id = $run AND status = 'ok' AND" if run else "FROM newest_of('sound_cell') WHERE"
+    )
+    values = {"specs": list(specs)} | ({"run": run} if run else {})
+    with store.connect(path) as connection:
+        found = _cells(connection, f"{source} list_contains($specs, decoder) ORDER BY suite, slice", values)
+    return {spec: [(place, cell) for place, cell in found if cell.decoder == spec] for spec in specs}
+
+
+def decoders(path: Path, run: str | None = None) -> set[str]:
+    """Every decoder that a run, or a file, has a whole cell of."""
+    where = "AND run_id = $run" if run else ""
+    with store.connect(path) as connection:
+        found = connection.execute(
+            f"SELECT DISTINCT decoder FROM cell WHERE status = 'ok' {where}", {"run": run} if run else {}
+        )
+        return {str(d) for (d,) in found.fetchall()}
+
+
+def _cells(connection: duckdb.DuckDBPyConnection, query: str, values: dict[str, Any]) -> list[tuple[str, Measured]]:
+    """Cells that a query finds, each with model, hardware and scale in words."""
+    columns = ("run_id", *_COLUMNS, "weights", "data", "sizes", "hardware")
+    rows = connection.execute(f"SELECT {', '.join(columns)} {query}", values).fetchall()
+    found = [dict(zip(columns, row, strict=True)) for row in rows]
+    names = ("run_id", "cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "units")
+    numbers = connection.execute(
+        f"SELECT {', '.join(names)} FROM metric WHERE list_contains($runs, run_id)",
+        {"runs": sorted({row["run_id"] for row in found})},
+    ).fetchall()
+    metrics: dict[tuple[str, str], dict[str, Number]] = {}
+    for values_of in numbers:
+        metric = dict(zip(names, values_of, strict=True))
+        metrics.setdefault((metric["run_id"], metric["cell_id"]), {})[metric["metric"]] = number(metric)
+    return [
+        (
+            f"{row['model']} {row['dtype']}, {row['hardware']}, {row['scale']}",
+            _measured(row, metrics.get((row["run_id"], row["cell_id"]), {})),
+        )
+        for row in found
+    ]
+
+
+def _measured(row: Mapping[str, Any], metrics: Mapping[str, Number]) -> Measured:
+    """A row of the table `cell`."""
+    parts = (json.loads(row[part] or "{}") or {} for part in ("weights", "data", "sizes"))
+    return Measured(**{k: row[k] for k in _COLUMNS}, metrics=metrics, basis=basis(*parts))
 
 
 def run_id(path: Path, run: str) -> str:
@@ -165,35 +225,47 @@ def biased(cell: Measured) -> bool:
 
 
 def marks(metric: str, cells: Sequence[Measured], baseline: Measured | None = None) -> dict[str, Mark]:
-    """By cell id, which cell of a column is best and which cannot be told apart from it; empty where there is no rank.
+    """By cell id, which cell of a column is best, which cannot be told apart from it, and which are unlike the others.
 
     Nothing ranks without an interval, nor times and sizes: cells run one after another, so only paired ratios rank.
     Told apart are two cells by the interval of their difference, unit by unit, beyond the spread of each from itself.
-    Where nobody is told apart from the best, nobody is marked.
+    Cells rank together only on the same units, weights, data and sizes: the largest such group ranks, the rest is
+    `unlike` it. Where nobody is told apart from the best, neither is marked.
 
     Args:
         baseline: of a ratio, the cell that has 1 by definition.
     """
-    found = {c.cell_id: c for c in cells if c.status == "ok" and _ranks(c.metrics.get(metric))}
-    found = {i: c for i, c in found.items() if c.metrics[metric].estimate.low is not None}
-    if len(found) + (baseline is not None) < 2 or not found:
+    groups: dict[tuple[Any, ...], list[Measured]] = {}
+    for cell in cells:
+        if cell.status == "ok" and _ranks(cell.metrics.get(metric)):
+            groups.setdefault((cell.basis, *sorted(cell.metrics[metric].units.rows)), []).append(cell)  # type: ignore[union-attr]
+    if not groups:
         return {}
-    sign = 1.0 if next(iter(found.values())).metrics[metric].better == "higher" else -1.0
-    leader = max(found.values(), key=lambda c: sign * c.metrics[metric].estimate.value)
+    ranked = max(groups.values(), key=lambda group: (len(group), len(group[0].metrics[metric].units.rows)))  # type: ignore[union-attr]
+    unlike: dict[str, Mark] = {c.cell_id: "unlike" for group in groups.values() if group is not ranked for c in group}
+    return unlike | _best_and_tied(metric, ranked, baseline)
+
+
+def _best_and_tied(metric: str, cells: Sequence[Measured], baseline: Measured | None) -> dict[str, Mark]:
+    sign = 1.0 if cells[0].metrics[metric].better == "higher" else -1.0
+    leader = max(cells, key=lambda c: sign * c.metrics[metric].estimate.value)
+    tied: set[str]
     if baseline is not None and sign * leader.metrics[metric].estimate.value <= sign:
-        tied = {i for i, c in found.items() if beside_one(metric, c) == "not told apart"}
-        return {baseline.cell_id: "best", **dict.fromkeys(tied, "tied")} if len(tied) < len(found) else {}
-    tied = {i for i, c in found.items() if c is not leader and not differ(metric, c, leader)}
-    others = len(found) - 1 + (baseline is not None)
-    if baseline is not None and beside_one(metric, leader) == "not told apart":
-        tied.add(baseline.cell_id)
-    return {leader.cell_id: "best", **dict.fromkeys(tied, "tied")} if len(tied) < others else {}
+        best, others = baseline.cell_id, len(cells)
+        tied = {c.cell_id for c in cells if beside_one(metric, c) == "not told apart"}
+    else:
+        best, others = leader.cell_id, len(cells) - 1 + (baseline is not None)
+        tied = {c.cell_id for c in cells if c is not leader and not differ(metric, c, leader)}
+        if baseline is not None and beside_one(metric, leader) == "not told apart":
+            tied.add(baseline.cell_id)
+    return {best: "best", **dict.fromkeys(tied, "tied")} if len(tied) < others else {}
 
 
 def _ranks(number: Number | None) -> bool:
     if number is None or number.units is None or number.better == "none" or number.unit != "1":
         return False
-    return math.isfinite(number.estimate.value)
+    ends = number.estimate[:3]
+    return all(x is not None and math.isfinite(x) for x in ends)
 
 
 def exactly(value: float, *, unit: str = "1", better: str = "higher") -> Number:

@@ -6,8 +6,10 @@ not.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,22 +17,33 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from decodathlon.harness.cells import Status
 from decodathlon.harness.errors import StoreError
-from decodathlon.harness.results.metrics import Kind
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.results.metrics import METRICS, Kind
+
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)")
 
 
 def _moment(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("it has no time zone")
+    if not _MOMENT.fullmatch(text):
+        raise ValueError("it is no time like 2026-11-21T10:00:00.000+00:00")
+    try:
+        moment = datetime.fromisoformat(text).astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it is out of range") from None
+    if moment > datetime.now(UTC) + timedelta(days=1):
+        raise ValueError("it lies in the future")
     return text
 
 
-#: ISO 8601 with a time zone, between the years 1 and 9999.
+#: ISO 8601 with a time zone; not in the future, where it would count as the newest for good.
 Moment = Annotated[str, AfterValidator(_moment)]
 #: What DuckDB's BIGINT and INTEGER hold.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Version = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1)]
+#: The name of a decoder and its parameters.
+SpecString = Annotated[str, Field(pattern=r"^[^\[\]\s][^\[]*(\[.*\])?$")]
 Better = Literal["higher", "lower", "none"]
 
 
@@ -76,9 +89,28 @@ class Metric(Record):
     units: Units | None = None
 
     @model_validator(mode="after")
-    def _both_ends(self) -> Self:
+    def _consistent(self) -> Self:
         if (self.ci_low is None) != (self.ci_high is None):
             raise ValueError("an interval has two ends")
+        if self.ci_low is not None and self.ci_high is not None:
+            if not all(map(math.isfinite, (self.value, self.ci_low, self.ci_high))):
+                raise ValueError("what has an interval is finite, and so is the interval")
+            if not self.ci_low - _near(self.value) <= self.value <= self.ci_high + _near(self.value):
+                raise ValueError(f"{self.value} is outside its interval")
+        known = METRICS.get(self.metric)
+        if known is not None and (known.unit, known.better) != (self.unit, self.better):
+            raise ValueError(f"{self.metric} has the unit {known.unit!r}, better {known.better}")
+        rival = re.fullmatch(r"ratio_to_(?!baseline$|self$)(.+)", self.metric)
+        if rival and known and self.baseline not in (rival[1].replace("_", "-"), None):
+            raise ValueError(f"{self.metric} is not relative to {self.baseline}")
+        if self.units is not None:
+            found = Observations(**self.units.model_dump()).estimate().value
+            if not (
+                found == self.value
+                or math.isclose(found, self.value, rel_tol=1e-4, abs_tol=1e-12)
+                or (math.isnan(found) and math.isnan(self.value))
+            ):
+                raise ValueError(f"{self.value} is not what follows from its units, {found:.6g}")
         return self
 
 
@@ -88,7 +120,7 @@ class Spec(Record):
     suite: Name
     suite_version: Version
     slice: str
-    decoder: Name
+    decoder: SpecString
     model: str
     scale: str
     seed: Seed
@@ -98,13 +130,22 @@ class Described(Record):
     """A decoder, model or data set as a cell found it; a cell that failed early knows nothing of it."""
 
     name: str = ""
-    spec: Name = "unknown"
+    spec: SpecString = "unknown"
     family: str = ""
     claim: str = ""
     dtype: str = ""
     dataset: str = ""
     source: str = ""
     params: dict[str, Any] = {}
+
+
+class Sample(Record):
+    """One observation of a cell."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    row: str
+    data: Any
 
 
 class CellRecord(Record):
@@ -124,7 +165,7 @@ class CellRecord(Record):
     data: Described = Described()
     notes: list[str] = []
     metrics: list[Metric] = []
-    samples: list[dict[str, Any]] = []
+    samples: list[Sample] = []
     attempts: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
@@ -142,6 +183,16 @@ class Environment(Record):
     gpus: list[dict[str, Any]] = []
 
 
+class AboutParameter(Record):
+    """A parameter of a decoder."""
+
+    name: str
+    type: str
+    default: Any
+    bounds: str
+    sweep: list[Any]
+
+
 class AboutDecoder(Record):
     """What a decoder is."""
 
@@ -149,7 +200,7 @@ class AboutDecoder(Record):
     summary: str
     text: str
     paper: str | None
-    parameters: list[dict[str, Any]]
+    parameters: list[AboutParameter]
 
 
 class AboutSuite(Record):
@@ -222,6 +273,11 @@ def check(content: Mapping[str, Any], kind: type[Record], path: Path) -> None:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise StoreError(f"{path} is damaged or foreign: {f'{where}: ' if where else ''}{first['msg']}") from None
+
+
+def _near(value: float) -> float:
+    """How far rounding may move a number."""
+    return 1e-6 * max(1.0, abs(value))
 
 
 def _unique(what: str, names: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from decodathlon.harness.cells import HARNESS, SHARD_SCHEMA, Outcome
 from decodathlon.harness.errors import StoreError
-from decodathlon.harness.results import records, shards
+from decodathlon.harness.results import shards
 from decodathlon.harness.results.environment import hardware_name
 
 if TYPE_CHECKING:
@@ -62,35 +62,37 @@ def of_folders(folders: Sequence[Path]) -> Rows:
     """
     found: Rows = {table: [] for table in TABLES}
     for folder in folders:
-        run = _read(folder / shards.RUN_FILE, records.RunRecord)
-        outcomes = [_outcome(path) for path in shards.cells(folder)]
-        stranger = next((o for o in outcomes if o.run_id != run["run_id"]), None)
-        if stranger is not None:
-            raise StoreError(f"{folder} is of run {run['run_id']}, its {stranger.spec.cell_id} of {stranger.run_id}")
-        # The hardware of a run is where its decoders ran; operations of the harness run on the CPU beside a GPU.
-        models = [o.model for o in outcomes if o.model and o.spec.model != HARNESS]
-        model: dict[str, Any] = next((m for m in models if "processor" in m), models[0] if models else {})
-        found["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
-        for outcome in outcomes:
-            _add_cell(found, outcome)
-        if (folder / shards.GATES_FILE).is_file():
-            verdicts = _read(folder / shards.GATES_FILE, records.GatesRecord)["verdicts"]
-            found["gate"] += [{"run_id": run["run_id"], **verdict} for verdict in verdicts]
+        try:
+            _add_run(found, folder)
+        except RecursionError:
+            raise StoreError(f"{folder} is damaged or foreign: it holds JSON that is nested too deep") from None
     return found
 
 
-def _outcome(path: Path) -> Outcome:
-    content = shards.read(path)
-    schema = content.get("schema", 0)
-    if not isinstance(schema, int) or schema <= SHARD_SCHEMA:  # of a newer one only that can be said
-        records.check(content, records.CellRecord, path)
-    return Outcome.from_shard(content)
+def _add_run(found: Rows, folder: Path) -> None:
+    from decodathlon.harness.results import records  # needs pydantic, which a machine that only measures may lack
 
+    def read(path: Path, kind: type[records.Record]) -> dict[str, Any]:
+        content = shards.read(path)
+        schema = content.get("schema", 0)
+        if not isinstance(schema, int) or schema <= SHARD_SCHEMA:  # of a newer one only that can be said
+            records.check(content, kind, path)
+        return content
 
-def _read(path: Path, kind: type[records.Record]) -> dict[str, Any]:
-    content = shards.read(path)
-    records.check(content, kind, path)
-    return content
+    run = read(folder / shards.RUN_FILE, records.RunRecord)
+    outcomes = [Outcome.from_shard(read(path, records.CellRecord)) for path in shards.cells(folder)]
+    stranger = next((o for o in outcomes if o.run_id != run["run_id"]), None)
+    if stranger is not None:
+        raise StoreError(f"{folder} is of run {run['run_id']}, its {stranger.spec.cell_id} of {stranger.run_id}")
+    # The hardware of a run is where its decoders ran; operations of the harness run on the CPU beside a GPU.
+    models = [o.model for o in outcomes if o.model and o.spec.model != HARNESS]
+    model: dict[str, Any] = next((m for m in models if "processor" in m), models[0] if models else {})
+    found["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
+    for outcome in outcomes:
+        _add_cell(found, outcome)
+    if (folder / shards.GATES_FILE).is_file():
+        verdicts = read(folder / shards.GATES_FILE, records.GatesRecord)["verdicts"]
+        found["gate"] += [{**verdict, "run_id": run["run_id"]} for verdict in verdicts]
 
 
 def _add_cell(found: Rows, outcome: Outcome) -> None:
@@ -129,8 +131,8 @@ def _add_cell(found: Rows, outcome: Outcome) -> None:
             "shard_sha256": hashlib.sha256(whole.encode()).hexdigest(),
         }
     )
-    found["metric"] += [{**key, **metric} for metric in outcome.metrics]
-    found["sample"] += [{**key, "place": i, **sample} for i, sample in enumerate(outcome.samples)]
+    found["metric"] += [{**metric, **key} for metric in outcome.metrics]
+    found["sample"] += [{**sample, **key, "place": i} for i, sample in enumerate(outcome.samples)]
 
 
 def batches(folders: Sequence[Path]) -> list[list[Path]]:
@@ -171,12 +173,75 @@ def stage(connection: duckdb.DuckDBPyConnection, found: Rows, scratch: Path) -> 
         )
 
 
-def stage_attached(connection: duckdb.DuckDBPyConnection, catalogue: str) -> None:
-    """Put the rows of an attached results file into `staged_*` tables."""
+def stage_attached(connection: duckdb.DuckDBPyConnection, catalogue: str, path: Path) -> None:
+    """Put the rows of an attached results file into `staged_*` tables.
+
+    Raises:
+        StoreError: a row is not what such a row says; the file and the cell are named.
+    """
     for table, columns in TABLES.items():
         connection.execute(
             f"CREATE OR REPLACE TEMP TABLE staged_{table} AS SELECT {_names(columns)} FROM {catalogue}.{table}"
         )
+    _check_staged(connection, path)
+
+
+#: What a record has under another roof than its row.
+_IN_SPEC = ("suite", "suite_version", "slice", "decoder", "model", "scale", "seed")
+
+
+def _check_staged(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    from decodathlon.harness.results import records
+
+    def check(table: str, names: Sequence[str], kind: type[records.Record]) -> None:
+        found = connection.execute(f"SELECT {', '.join(names)} FROM staged_{table}")
+        while some := found.fetchmany(10_000):
+            for values in some:
+                row = dict(zip(names, values, strict=True))
+                where = (
+                    path
+                    / table
+                    / "/".join(str(row.get(k)) for k in ("run_id", "cell_id", "metric", "gate") if k in row)
+                )
+                records.check(_as_record(row), kind, where)
+
+    check("run", TABLES["run"], records.RunRecord)
+    check("cell", [c for c in TABLES["cell"] if c not in ("data", "weights")], records.CellRecord)
+    check("metric", TABLES["metric"], records.Metric)
+    check("gate", TABLES["gate"], records.Verdict)
+
+
+def _as_record(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as its shard said it."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if name in _JSON and isinstance(value, str):
+            found[name] = shards.restored(json.loads(value))
+        elif hasattr(value, "isoformat"):
+            found[name] = value.isoformat()
+        elif value is not None or name in ("ci_low", "ci_high", "n", "git_dirty"):
+            found[name] = value
+    if "suite" in row:
+        found["spec"] = {k: row[k] for k in _IN_SPEC}
+        found["decoder"] = {"params": found.pop("params", {})}
+        found.pop("model", None)
+    return found
+
+
+#: Columns that hold JSON.
+_JSON = (
+    "environment",
+    "options",
+    "about",
+    "params",
+    "seconds",
+    "notes",
+    "attempts",
+    "conditions",
+    "protocol",
+    "sizes",
+    "units",
+)
 
 
 def merge(connection: duckdb.DuckDBPyConnection) -> tuple[int, int, list[str]]:

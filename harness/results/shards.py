@@ -58,6 +58,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        restored(content)  # which is as deep as anybody goes
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not a whole shard: {error}") from error
     if not isinstance(content, dict):

@@ -40,10 +40,10 @@ class Ingested(NamedTuple):
 
 
 def available() -> bool:
-    """Whether DuckDB is installed; without it a run still leaves its shards."""
+    """Whether DuckDB and pydantic are installed; without them a run still leaves its shards."""
     import importlib.util
 
-    return importlib.util.find_spec("duckdb") is not None
+    return all(importlib.util.find_spec(name) is not None for name in ("duckdb", "pydantic"))
 
 
 def check(path: Path) -> None:
@@ -93,7 +93,7 @@ def connect(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 @contextmanager
 def _opened(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     if not available():
-        raise MissingError("reading results needs the package duckdb: pip install duckdb")
+        raise MissingError("reading results needs the packages duckdb and pydantic: pip install duckdb pydantic")
     import duckdb
 
     if not path.is_file():
@@ -124,7 +124,7 @@ def ingest(path: Path, sources: Sequence[Path]) -> Ingested:
         MissingError: DuckDB is not installed.
     """
     if not available():
-        raise MissingError("ingesting needs the package duckdb: pip install duckdb")
+        raise MissingError("ingesting needs the packages duckdb and pydantic: pip install duckdb pydantic")
     folders, files = rows.sources(sources)
     for file in files:
         if path.exists() and file.resolve() == path.resolve():
@@ -141,7 +141,7 @@ def ingest(path: Path, sources: Sequence[Path]) -> Ingested:
                 copy = Path(scratch) / f"{number}.duckdb"
                 _copy_of(file, copy)
                 connection.execute(f"ATTACH '{rows.quoted(copy)}' AS other (READ_ONLY)")
-                rows.stage_attached(connection, "other")
+                rows.stage_attached(connection, "other", file)
                 connection.execute("DETACH other")
                 merged.append(rows.merge(connection))
         added, replaced, told = zip(*merged, strict=True) if merged else ((), (), ())
@@ -183,9 +183,10 @@ def snapshot(path: Path, copy: Path, prepare: Callable[[duckdb.DuckDBPyConnectio
                     continue
                 try:
                     rows.stage(connection, rows.of_folders([folder]), Path(scratch))
-                    rows.merge(connection)
-                except StoreError as error:
-                    told.append(str(error))
+                except (StoreError, duckdb.Error) as error:
+                    told.append(f"{folder.name} was left out: {str(error).splitlines()[0]}")
+                    continue
+                rows.merge(connection)
             prepare(connection)
     except (duckdb.Error, OSError) as error:
         raise StoreError(f"{path} could not be copied to {copy.parent}: {str(error).splitlines()[0]}") from error

@@ -127,7 +127,7 @@ def _metric(outcome: Outcome, name: str) -> dict[str, Any] | None:
 
 def _cell_text(outcome: Outcome, name: str, mark: measured.Mark | None, members: Sequence[Outcome]) -> str:
     metric = _metric(outcome, name)
-    sign = {"best": " *", "tied": " ~"}[mark] if mark else ""
+    sign = {"best": " *", "tied": " ~", "unlike": " (unlike the others)"}[mark] if mark else ""
     if metric is None:
         return f"1{sign} (baseline)" if _baseline_name(name, members) == outcome.spec.decoder else DASH
     return quantity(metric, interval=name.startswith(INTERVALS_OF)) + sign

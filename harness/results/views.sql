@@ -9,27 +9,39 @@ FROM cell c
 LEFT JOIN metric m USING (run_id, cell_id)
 LEFT JOIN run r USING (run_id);
 
--- The newest cell of each thing measured on each kind of machine, by the newest version of its suite. "The same thing" is
--- spelt out, because `--device auto` and `--device cpu` may be.
-CREATE OR REPLACE VIEW latest_cell AS
-SELECT c.*, r.hardware, r.git_commit, r.git_dirty
-FROM cell c JOIN run r USING (run_id)
+CREATE OR REPLACE VIEW known_cell AS
+SELECT c.*, r.hardware, r.git_commit, r.git_dirty FROM cell c JOIN run r USING (run_id);
+
+-- What nothing speaks against: measured whole, by known code, on real data.
+CREATE OR REPLACE VIEW sound_cell AS
+FROM known_cell
+WHERE status = 'ok' AND git_dirty IS false AND coalesce(data->>'source', '') <> 'stand-in'
+  AND NOT coalesce(starts_with(dataset, 'unverified'), false);
+
+-- The newest cell of each thing measured on each kind of machine, by the newest version of its suite that was measured
+-- there. "The same thing" is spelt out, because `--device auto` and `--device cpu` may be.
+CREATE OR REPLACE MACRO newest_of(cells) AS TABLE
+SELECT c.* FROM query_table(cells) c
 -- A cell that failed before its model was loaded knows neither dtype nor data, but it has its id: it stands for all data
 -- until one of them is measured again.
-SEMI JOIN (SELECT run_id, cell_id, cell.started, dataset FROM cell JOIN run USING (run_id)
-           QUALIFY row_number() OVER (PARTITION BY cell_id, hardware, dataset ORDER BY cell.started DESC, run_id DESC) = 1
-               AND cell.started >= coalesce(
-                   max(cell.started) FILTER (dataset IS NULL) OVER (PARTITION BY cell_id, hardware), cell.started)
-               AND (dataset IS NOT NULL
-                    OR row_number() OVER (PARTITION BY cell_id, hardware ORDER BY cell.started DESC, run_id DESC) = 1)
-          ) u
-  ON c.run_id = u.run_id AND c.cell_id = u.cell_id
-SEMI JOIN (SELECT suite, max(suite_version) AS suite_version FROM cell GROUP BY suite) v
-  ON c.suite = v.suite AND c.suite_version = v.suite_version
+SEMI JOIN (
+    SELECT run_id, cell_id FROM query_table(cells)
+    QUALIFY row_number() OVER (PARTITION BY cell_id, hardware, dataset ORDER BY started DESC, run_id DESC) = 1
+        AND started >= coalesce(max(started) FILTER (dataset IS NULL) OVER (PARTITION BY cell_id, hardware), started)
+        AND (dataset IS NOT NULL
+             OR row_number() OVER (PARTITION BY cell_id, hardware ORDER BY started DESC, run_id DESC) = 1)
+) u ON c.run_id = u.run_id AND c.cell_id = u.cell_id
+LEFT JOIN (
+    SELECT suite, model, scale, seed, hardware, max(suite_version) AS newest FROM query_table(cells)
+    WHERE status IN ('ok', 'partial') GROUP BY ALL
+) v ON (c.suite, c.model, c.scale, c.seed, c.hardware) = (v.suite, v.model, v.scale, v.seed, v.hardware)
+WHERE c.suite_version >= coalesce(v.newest, c.suite_version)
 QUALIFY row_number() OVER (
-    PARTITION BY c.suite, c.slice, c.scale, c.decoder, c.model, c.dtype, c.dataset, c.seed, r.hardware
+    PARTITION BY c.suite, c.suite_version, c.slice, c.scale, c.decoder, c.model, c.dtype, c.dataset, c.seed, c.hardware
     ORDER BY c.started DESC, c.run_id DESC
 ) = 1;
+
+CREATE OR REPLACE VIEW latest_cell AS FROM newest_of('known_cell');
 
 -- Its rows with all its metrics: never one metric of an old cell beside another of a new one.
 CREATE OR REPLACE VIEW latest AS

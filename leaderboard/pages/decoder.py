@@ -15,7 +15,7 @@ baselines = parts.ask(found, queries.baselines, setting)
 name = parts.choose("Decoder", sorted(known), "decoder")
 about = known[name]
 cells = parts.cells(found, setting, None, name)
-st.title(name)
+st.title(parts.plain(name))
 if about:
     st.markdown(parts.plain(about["text"], code=True))
     if about["paper"]:
@@ -25,8 +25,8 @@ else:
 claims = sorted({c.claim for c in cells if c.claim})
 files = "".join(f" --decoder-file {file}" for file in parts.ask(found, queries.decoder_files, name))
 st.markdown(
-    f"Family **{about.get('family') or next((c.family for c in cells), name)}**"
-    + (f" · claims **{', '.join(claims)}**" if claims else "")
+    f"Family **{parts.plain(about.get('family') or next((c.family for c in cells), name))}**"
+    + (f" · claims **{parts.plain(', '.join(claims))}**" if claims else "")
     + f" · [what claims mean]({link('about')}) · `pytest suites/ --benchmark{files} --decoder {name}`"
 )
 if about.get("parameters"):
@@ -38,7 +38,7 @@ if about.get("parameters"):
     st.html(table(["parameter", "type", "default", "range", "values of --sweep"], rows, f"Parameters of {name}"))
 
 st.subheader("Results")
-st.caption(str(setting))
+st.caption(parts.plain(str(setting)))
 if cells:
     for column in dict.fromkeys(c.column for c in cells):
         own = [c for c in cells if c.column == column]
@@ -48,7 +48,7 @@ if cells:
         st.markdown(f"**{column}**" + (f" · {column.dataset}" if column.dataset else ""))
         if axes:
             head = [parts.metric_head(a.metric, metrics) for a in axes]
-            body = [[line.decoder, *(parts.entry_field(e) for e in line.entries)] for line in lines[: parts.MOST_LINES]]
+            body = [parts.decoder_row(line, setting) for line in lines[: parts.MOST_LINES]]
             st.html(table(["setting", *head], body, f"{name} on {column}"))
         for cell in own:
             if cell.measured.status not in findings.MEASURED:
@@ -68,11 +68,13 @@ if cells and rivals:
         rival = st.selectbox("Compare with", rivals, index=None, key="against", bind="query-params")
     if rival:
         theirs = parts.cells(found, setting, None, rival.partition("[")[0])
-        by_column = {c.column: c.measured for c in theirs if c.decoder == rival and c.measured.status == "ok"}
+        by_column = {
+            c.column: c.measured for c in theirs if c.decoder == rival and c.measured.status == "ok" and not c.beside
+        }
         pairs = [
             (by_column[c.column], c.measured)
             for c in cells
-            if c.decoder == mine and c.column in by_column and c.measured.status == "ok"
+            if c.decoder == mine and c.column in by_column and c.measured.status == "ok" and not c.beside
         ]
         parts.comparison(pairs, (rival, mine), f"{mine} against {rival}")
         doubts = sorted({d for c in (*cells, *theirs) if c.decoder in (mine, rival) for d in c.doubts})

@@ -16,7 +16,7 @@ cells = parts.cells(found, setting, tuple(sorted({a.metric for a in axes} | {"ra
 st.title("Which decoder is better, and how sure is that?")
 others = [(s, n) for s, n in parts.ask(found, queries.settings) if s != setting]
 st.caption(
-    f"{setting} · {len({c.decoder for c in cells})} decoders"
+    f"{parts.plain(str(setting))} · {len({c.decoder for c in cells})} decoders"
     + "".join(
         f" · [{parts.plain(str(s))}: {n} decoders]({link('', **parts.address(s))})"
         for s, n in sorted(others, key=lambda other: -other[1])[:2]

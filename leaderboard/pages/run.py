@@ -18,12 +18,13 @@ if not runs:
 chosen = parts.choose("Run", list(runs), "run")
 record, brief = parts.ask(found, queries.run, chosen), runs[chosen]
 
-st.title(f"Run {chosen}")
+st.title(parts.plain(f"Run {chosen}"))
 code = (record["git_commit"] or "unknown")[:12]
 changed = " **with uncommitted changes**" if record["git_dirty"] else ""
 st.markdown(
-    f"Began {parts.moment(record['started'])} UTC on **{record['hardware']}**, code `{code}`{changed}. "
-    f"{brief['ok']} of {brief['cells']} cells ok; {brief['models'] or 'no model'}, {brief['scales'] or 'no scale'}."
+    f"Began {parts.moment(record['started'])} UTC on **{parts.plain(record['hardware'])}**, code `{code}`{changed}. "
+    f"{brief['ok']} of {brief['cells']} cells ok; "
+    f"{parts.plain(brief['models'] or 'no model')}, {parts.plain(brief['scales'] or 'no scale')}."
 )
 
 st.subheader("Gates")

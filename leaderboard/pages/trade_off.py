@@ -12,7 +12,7 @@ baselines = parts.ask(found, queries.baselines, setting)
 suites = parts.ask(found, queries.suites)
 
 st.title("Quality against cost")
-st.caption(str(setting))
+st.caption(parts.plain(str(setting)))
 
 axes = findings.axes(parts.ask(found, queries.columns, setting), suites, metrics)
 ranked = [a for a in axes if findings.ranks(metrics[a.metric])]
@@ -37,8 +37,8 @@ st.caption(
     "Better is to the right and up. The dashed line joins the front by the values alone: nobody is at least as good "
     "in both and better in one. Its probability is the share of bootstrap resamples of the units (windows of text, "
     "pairs of runs) in which the decoder is on it; speeds also carry the decoder's error against itself. It does not "
-    "know how far another visit of the machine would move them. A peak of memory is one measurement. ◆ is on the front, "
-    "more likely than not."
+    "know how far another visit of the machine would move them. A peak of memory is one measurement: how sure it is "
+    "nobody knows. ◆ is on the front, more likely than not."
 )
 rows = []
 for p in sorted(points, key=lambda p: (-(p.probability or 0), p.decoder))[: parts.MOST_LINES]:

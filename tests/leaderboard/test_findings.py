@@ -6,6 +6,7 @@ import pytest
 from made_results import QUICK, SPEED, TEXT
 
 from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.results import measured
 from decodathlon.harness.results.measured import Measured, Number
 from decodathlon.harness.results.metrics import Metric
@@ -98,7 +99,7 @@ def test_the_sentence_says_no_more_than_the_intervals(cells, asked):
     two = [c for c in cells if c.decoder in ("temperature", "greedy")]
     table = findings.lines(two, speed, {"ratio_to_greedy": "greedy"})
     ((_, said),) = findings.summary(table, speed, {"ratio_to_greedy": "greedy"})
-    assert said.endswith("none is shown to be faster than greedy; not told apart from it: temperature.")
+    assert said.endswith("none is shown to be faster than greedy; not told apart from it: temperature (contended).")
 
 
 def test_the_leader_of_a_column_is_named_with_its_equals(cells):
@@ -107,7 +108,7 @@ def test_the_leader_of_a_column_is_named_with_its_equals(cells):
     ((where, said),) = findings.summary(findings.lines(sound, text, {}), text, {})
     assert where == "wikitext2 joined (ppl_epsilon)"
     assert "temperature leads with" in said
-    assert said.endswith("ahead of all others.")
+    assert said.endswith("ahead of all that count.")
 
 
 def test_sweeps_hold_everything_else_equal(cells):
@@ -122,7 +123,7 @@ def test_sweeps_hold_everything_else_equal(cells):
 def test_numbers_are_said_as_people_say_them():
     assert findings.text_of(measured.exactly(0.0123, unit="s")) == "12.3 ms"
     assert findings.text_of(measured.exactly(float("inf"))) == "∞"
-    assert findings.listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
+    assert findings.listed(list("abcdefgh"), 6) == "a, b, c, d, e, f and 2 more"
 
 
 # --- On cells made by hand -----------------------------------------------------------------------------------------
@@ -229,6 +230,74 @@ def test_a_leader_is_named_with_all_that_cannot_be_told_apart_from_it(better, si
     ((_, said),) = findings.summary(findings.lines(cells, axes, {}), axes, {})
     assert said.startswith("first leads with")
     assert said.endswith("; not told apart from it: second.")
+
+
+def test_a_baseline_competes_as_exactly_one():
+    """Who is shown to be slower than it gets no mark, however little; the baseline leads where nobody is faster."""
+    greedy = made("greedy", SPEED, ratio_to_self=timed(SPREAD))
+    for logs, marks in (
+        ({"slow": -0.2, "level": 0.0}, {"greedy": "best", "slow": None, "level": "tied"}),
+        ({"slow": -0.2, "fast": 0.3}, {"fast": "best", "greedy": None, "slow": None}),
+        ({"level": 0.002, "slow": -0.2}, {"level": "best", "greedy": "tied", "slow": None}),
+        ({"level": 0.0}, {"greedy": None, "level": None}),
+    ):
+        cells = [greedy, *(speed_of(d, log) for d, log in logs.items())]
+        axes = [Axis(SPEED, "ratio_to_greedy")]
+        table = findings.lines(cells, axes, {"ratio_to_greedy": "greedy"})
+        assert {x.decoder: x.entries[0].mark for x in table} == marks
+
+
+def test_what_cannot_be_compared_is_neither_best_nor_tied():
+    """Other units, too few of them, other weights: unlike the others, in no sentence and on no front."""
+    few = Observations(["w0", "w1"], [1.0, 1.1], [1, 1])
+    strange = replace(made("weights", TEXT, score=scored([0.2 + s for s in SPREAD])).measured, basis=("other",))
+    easy = Observations([f"w{i}" for i in range(7)], [0.5 + s for s in SPREAD[:7]], [1] * 7)
+    cells = [
+        made("good", TEXT, score=scored([1 + s for s in SPREAD])),
+        made("bad", TEXT, score=scored([3 - s for s in SPREAD])),
+        made("easy", TEXT, score=Number(easy.estimate(), "1", "lower", easy)),
+        made("few", TEXT, score=Number(few.estimate(), "1", "lower", few)),
+        made("nan", TEXT, score=Number(Estimate(0.1, float("nan"), float("nan"), 10), "1", "lower", easy)),
+        replace(made("weights", TEXT), measured=strange),
+    ]
+    axes = [Axis(TEXT, "score")]
+    table = findings.lines(cells, axes, {})
+    marks = {x.decoder: x.entries[0].mark for x in table}
+    assert marks == {"good": "best", "bad": None, "easy": "unlike", "few": None, "nan": None, "weights": "unlike"}
+    ((_, said),) = findings.summary(table, axes, {})
+    assert said.startswith("good leads with")
+    plane = (Axis(SPEED, "ratio_to_greedy"), axes[0])
+    both = [*cells, *(speed_of(c.decoder, 0.1) for c in cells)]
+    found = {p.decoder: p.on_front for p in findings.points(both, *plane, {})[0]}
+    assert not found["easy"]
+    assert not found["weights"]
+
+
+def test_a_partial_cell_is_on_no_front():
+    axes = (Axis(SPEED, "ratio_to_greedy"), Axis(TEXT, "score"))
+    half = made("half", TEXT, score=scored([0.1 + s for s in SPREAD]))
+    half = replace(half, measured=replace(half.measured, status="partial"))
+    cells = [
+        half,
+        speed_of("half", 0.5),
+        made("whole", TEXT, score=scored([1 + s for s in SPREAD])),
+        speed_of("whole", 0.1),
+    ]
+    found = {p.decoder: (p.on_front, p.probability) for p in findings.points(cells, *axes, {})[0]}
+    assert found["half"] == (False, None)
+    assert found["whole"] == (True, 1.0)
+
+
+def test_one_reading_of_memory_is_sure_of_nothing():
+    peak = lambda b: Number(Estimate(b, None, None, 1), "B", "lower", None)  # noqa: E731
+    axes = (Axis(SPEED, "peak_memory_bytes"), Axis(TEXT, "score"))
+    cells = []
+    for decoder, size, score in (("a", 1e8, 1.0), ("b", 1.0001e8, 0.9)):
+        cells.append(made(decoder, SPEED, peak_memory_bytes=peak(size)))
+        cells.append(made(decoder, TEXT, score=scored([score + x for x in SPREAD])))
+    for point in findings.points(cells, *axes, {})[0]:
+        assert (point.probability, point.likely) == (None, False)
+    assert not any(x.pareto for x in findings.with_front(findings.lines(cells, axes, {}), axes, axes))
 
 
 @pytest.mark.parametrize(

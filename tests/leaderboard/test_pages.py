@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("streamlit")
-from made_results import demo
+from made_results import QUICK, demo
 from streamlit.testing.v1 import AppTest
 
-from decodathlon.harness.results import environment, store
+from decodathlon.harness.locks import file_lock
+from decodathlon.harness.results import environment, shards, store
 
 ROOT = Path(__file__).parents[2]
 OLD = Path(__file__).parents[1] / "results" / "old"
@@ -111,7 +112,7 @@ def test_overview_ranks_greys_and_explains(opened, demo_file):
     assert 'aria-label="on the Pareto front"' in text
     assert "<small>changed code</small>" in text
     assert "<small>stand-in data, changed code</small>" in text
-    assert "hf-generate on wikitext2 joined: unsupported (needs a next-token law)" in text.replace("\\", "")
+    assert "hf-generate on wikitext2 joined on wikitext-2-raw-v1: unsupported (needs a next-token law)" in text
     assert "contended: by a neighbour" in text
     assert "partial: after 9 s" in text
     assert "elsewhere" in text, "measured only at another scale"
@@ -156,7 +157,7 @@ def test_trade_off_says_how_sure_the_front_is(opened, demo_file):
 def test_a_deep_link_opens_one_decoder_with_its_sweep_and_history(opened, demo_file):
     at = opened(demo_file, "decoder", decoder="top-p")
     assert not at.exception
-    assert at.title[0].value == "top-p"
+    assert at.title[0].value.replace("\\", "") == "top-p"
     text = said(at)
     assert "Paper: Holtzman" in text
     assert '<td class="">(0, 1]</td>' in text
@@ -164,6 +165,72 @@ def test_a_deep_link_opens_one_decoder_with_its_sweep_and_history(opened, demo_f
     assert "from run to run" in text
     charts = [c.proto.alt for c in at.get("vega_lite_chart")]
     assert any("over p, 3 points. 0.5: " in alt for alt in charts)
+
+
+def test_the_address_says_what_is_shown(opened, demo_file):
+    """Whoever is sent it sees the same, whatever is measured meanwhile; what is not there is said."""
+    at = opened(demo_file)
+    setting = {k: str(v) for k, v in vars(QUICK).items()}
+    assert {
+        k: at.query_params[k][0] if isinstance(at.query_params[k], list) else at.query_params[k] for k in setting
+    } == setting
+    table = at.get("html")[0].proto.body
+    assert (
+        "decoder?decoder=turbo&amp;model=tiny&amp;dtype=float32&amp;hardware=a%20CPU%2C%202%20threads&amp;scale=quick"
+        in table
+    )
+    for page, key in (("overview", "scale"), ("decoder", "decoder"), ("run", "run"), ("trade_off", "y")):
+        at = opened(demo_file, page, **{key: "nowhere <b>"})
+        assert not at.exception
+        assert "nowhere <b> here; this is another one" in "".join(w.value for w in at.warning).replace("\\", ""), page
+    at = opened(demo_file, "decoder", decoder="turbo")
+    assert not at.warning
+    at.selectbox(key="decoder").set_value("greedy").run()
+    assert at.query_params["decoder"] in ("greedy", ["greedy"])
+    assert at.title[0].value == "greedy"
+
+
+def test_only_default_parameters_can_be_shown(opened, demo_file):
+    at = opened(demo_file)
+    assert "top-p[p=0.5]" in at.get("html")[0].proto.body
+    at.toggle(key="defaults").set_value(True).run()
+    table = at.get("html")[0].proto.body
+    assert "top-p[p=0.5]" not in table
+    assert "top-p" in table
+
+
+def test_a_decoder_is_compared_with_another(opened, demo_file):
+    at = opened(demo_file, "decoder", decoder="top-p", against="temperature", setting="top-p")
+    assert not at.exception
+    (table,) = [
+        h.proto.body
+        for h in at.get("html")
+        if "top-p against temperature" in h.proto.body and "is worse" in h.proto.body
+    ]
+    assert "ppl_epsilon" in table
+    assert "top-p is worse" in table, "by 0.2 nats per token"
+    at = opened(demo_file, "decoder", decoder="mine", against="turbo")
+    assert "Not to be relied on: changed code." in said(at)
+
+
+def test_what_was_measured_since_and_does_not_count_stands_beside(opened, tmp_path):
+    """Changed code measures greedy again, and an interrupted run top-p: neither takes the place of what counts."""
+    from made_results import cell, day, text_metrics, write_run
+
+    results = demo(tmp_path / "r.duckdb")
+    again = cell(
+        "r9", "wikitext2", "greedy", text_metrics(1, 0.5), started=day(21), slice="joined", claim="greedy-exact"
+    )
+    stopped = cell("r9", "wikitext2", "temperature", started=day(21), slice="joined", status="cancelled",
+                   reason="interrupted", model={}, data={})  # fmt: skip
+    store.ingest(results, [write_run(tmp_path, "r9", [again, stopped], started=day(21), dirty=True)])
+    at = opened(results)
+    text = said(at)
+    table = at.get("html")[0].proto.body
+    assert table.count(">greedy<") == 2
+    assert "<small>measured since, changed code</small>" in table
+    assert "temperature leads with" in text
+    assert "interrupted); what was measured before it is shown" in text
 
 
 def test_a_decoder_that_failed_shows_its_words_as_text(opened, demo_file):
@@ -183,7 +250,8 @@ def test_a_run_shows_gates_and_what_another_run_says(opened, demo_file):
     assert 'class="fail">fail<' in text
     assert "1 of 4 passed" in [e.label for e in at.expander]
     assert 'class="unsure">inconclusive<' in text
-    assert "then (demo-1)" in text
+    assert "demo-1" in text
+    assert 'aria-label="Run demo-3 against demo-1"' in text
     assert "throughput top-p batch-1" in text
     assert "by chance alone" in text
     at = opened(demo_file, "run", run="demo-2")
@@ -212,9 +280,10 @@ def test_results_that_arrive_are_shown(opened, tmp_path):
     at = opened(results)
     assert "newcomer" not in said(at)
     one = cell("live", "throughput", "newcomer", speed_metrics(1, 1.0), started=day(21), slice="batch-1")
-    write_run(results.with_suffix(".shards"), "live", [one], started=day(21), planned=4)
+    live = write_run(results.with_suffix(".shards"), "live", [one], started=day(21), planned=4)
     assert "newcomer" in said(at.run())
-    again = opened(results)  # AppTest draws the frame, and so the progress, only the first time
+    with file_lock(live / shards.LOCK_FILE):
+        again = opened(results)  # AppTest draws the frame, and so the progress, only the first time
     assert "1 of 4 cells" in "".join(str(p.proto) for p in again.get("progress"))
 
 

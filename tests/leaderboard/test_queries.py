@@ -209,6 +209,69 @@ def test_unverified_data_and_failed_audits_are_doubts(twins):
     assert unsure.doubts == ("unverified data", "audit failed")
 
 
+def test_unknown_code_and_a_failed_a_a_test_are_doubts(tmp_path):
+    def one(name, log):
+        logs = [log + i / 1000 for i in range(9)]
+        own = metric_row("ratio_to_self", Observations.each([f"p{i}" for i in range(9)], logs, scale="exp"), "itself")
+        return cell("r1", "throughput", name, [own], started=day(1), slice="batch-1")
+
+    run = write_run(tmp_path, "r1", [one("fine", -0.004), one("biased", 0.08), one("hardly", 0.02)], started=day(1))
+    noisy = Observations.each([f"p{i}" for i in range(9)], [0.1 * (i - 4) for i in range(9)], scale="exp")
+    other = cell(
+        "r2", "throughput", "noisy", [metric_row("ratio_to_self", noisy, "itself")], started=day(1), slice="batch-1"
+    )
+    unknown = write_run(tmp_path, "r2", [other], started=day(1), dirty=None)
+    store.ingest(tmp_path / "r.duckdb", [run, unknown])
+    store.snapshot(tmp_path / "r.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        found = {c.decoder: c for c in queries.cells(connection, QUICK)}
+    assert {d: c.doubts for d, c in found.items()} == {
+        "fine": (), "biased": ("A/A failed",), "hardly": (), "noisy": ("unknown code",),
+    }  # fmt: skip
+    assert found["noisy"].remarks[0].startswith("noisy: its speed against itself spreads by ")
+    assert found["fine"].remarks == ()
+
+
+def test_neither_a_failure_nor_a_doubt_takes_the_place_of_what_counts(tmp_path):
+    def text(run, seed, when, **more):
+        found = text_metrics(seed) if "status" not in more else []
+        return cell(run, "wikitext2", "it", found, started=day(when), slice="joined", **more)
+
+    newer_suite = text("r4", 1, 4, status="failed")
+    newer_suite.spec = replace(newer_suite.spec, suite_version=2)
+    runs = [
+        write_run(tmp_path, "r1", [text("r1", 1, 1)], started=day(1)),
+        write_run(tmp_path, "r2", [text("r2", 2, 2)], started=day(2), dirty=True),
+        write_run(tmp_path, "r3", [text("r3", 3, 3, status="cancelled", data={}, model={})], started=day(3)),
+        write_run(tmp_path, "r4", [newer_suite], started=day(4)),
+    ]
+    for count, expected in ((1, {("r1", False)}), (2, {("r1", False), ("r2", True)})):
+        path = tmp_path / f"{count}.duckdb"
+        store.ingest(path, runs[:count])
+        store.snapshot(path, tmp_path / f"{count}-copy.duckdb", queries.prepare)
+        with duckdb.connect(str(tmp_path / f"{count}-copy.duckdb")) as connection:
+            assert {(c.run_id, c.beside) for c in queries.cells(connection, QUICK)} == expected
+    store.ingest(tmp_path / "all.duckdb", runs)
+    store.snapshot(tmp_path / "all.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        found = {(c.run_id, c.beside) for c in queries.cells(connection, QUICK)}
+    assert ("r1", False) in found
+    assert ("r3", True) in found
+    assert ("r4", False) in found, "another version of the suite is another column"
+
+
+def test_the_files_of_a_decoder_are_those_of_its_newest_run(tmp_path):
+    run = write_run(tmp_path, "r1", [cell("r1", "wikitext2", "it", text_metrics(1), started=day(1))], started=day(1))
+    record = shards.read(run / shards.RUN_FILE)
+    record["options"]["decoder_file"] = ["it.py"]
+    shards.write(run / shards.RUN_FILE, record)
+    store.ingest(tmp_path / "r.duckdb", [run])
+    store.snapshot(tmp_path / "r.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        assert queries.decoder_files(connection, "it") == ["it.py"]
+        assert queries.decoder_files(connection, "other") == []
+
+
 def test_what_the_newest_run_says_of_a_suite_counts(twins):
     assert queries.suites(twins)["throughput"]["asks"] == "a newer word"
 

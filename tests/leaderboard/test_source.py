@@ -1,7 +1,6 @@
 """The board's snapshots: fresh, complete, and never in a writer's way."""
 
 import gzip
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,9 @@ import pytest
 from made_results import cell, day, demo, speed_metrics, write_run
 
 from decodathlon.harness.errors import StoreError
+from decodathlon.harness.locks import file_lock
 from decodathlon.harness.results import shards, store
+from decodathlon.leaderboard import queries
 from decodathlon.leaderboard.source import Source
 
 duckdb = pytest.importorskip("duckdb")
@@ -48,10 +49,12 @@ def test_a_run_is_seen_while_it_measures(tmp_path):
     source = Source(results)
     assert source.progress() == []
     folder = results.with_suffix(".shards")
-    write_run(folder, "live", [one_cell("live")], started=day(21), planned=3)
+    live = write_run(folder, "live", [one_cell("live")], started=day(21), planned=3)
     seen = source.current()
     assert "new" in decoders(seen)
-    (run,) = source.progress()
+    with file_lock(live / shards.LOCK_FILE):
+        (run,) = source.progress()
+    assert [r.live for r in source.progress()] == [False], "whoever measured it is gone"
     assert (run.run_id, run.done, run.planned, run.live) == ("live", 1, 3, True)
     second = one_cell("live", "newer")
     shards.write(folder / "live" / f"{second.spec.cell_id}.json", second.as_shard())
@@ -84,13 +87,24 @@ def test_only_a_run_with_work_left_has_progress(tmp_path):
     folder = results.with_suffix(".shards")
     write_run(folder, "done", [one_cell("done")], started=day(21), planned=1)
     old = write_run(folder, "old", [one_cell("old")], started=day(21), planned=4)
-    for path in old.iterdir():
-        os.utime(path, (0, 0))
     (run,) = Source(results).progress()
     assert (run.run_id, run.done, run.planned, run.live) == ("old", 1, 4, False)
     for damaged in ("{half", "[]", '{"cells": 5}', "[" * 100_000):
         (old / shards.PLAN_FILE).write_text(damaged)
         assert Source(results).progress() == []
+
+
+def test_failed_copies_and_those_of_killed_boards_are_thrown_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = tmp_path / "decodathlon-board-4194305-x"  # above the largest process id there is
+    dead.mkdir()
+    source = Source(demo(tmp_path / "r.duckdb"))
+    assert not dead.exists()
+    monkeypatch.setattr(queries, "prepare", lambda connection: connection.execute("SELECT nothing"))
+    for _ in range(3):
+        with pytest.raises(StoreError, match="could not be copied"):
+            source.current()
+    assert [p for folder in tmp_path.glob("decodathlon-board-*") for p in folder.iterdir()] == []
 
 
 def test_what_no_reader_holds_any_more_is_thrown_away(tmp_path):

@@ -47,6 +47,12 @@ def test_members_by_values_alone():
     assert members([]) == []
 
 
+def test_no_number_is_on_no_front():
+    assert on_front(np.array([[1.0, math.nan, 3.0]]), np.array([[3.0, 9.0, 1.0]]), "higher", "higher").tolist() == [
+        [True, False, True]
+    ]
+
+
 def test_what_does_not_vary_is_certain():
     assert probabilities([fixed(1, 20), fixed(2, 25), fixed(1.5, 30)]) == [1.0, 1.0, 0.0]
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from made_results import cell, day, speed_metrics, write_run
+from made_results import cell, day, speed_metrics, text_metrics, write_run
 
 from decodathlon.harness.errors import StoreError
-from decodathlon.harness.results import records, shards, store
+from decodathlon.harness.results import shards, store
 
 duckdb = pytest.importorskip("duckdb")
 
@@ -44,12 +44,17 @@ CELL = [
     ("metrics.0.units", "{}"), ("metrics.0.units.sums", [1.0]), ("metrics.0.units.counts.0", 0),
     ("metrics.0.units.sums.0", None), ("metrics.0.units.rows.0", "pair-1"), ("metrics.0.units.more", 1),
     ("metrics.0.units.scale", "log"),
+    ("metrics.0.better", "lower"), ("metrics.0.value", 7.0), ("metrics.0.ci_low", 5.0), ("metrics.0.ci_high", "NaN"),
+    ("metrics.1.baseline", "top-p"), ("spec.decoder", "[x]"),
+    ("samples", [{"row": "a", "data": 1, "place": 1}]), ("samples", [{"data": 1}]),
+    ("started", "2026-W47-6T10:00:00+00:00"), ("started", "20261121T100000Z"), ("started", "9999-12-31T23:59:59-23:00"),
+    ("started", "2026-11-21T10:00:00,123+00:00"), ("started", "2100-01-01T00:00:00+00:00"),
 ]  # fmt: skip
 RUN = [
     ("run_id", ""), ("started", None), ("started", "infinity"), ("git_dirty", "no"), ("environment", []),
     ("environment", {}), ("environment.cpu", "delete"), ("environment.packages", ["torch"]), ("options", []),
     ("about", [1]), ("about.decoders.it", {"text": "x"}), ("about.suites.throughput", "x"),
-    ("about.metrics", [1]), ("about.metrics.mine", {}),
+    ("about.metrics", [1]), ("about.metrics.mine", {}), ("started", "0001-01-01T00:00:00+23:00"),
 ]  # fmt: skip
 GATES = [
     ("verdicts", [1, 2]), ("verdicts.0.outcome", "perhaps"), ("verdicts.0.judged", None), ("verdicts.0.gate", None),
@@ -68,13 +73,15 @@ def test_the_place_that_is_wrong_is_named(tmp_path, file, at, value):
     results = tmp_path / "r.duckdb"
     with pytest.raises(StoreError, match="good") as told:
         store.ingest(results, [run])
-    way = [p for p in at.split(".") if not p.isdigit()]
+    way = [p for p in at.split(".") if not p.isdigit()] + ["interval"]
     assert path.name in str(told.value)
     assert any(p.rstrip("s") in str(told.value) for p in way), told.value
     assert not results.exists()
 
 
-@pytest.mark.parametrize("text", ["{half", "[1]", "[" * 100_000, "\x00", '{"a": "' + "\\ud800"])
+@pytest.mark.parametrize(
+    "text", ["{half", "[1]", "[" * 100_000, '{"a": ' + "[" * 800 + "]" * 800 + "}", "\x00", '{"a": "' + "\\ud800"]
+)
 @pytest.mark.parametrize("file", [shards.RUN_FILE, shards.GATES_FILE, "throughput-x.json"])
 def test_what_is_no_json_of_ours_is_named(tmp_path, file, text):
     run = a_run(tmp_path)
@@ -112,9 +119,57 @@ def test_a_bad_run_costs_the_reader_that_run_only(tmp_path):
 
 
 def test_a_number_of_infinity_travels(tmp_path):
-    run = a_run(tmp_path)
+    outcome = cell("r", "wikitext2", "it", text_metrics(1), started=day(1), slice="joined")
+    run = write_run(tmp_path, "r", [outcome], started=day(1))
     path = next(shards.cells(run))
-    broken(path, "metrics.0.value", "Infinity")
-    broken(path, "metrics.0.units.sums.0", "Infinity")
-    records.check(shards.read(path), records.CellRecord, path)
+    for at, value in (("value", "Infinity"), ("ci_low", None), ("ci_high", None), ("units.sums.0", "Infinity")):
+        broken(path, f"metrics.0.{at}", value)
     assert store.ingest(tmp_path / "r.duckdb", [run]).added == 1
+
+
+def test_nobody_writes_into_the_run_of_another(tmp_path):
+    """A guest's gates and metrics name somebody else's run: they stay the guest's own."""
+    results = tmp_path / "r.duckdb"
+    store.ingest(results, [a_run(tmp_path)])
+    guest = a_run(tmp_path, "guest")
+    broken(guest / shards.GATES_FILE, "verdicts.0.run_id", "good")
+    broken(guest / shards.GATES_FILE, "verdicts.0.outcome", "fail")
+    broken(guest / shards.GATES_FILE, "verdicts.0.judged", day(9))
+    (mine,) = [p.stem for p in shards.cells(tmp_path / "good")]
+    path = next(shards.cells(guest))
+    for part, at in (("metrics", "run_id"), ("samples", "run_id")):
+        if part == "samples":
+            broken(path, "samples", [{"row": "a", "data": 1}])
+        else:
+            broken(path, f"{part}.0.{at}", "good")
+            broken(path, f"{part}.0.cell_id", mine)
+            broken(path, f"{part}.0.baseline", None)
+    store.ingest(results, [guest])
+    with duckdb.connect(str(results)) as connection:
+        assert connection.execute("SELECT outcome FROM gate WHERE run_id = 'good'").fetchall() == [("pass",)]
+        assert connection.execute("SELECT outcome FROM gate WHERE run_id = 'guest'").fetchall() == [("fail",)]
+        counts = connection.execute("SELECT run_id, count(*) FROM metric GROUP BY 1 ORDER BY 1").fetchall()
+        assert counts == [("good", 4), ("guest", 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ('UPDATE metric SET units = \'{"rows": [], "sums": [], "counts": [0], "kind": "nonsense"}\'', "units"),
+        ("UPDATE metric SET ci_low = NULL WHERE ci_low IS NOT NULL", "two ends"),
+        ("UPDATE metric SET value = 9999 WHERE metric = 'tokens_per_s'", "metric/good"),
+        ("UPDATE cell SET notes = '{}'", "notes"),
+        ("UPDATE cell SET params = '[1]'", "params"),
+        ("UPDATE run SET about = '[]'", "about"),
+        ("UPDATE gate SET outcome = 'perhaps'", "outcome"),
+    ],
+)
+def test_rows_of_another_file_are_checked_like_shards(tmp_path, change, named):
+    other = tmp_path / "other.duckdb"
+    store.ingest(other, [a_run(tmp_path)])
+    assert store.ingest(tmp_path / "whole.duckdb", [other]).added == 1
+    with duckdb.connect(str(other)) as connection:
+        connection.execute(change)
+    with pytest.raises(StoreError, match=named):
+        store.ingest(tmp_path / "r.duckdb", [other])
+    assert not (tmp_path / "r.duckdb").exists()

@@ -27,7 +27,10 @@ def outcome(run_id, seed=0, **values):
         "baseline": None,
     }  # fmt: skip
     known = {
-        "metrics": [metric, {**metric, "metric": "coverage", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6}],
+        "metrics": [
+            metric,
+            {**metric, "metric": "coverage", "better": "higher", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6},
+        ],
         "samples": [{"row": "pair-0", "data": {"seconds": [1.5, 2.5]}}],
         "decoder": {"name": "top-p", "spec": "top-p", "family": "top-p", "params": {"p": 0.95}, "claim": "shaped"},
         "model": {"name": "m", "dtype": "float32", "device": "cpu"},
@@ -281,7 +284,7 @@ def test_rows_without_hashes_conflict_by_their_numbers(old_file, tmp_path):
     other = tmp_path / "other.duckdb"
     other.write_bytes(old_file.read_bytes())
     with duckdb.connect(str(other)) as c:
-        c.execute("UPDATE metric SET value = 2 * value WHERE metric = 'ppl_epsilon'")
+        c.execute("UPDATE metric SET value = 2 * value, ci_high = 2 * ci_high WHERE metric = 'ppl_epsilon'")
     found = store.ingest(old_file, [other])
     assert (found.added, len(found.conflicts)) == (0, 1)
 
@@ -341,8 +344,8 @@ def test_a_later_attempt_takes_the_place_of_an_earlier_one_in_any_order(tmp_path
 
 def test_units_and_gates_reach_the_store(tmp_path):
     metric = {
-        "metric": "ppl_mixture", "value": 20.0, "unit": "1", "better": "lower", "ci_low": 19.0, "ci_high": 21.0, "n": 9,
-        "baseline": None, "units": {"rows": ["a"], "sums": [3.0], "counts": [1], "kind": "mean", "scale": "exp",
+        "metric": "ppl_mixture", "value": math.exp(3), "unit": "1", "better": "lower", "ci_low": 19.0, "ci_high": 21.0,
+        "n": 9, "baseline": None, "units": {"rows": ["a"], "sums": [3.0], "counts": [1], "kind": "mean", "scale": "exp",
                                     "share": False},
     }  # fmt: skip
     run = make_run(tmp_path, "r1", [outcome("r1", metrics=[metric])])
