@@ -57,7 +57,7 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
     shape = alt.Shape(
         "claim:N",
         scale=alt.Scale(range=SHAPES),
-        legend=alt.Legend(orient="bottom", columns=2, symbolFillColor=GREY, symbolStrokeColor=GREY),
+        legend=alt.Legend(orient="top", columns=3, symbolFillColor=GREY, symbolStrokeColor=GREY),
     )
     faint = alt.condition("datum.pale", alt.value(0.3), alt.value(1.0))
     tips = [alt.Tooltip(f"{f}:N") for f in ("decoder", "claim", "x_text", "y_text", "front", "probability")]
@@ -76,7 +76,7 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
             x=at_x, y=at_y, color=colour, shape=shape, opacity=faint, tooltip=tips
         ),
         base.mark_text(dx=9, dy=-9, align="left", fontSize=12, color=GREY).encode(x="x:Q", y="y:Q", text="label:N"),
-    ).properties(height=440)
+    ).properties(height=520)
 
 
 def trade_off_in_words(points: Sequence[Point], x: Axis, y: Axis) -> str:
@@ -87,10 +87,16 @@ def trade_off_in_words(points: Sequence[Point], x: Axis, y: Axis) -> str:
         + (f", on the front in {p.probability:.0%} of resamples" if p.probability is not None else "")
         for p in front
     )
-    hidden = [p.decoder for p in points if not all(math.isfinite(n.estimate.value) for n in (p.x, p.y))]
+    hidden = not_drawn(points)
     text = f"{x.metric} of {x.column} across, {y.metric} of {y.column} upwards, {len(points)} decoders. "
     text += f"On the Pareto front: {said or 'none'}."
-    return text + (f" Not drawn because infinite: {', '.join(hidden)}." if hidden else "")
+    return f"{text} {hidden}" if hidden else text
+
+
+def not_drawn(points: Sequence[Point]) -> str:
+    """Who has no place on the chart, in a sentence; empty where everybody has."""
+    hidden = [p.decoder for p in points if not all(math.isfinite(n.estimate.value) for n in (p.x, p.y))]
+    return f"Not drawn, because infinite or no number: {', '.join(hidden)}." if hidden else ""
 
 
 def over_time(rows: Sequence[dict[str, Any]], metric: str) -> altair.LayerChart:

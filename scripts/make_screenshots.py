@@ -38,7 +38,7 @@ def main() -> None:
                 page.wait_for_timeout(3000)
                 path = IMAGES / f"{name}.png"
                 page.screenshot(path=path)
-                Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path, optimize=True)
+                Image.open(path).convert("RGB").save(path, optimize=True)  # every colour as the board draws it
             browser.close()
     finally:
         server.terminate()

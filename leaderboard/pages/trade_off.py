@@ -33,6 +33,7 @@ points, lacking = findings.points(
 )
 
 st.altair_chart(charts.trade_off(points, x, y), width="stretch", alt=charts.trade_off_in_words(points, x, y))
+st.caption(parts.plain(charts.not_drawn(points)))
 st.caption(
     "Better is to the right and up. The dashed line joins the front by the values alone: nobody is at least as good "
     "in both and better in one. Its probability is the share of bootstrap resamples of the units (windows of text, "

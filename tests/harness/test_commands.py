@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import math
+import socket
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ from decodathlon.harness.commands.command import main
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
-from decodathlon.harness.results import store
+from decodathlon.harness.results import environment, store
 from decodathlon.harness.results.changes import change_of
 from decodathlon.harness.results.measured import Measured, Number
 
@@ -123,6 +124,74 @@ def test_export_of_one_run_and_suite_to_the_terminal(capsys, results):
     code, _, err = said(capsys, *asked, run)
     assert code != 0
     assert f"there are no such rows in {results}; the run or view has {other[run]}" in err
+
+
+def test_two_decoders_are_compared_unit_by_unit(capsys, results):
+    code, out, _ = said(capsys, "compare", "--decoder", "temperature", "--decoder", "top-p", "--metric", "ppl_epsilon",
+                        "--results", results)  # fmt: skip
+    assert code == 0
+    (line,) = [x for x in out.splitlines() if x.startswith("wikitext2")]
+    assert line.endswith("B is worse"), "truncation costs"
+    with store.connect(Path(results)) as connection:
+        run, metric, value = connection.execute(
+            "SELECT run_id, metric, value FROM results WHERE decoder = 'top-p' AND metric = 'ppl_epsilon' "
+            "AND scale = 'quick' ORDER BY started LIMIT 1"
+        ).fetchone()
+    code, out, _ = said(capsys, "compare", run, "--decoder", "temperature", "--decoder", "top-p", "--results", results)
+    assert code == 0
+    assert f" {value:.4g} " in next(x for x in out.splitlines() if metric in x)
+
+
+def test_what_cannot_be_compared_is_named(capsys, results):
+    for words, message in (
+        (["last"], "takes two runs"),
+        (["--decoder", "top-p"], "takes --decoder twice"),
+        (["--decoder", "top-p", "--decoder", "topk"], "has no cell of 'topk' that was measured; did you mean 'top-k'?"),
+    ):
+        code, _, err = said(capsys, "compare", *words, "--results", results)
+        assert code != 0
+        assert message in err
+
+
+def test_a_board_whose_port_is_taken_says_so(capsys, results):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        code, _, err = said(capsys, "board", "--port", port, "--results", results)
+    assert code != 0
+    assert f"localhost:{port} cannot be used" in err
+    code, _, err = said(capsys, "board", "--address", "no.such.host.invalid", "--results", results)
+    assert code != 0
+    assert "no.such.host.invalid:8501 cannot be used" in err
+
+
+@pytest.mark.parametrize("name", ["none", "true", "all", "harness", "torch", "random", "json", "conftest-of-none"])
+def test_a_new_decoder_takes_no_name_that_means_something_else(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = said(capsys, "new", "decoder", name)
+    assert (code != 0) == (name != "conftest-of-none"), err
+    assert len(list(tmp_path.iterdir())) == (name == "conftest-of-none")
+
+
+def test_where_results_go_if_nothing_is_said(monkeypatch, tmp_path):
+    monkeypatch.delenv(environment.RESULTS_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert environment.results_file() == ROOT / "results.duckdb", "in a clone, wherever one stands"
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "site-packages")
+    assert environment.results_file() == tmp_path / "results.duckdb"
+    monkeypatch.setenv(environment.RESULTS_VARIABLE, "elsewhere.duckdb")
+    assert environment.results_file() == Path("elsewhere.duckdb")
+
+
+def test_a_copy_inside_another_repository_does_not_take_its_commit(tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    assert environment.git_state(tmp_path)[1] is False
+    assert environment.git_state(copy) == ("", None, "")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +309,11 @@ def test_what_is_carried_arrives_whole_or_is_refused(tmp_path):
     assert "pytest tests -m gpu" in unpacked.stdout
     assert (there / "data" / "some.txt").read_text() == "words"
     assert (there / "code" / "src" / "decodathlon" / "harness" / "plugin.py").is_file()  # through its link
+    code = there / "code"
+    commit, dirty, _ = environment.git_state(ROOT)
+    assert environment.git_state(code)[:2] == (commit, dirty), "it says what it was packed from"
+    (code / "harness" / "law.py").write_text("changed")
+    assert environment.git_state(code)[1] is True, "and that it was changed since"
     part = out / "part-000"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     damaged = subprocess.run([*alone[:-1], str(tmp_path / "again")], capture_output=True, text=True)

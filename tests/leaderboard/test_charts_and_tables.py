@@ -38,7 +38,7 @@ def test_what_is_infinite_is_named_instead_of_drawn(points):
     spec = charts.trade_off(cut, x, y).to_dict()
     drawn = {row["decoder"] for row in spec["data"]["values"]}
     assert found[0].decoder not in drawn
-    assert f"Not drawn because infinite: {found[0].decoder}." in charts.trade_off_in_words(cut, x, y)
+    assert f"Not drawn, because infinite or no number: {found[0].decoder}." in charts.trade_off_in_words(cut, x, y)
     assert charts.trade_off([], x, y).to_dict()
 
 

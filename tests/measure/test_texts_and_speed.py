@@ -101,6 +101,8 @@ def test_a_decoder_that_remembers_its_answers_is_remarked_on():
     fair = [Pair({"candidate": [1.1, 1.0]}, first=0.1) for _ in range(6)]
     cheat = [Pair({"candidate": [1.0, 0.01]}, first=0.1, repeatable=False) for _ in range(6)]
     assert speed.remarks(fair) == []
+    disturbed = [Pair({"candidate": [9.0, 1.0]}, first=0.1), Pair({"candidate": [1.0, 1.0]}, first=0.1)]
+    assert speed.remarks(disturbed) == [], "a neighbour on the machine, once"
     assert [r.split(":")[0] for r in speed.remarks(cheat)] == [
         "the same seed gave other tokens the second time",
         "the second run over the same prompts was 100.0 times as fast",
