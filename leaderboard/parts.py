@@ -255,6 +255,8 @@ def comparison(
     found = compare(pairs, names, caption)
     if found.speaking:
         st.html(found.speaking)
+    if any(a.basis != b.basis for a, b in pairs):
+        st.caption("Some of these were measured with other weights, data or sizes under the same names.")
     if found.judged:
         chance = found.judged * 0.05
         st.caption(f"{found.judged} intervals: about {chance:.1f} of them would speak of a change by chance alone.")

@@ -57,6 +57,9 @@ def _run(options: argparse.Namespace) -> int:
         rows = [[row[0], *row[2:]] for row in rows]
     for line in aligned(rows):
         say(line)
+    other = sum(a is not None and b is not None and a.basis != b.basis for a, b in pairs)
+    if other:
+        say(f"! {other} pairs of cells were measured with other weights, data or sizes under the same names")
     if judged:
         say(f"{judged} intervals: about {judged * 0.05:.1f} of them would speak of a change by chance alone")
     return 0
