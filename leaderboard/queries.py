@@ -235,7 +235,8 @@ def baselines(connection: duckdb.DuckDBPyConnection, setting: Setting) -> dict[s
     """Of each ratio, the decoder that it is relative to."""
     found = connection.execute(
         f"SELECT DISTINCT m.metric, m.baseline FROM number m JOIN board b USING (run_id, cell_id) "
-        f"WHERE {_SETTING} AND m.baseline IS NOT NULL AND m.metric <> 'ratio_to_self' ORDER BY ALL",
+        f"WHERE {_SETTING} AND m.baseline IS NOT NULL AND starts_with(m.metric, 'ratio_to_') "
+        f"AND m.metric <> 'ratio_to_self' ORDER BY ALL",
         vars(setting),
     )
     return dict(found.fetchall())

@@ -14,6 +14,7 @@ from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.results import environment, shards, store
 from decodathlon.harness.results.journal import Journal
+from decodathlon.harness.results.metrics import METRICS
 
 
 def collect() -> None:
@@ -85,15 +86,21 @@ def _run(folder: Path, run_id: str, cells: int) -> Path:
 
 def _outcome(run_id: str, seed: int) -> Outcome:
     spec = CellSpec("throughput", 1, "batch-1", f"decoder-{seed}", "a-model", "quick", 0)
-    units = {"rows": [f"pair-{i}" for i in range(8)], "sums": [1.5] * 8, "counts": [1] * 8, "kind": "median",
+    units = {"rows": [f"pair-{i}" for i in range(8)], "sums": [50.0 + seed] * 8, "counts": [1] * 8, "kind": "median",
              "scale": "identity", "share": False}  # fmt: skip
-    metric = {"metric": "tokens_per_s", "value": 50.0 + seed, "unit": "1/s", "better": "higher", "ci_low": 49.0,
-              "ci_high": 51.0, "n": 8, "baseline": None, "units": units}  # fmt: skip
+    metric = {
+        "value": 50.0 + seed,
+        "ci_low": 49.0 + seed,
+        "ci_high": 51.0 + seed,
+        "n": 8,
+        "baseline": None,
+        "units": units,
+    }
     names = ("tokens_per_s", "tpot_s", "ttft_s", "ratio_to_greedy", "ratio_to_self", "peak_memory_bytes")
     return Outcome(
         spec,
         run_id,
-        metrics=[{**metric, "metric": name} for name in names],
+        metrics=[{**metric, "metric": n, "unit": METRICS[n].unit, "better": METRICS[n].better} for n in names],
         samples=[{"row": f"pair-{i}", "data": {"seconds": {"candidate": [0.5, 0.6]}}} for i in range(8)],
         model={"name": "a-model", "dtype": "float32", "device": "cpu"},
         decoder={"spec": spec.decoder, "family": "a-family", "params": {"k": seed}, "claim": "shaped"},

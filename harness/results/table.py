@@ -139,4 +139,6 @@ def _baseline(name: str, members: Sequence[Outcome], cells: Sequence[measured.Me
 
 
 def _baseline_name(name: str, members: Sequence[Outcome]) -> str | None:
+    if not name.startswith("ratio_to_"):
+        return None
     return next((m["baseline"] for o in members if (m := _metric(o, name)) and m.get("baseline")), None)

@@ -430,3 +430,10 @@ def test_a_small_file_stays_small(tmp_path):
     path = tmp_path / "results.duckdb"
     store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
     assert path.stat().st_size < 1_000_000
+
+
+def test_what_the_overheads_suite_ingests_is_a_run_like_any_other(tmp_path):
+    from decodathlon.harness.measure import overheads
+
+    assert overheads.ingest(tmp_path, cells=3, new=2)().added == 2
+    assert query(tmp_path / "overheads.duckdb", "SELECT count(*) FROM latest_cell") == [(3,)]
