@@ -86,6 +86,11 @@ def draw(log_probs: Tensor, u: Tensor) -> Tensor:
     # First the block, then the token in it: a cumulative sum over 50,000 tokens is slow, a sum is not.
     N, V = log_probs.shape
     p = log_probs.double().exp()
+    if V <= _BLOCK:
+        cumulative = p.cumsum(-1)
+        total = cumulative[:, -1:]
+        offset = (u.to(cumulative)[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+        return _first_above(cumulative, offset)[:, 0]
     if V % _BLOCK:
         p = torch.nn.functional.pad(p, (0, _BLOCK - V % _BLOCK))
     blocks = p.view(N, -1, _BLOCK)

@@ -36,6 +36,7 @@ class RowRandom:
         """The CPU generator of row b, for draws that are not uniforms."""
         return self._generators[b]
 
-    def uniforms(self, *shape: int) -> Tensor:
-        """(rows, *shape) float64 uniforms in [0, 1); each row draws from its own stream."""
-        return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in self._generators])
+    def uniforms(self, *shape: int, rows: Sequence[int] | None = None) -> Tensor:
+        """(rows, *shape) float64 uniforms in [0, 1); each row draws from its own stream. `rows` asks for some only."""
+        chosen = self._generators if rows is None else [self._generators[b] for b in rows]
+        return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in chosen])

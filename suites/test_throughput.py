@@ -1,6 +1,6 @@
 """Throughput: how fast is the decoder, against greedy search on the same engine and against `transformers.generate`?"""
 
-from decodathlon import Sampler, suite
+from decodathlon import Chain, Sampler, suite
 
 
 @suite(
@@ -31,9 +31,12 @@ from decodathlon import Sampler, suite
     },
 )
 def test_throughput(cell):
+    from decodathlon.harness.errors import UnsupportedError
     from decodathlon.harness.measure import memory, speed, texts
     from decodathlon.harness.measure.statistics import Estimate
 
+    if isinstance(cell.decoder, Chain):
+        raise UnsupportedError("answers that grow token by token", "a chain is as fast as it mixes")
     sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-"))
     batches, row_ids, hashes = texts.prompts(
         cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"]

@@ -171,6 +171,22 @@ class Target(ABC):
         """Log-probability (B,) of the sequences (B, L) after their first `given` tokens, and its gradient (B, L, E)."""
         raise UnsupportedError("gradient", f"{self.name} has no gradients")
 
+    def score(self, sequences: Tensor, free: int) -> Tensor:
+        """(B,) float64 log-probability, up to a constant, of the tokens (B, L) from position `free` on.
+
+        Without any token before them the first one counts as uniform, unless the target knows its law.
+        """
+        raise UnsupportedError("energy", f"{self.name} has no energy")
+
+    def local_changes(self, sequences: Tensor, free: int, *, label_term: bool = True) -> tuple[Tensor, Tensor]:
+        """The score (B,), and to first order its change (B, L - free, V) if one free position takes another token.
+
+        Args:
+            label_term: add by how much the token's own log-probability changes, which is known exactly. The gradient of
+                the inputs says only what becomes of the tokens behind it; without this the last position feels nothing.
+        """
+        raise UnsupportedError("gradient", f"{self.name} has no gradients")
+
     def energy(self, sequences: Tensor) -> Tensor:
         """(B,) float64 energy of whole sequences: minus the log-probability, up to a constant."""
         raise UnsupportedError("energy", f"{self.name} has no energy")

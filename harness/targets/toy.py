@@ -20,24 +20,34 @@ MOST_OUTCOMES = 1 << 16
 
 
 class Ising(Target):
-    """A ring of n spins, p(s) proportional to exp(beta * sum of s_i s_(i+1) + field * sum of s_i).
+    """Spins, p(s) proportional to exp(beta * sum over bonds of s_i s_j + field * sum of s_i).
 
-    Token 1 is spin +1, token 0 spin -1. A text is the spins in order, without BOS or EOS; exact by enumeration.
+    The bonds are those of a ring of n spins, or of a torus where `rows` says how many rows it has. Token 1 is spin +1,
+    token 0 spin -1. A text is the spins in order, without BOS or EOS; exact by enumeration.
     """
 
     stop_tokens = frozenset()
     capabilities = frozenset({"logits", "gradient", "energy"})
 
-    def __init__(self, n: int, beta: float, field: float = 0.0) -> None:
+    def __init__(self, n: int, beta: float, field: float = 0.0, *, rows: int = 1) -> None:
         """
         Args:
             n: spins, 2 to 16.
             beta: inverse temperature.
             field: external field; a small one breaks the tie between a state and its mirror image.
+            rows: of a torus with n / rows columns; 1 is a ring.
         """
         if not 2 <= n <= 16:
             raise ValueError(f"Ising is enumerated, so n must be 2 to 16, not {n}")
-        self.name = f"ising-{n}"
+        if rows < 1 or n % rows:
+            raise ValueError(f"Ising: {n} spins make no {rows} rows of equal length")
+        self.name = f"ising-{n}" if rows == 1 else f"ising-{rows}x{n // rows}"
+        place = torch.arange(n).view(rows, -1)
+        self._bonds = torch.zeros(n, n, dtype=torch.float64)
+        for axis in (0, 1) if rows > 1 else (1,):
+            pairs = torch.stack([place, place.roll(-1, axis)], -1).view(-1, 2)
+            self._bonds.index_put_((pairs[:, 0], pairs[:, 1]), torch.tensor(1.0, dtype=torch.float64), accumulate=True)
+        self._bonds = self._bonds + self._bonds.T
         self.n, self.beta, self.field = n, beta, field
         self.vocab_size, self.context_length = 2, n
         self.device, self.dtype = torch.device("cpu"), torch.float64
@@ -50,7 +60,7 @@ class Ising(Target):
         return self._energy_of_spins(2.0 * sequences.double() - 1.0)
 
     def _energy_of_spins(self, spins: Tensor) -> Tensor:
-        return -(self.beta * (spins * spins.roll(-1, dims=-1)).sum(-1) + self.field * spins.sum(-1))
+        return -(0.5 * self.beta * (spins @ self._bonds * spins).sum(-1) + self.field * spins.sum(-1))
 
     @property
     def embeddings(self) -> Tensor:
@@ -59,11 +69,19 @@ class Ising(Target):
 
     def embedding_gradient(self, sequences: Tensor, given: int = 0) -> tuple[Tensor, Tensor]:
         """Minus energy (B,) and its gradient with respect to the spins (B, n, 1)."""
-        with torch.enable_grad():
-            spins = self.embeddings[sequences][..., 0].requires_grad_(True)
-            score = -self._energy_of_spins(spins)
-            (gradient,) = torch.autograd.grad(score.sum(), spins)
-        return score.detach(), gradient[..., None]
+        spins = 2.0 * sequences.double() - 1.0
+        slope = self.beta * spins @ self._bonds + self.field
+        return 0.5 * ((slope + self.field) * spins).sum(-1), slope[..., None]
+
+    def score(self, sequences: Tensor, free: int) -> Tensor:
+        return -self.energy(sequences)
+
+    def local_changes(self, sequences: Tensor, free: int, *, label_term: bool = True) -> tuple[Tensor, Tensor]:
+        score, gradient = self.embedding_gradient(sequences)
+        other = (
+            self.embeddings[:, 0] - self.embeddings[sequences]
+        )  # (B, n, 2): what each spin would become, less what it is
+        return score, (other * gradient)[:, free:]
 
     def next_logits_of(self, prefix: Sequence[int]) -> Tensor:
         """(2,) log-probabilities of the next spin; of no meaning (both zero) behind the last one."""

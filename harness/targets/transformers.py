@@ -307,7 +307,11 @@ class TransformersTarget(Target):
         return weight
 
     def embedding_gradient(self, sequences: Tensor, given: int = 1) -> tuple[Tensor, Tensor]:
-        sequences = sequences.to(self.device)
+        _, scores, gradient = self._differentiated(sequences.to(self.device), given)
+        return scores, gradient
+
+    def _differentiated(self, sequences: Tensor, given: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-laws (B, L - given, V) of the tokens after the given ones, their sum (B,), and its gradient (B, L, E)."""
         B, L = sequences.shape
         with torch.enable_grad():
             inputs = self.model.get_input_embeddings()(sequences).detach().requires_grad_(True)
@@ -319,7 +323,28 @@ class TransformersTarget(Target):
             law = logits[:, given - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             scores = law.gather(-1, sequences[:, given:, None])[..., 0].sum(-1)
             (gradient,) = torch.autograd.grad(scores.sum(), inputs)
-        return scores.detach(), gradient
+        return law.detach(), scores.detach(), gradient
+
+    @torch.no_grad()
+    def score(self, sequences: Tensor, free: int) -> Tensor:
+        given, L = max(1, free), sequences.shape[1]
+        if given == L:
+            return torch.zeros(len(sequences), dtype=torch.float64, device=self.device)
+        logits = self.logits(sequences[:, :-1].to(self.device), torch.arange(given - 1, L - 1, device=self.device))
+        law = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return law.gather(-1, sequences[:, given:, None].to(self.device))[..., 0].double().sum(-1)
+
+    def local_changes(self, sequences: Tensor, free: int, *, label_term: bool = True) -> tuple[Tensor, Tensor]:
+        sequences = sequences.to(self.device)
+        given = max(1, free)
+        law, scores, gradient = self._differentiated(sequences, given)
+        table = self.embeddings.to(law.dtype)
+        slope = gradient[:, free:].to(law.dtype)
+        change = slope @ table.T - (slope * table[sequences[:, free:]]).sum(-1, keepdim=True)
+        if label_term:
+            own = law - law.gather(-1, sequences[:, given:, None])
+            change[:, given - free :] += own
+        return scores.double(), change
 
     def energy(self, sequences: Tensor) -> Tensor:
         return -self.log_prob([row.tolist() for row in sequences])

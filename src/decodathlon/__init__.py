@@ -10,6 +10,7 @@ from decodathlon.harness.decoder import Cost
 from decodathlon.harness.decoder import Decoder
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.decoder import Sampler
+from decodathlon.harness.decoder import State
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
@@ -27,6 +28,7 @@ __all__ = [
     "Limits",
     "RowRandom",
     "Sampler",
+    "State",
     "UnsupportedError",
     "decoder",
     "draw",

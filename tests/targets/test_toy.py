@@ -120,18 +120,18 @@ def test_a_chain_runs_through_the_energy_seam():
     class Gibbs(Chain):
         steps = 60
 
-        def initial(self, target, rows, length, rng):
-            return (rng.uniforms(length) < 0.5).long()
+        def uniforms(self, length):
+            return length
 
-        def step(self, target, sequences, rng):
-            u = rng.uniforms(sequences.shape[1])
+        def step(self, target, state, u):
+            sequences = state.sequences.clone()
             for i in range(sequences.shape[1]):
                 energies = []
                 for value in (0, 1):
                     sequences[:, i] = value
                     energies.append(target.energy(sequences))
                 sequences[:, i] = (u[:, i] < torch.sigmoid(energies[0] - energies[1])).long()
-            return sequences
+            return self.begin(target, sequences, state.free)
 
     ising = toy.Ising(4, 0.42, 0.1)
     N = 4000
@@ -140,3 +140,19 @@ def test_a_chain_runs_through_the_energy_seam():
     tvd = 0.5 * np.abs(counts / N - ising.log_law.exp().numpy()).sum()
     # independent exact draws of this size stay below 0.045 in 999 of 1000 cases
     assert tvd < 0.045
+
+
+def test_a_torus_has_the_bonds_of_its_neighbours():
+    """3 x 3, every bond counted once, by the sum over the grid."""
+    ising = toy.Ising(9, 0.3, 0.1, rows=3)
+    spins = torch.tensor([1, 0, 1, 1, 1, 0, 0, 1, 0])
+    grid = (2.0 * spins - 1).view(3, 3)
+    energy = -(0.3 * ((grid * grid.roll(-1, 0)).sum() + (grid * grid.roll(-1, 1)).sum()) + 0.1 * grid.sum())
+    assert float(ising.energy(spins[None])) == pytest.approx(float(energy))
+    _, gradient = ising.embedding_gradient(spins[None])
+    with torch.enable_grad():
+        s = (2.0 * spins - 1).double().requires_grad_(True)
+        (expected,) = torch.autograd.grad(-ising._energy_of_spins(s[None]).sum(), s)
+    assert torch.allclose(gradient[0, :, 0], expected)
+    with pytest.raises(ValueError, match="no 2 rows"):
+        toy.Ising(9, 0.3, rows=2)

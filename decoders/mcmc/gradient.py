@@ -1,0 +1,203 @@
+"""p-NCG and its relatives: all positions move at once along the gradient, and one test accepts or rejects the whole.
+
+Sources: Du, Amini, Torroba Hennigen, Yu, Eisner, Lee and Cotterell 2023 (arXiv 2312.17710), p-NCG; Zhang, Liu and Liu
+2022 (arXiv 2206.09914), the discrete Langevin proposal; Grathwohl et al. 2021 (arXiv 2102.04509), Gibbs with gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from decodathlon.decoders.mcmc.proposals import Distances, drawn, log_density
+from decodathlon.harness import law
+from decodathlon.harness.decoder import Chain, State, decoder
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decodathlon.harness.targets.base import Target
+
+
+@dataclass(frozen=True)
+class Point(State):
+    """A state with what a gradient proposal needs of it; computed once per sequence."""
+
+    #: (B, N, V): to first order, by how much the log-probability changes if one position takes another token.
+    change: Tensor
+    #: Of the embeddings; the same object along a walk.
+    distances: Distances
+
+
+class GradientChain(Chain):
+    """What the gradient chains share: the state, and the corrections of the language model's gradient."""
+
+    p: int
+    label_term: bool
+
+    def begin(self, target: Target, sequences: Tensor, free: int) -> Point:
+        score, change = target.local_changes(sequences, free, label_term=self.label_term)
+        accepted = torch.zeros(len(sequences), dtype=torch.float64, device=score.device)
+        return Point(sequences, free, score, accepted, change, Distances(target.embeddings, self.p))
+
+    def at(self, target: Target, state: Point, tokens: Tensor) -> Point:
+        """The state with other free tokens (B, N): one forward and one backward pass."""
+        sequences = torch.cat([state.sequences[:, : state.free], tokens], dim=1)
+        score, change = target.local_changes(sequences, state.free, label_term=self.label_term)
+        return replace(state, sequences=sequences, score=score, change=change)
+
+
+def metropolis(state: Any, proposed: Any, log_ratio: Tensor, u: Tensor) -> Any:
+    """Row by row the proposed state where u < exp(log_ratio), else the old one; counts what was accepted."""
+    accept = u.log() < log_ratio
+    return state.where(accept, proposed)
+
+
+class AllAtOnce(GradientChain):
+    """One proposal for all positions, and one test."""
+
+    alpha: float
+
+    def uniforms(self, length: int) -> int:
+        return length + 1
+
+    def log_proposal(self, state: Point) -> Tensor:
+        """(B, N, V) log q(. | x) of each position."""
+        return self._table(state.change, state.distances(state.tokens))
+
+    def _table(self, change: Tensor, distances: Tensor) -> Tensor:
+        """Half the change that each token would make, less its distance over 2 alpha, as log-laws per position."""
+        return (0.5 * change - distances / (2 * self.alpha)).log_softmax(-1)
+
+    def step(self, target: Target, state: Point, u: Tensor) -> Point:
+        table = self.log_proposal(state)
+        proposed = self.at(target, state, drawn(table, u[:, :-1]))
+        return metropolis(state, proposed, self.log_ratio(state, table, proposed), u[:, -1])
+
+    def log_ratio(self, state: Point, table: Tensor, proposed: Point) -> Tensor:
+        """(B,) log of the Metropolis-Hastings ratio of whole sequences."""
+        there = log_density(table, proposed.tokens)
+        back = log_density(self.log_proposal(proposed), state.tokens)
+        return proposed.score - state.score + back - there
+
+
+@decoder(
+    "pncg",
+    claim="exact",
+    bounds={"alpha": "(0, 1e6]", "steps": "[1, 1000000]"},
+    sweep={"alpha": [0.05, 0.25, 1.0, 4.0, 16.0, 64.0]},
+    needs=["gradient"],
+    paper="Du et al. 2023, Principled Gradient-Based MCMC for Conditional Sampling of Text",
+)
+class PNCG(AllAtOnce):
+    """p-NCG: all tokens at once, by the gradient and the p-norm to the present ones; then one Metropolis test.
+
+    Its law is the target's once the chain has mixed. `scan=single` moves one random position per step instead (the
+    paper's Gibbs with Langevin). `bos=False` leaves the start token before an empty prompt out, so that the first token
+    counts as uniform. `label_term` adds by how much a token's own probability changes, which the gradient of the inputs
+    misses.
+    """
+
+    alpha: float = 4.0
+    p: Literal[1, 2] = 2
+    steps: int = 1000
+    scan: Literal["all", "single"] = "all"
+    bos: bool = True
+    label_term: bool = True
+
+    def uniforms(self, length: int) -> int:
+        return 3 if self.scan == "single" else super().uniforms(length)
+
+    def step(self, target: Target, state: Point, u: Tensor) -> Point:
+        return self._single(target, state, u) if self.scan == "single" else super().step(target, state, u)
+
+    def log_single(self, state: Point) -> Tensor:
+        """(B, N, V) log q of one position's new token, given that it is this position's turn: never the present one."""
+        tokens = state.tokens
+        scores = state.change - state.distances(tokens) / self.alpha
+        return scores.scatter(-1, tokens[..., None], float("-inf")).log_softmax(-1)
+
+    def _single(self, target: Target, state: Point, u: Tensor) -> Point:
+        table, tokens = self.log_single(state), state.tokens
+        B, N, _ = table.shape
+        rows, turn = torch.arange(B, device=tokens.device), (u[:, 0] * N).long().to(tokens.device)
+        new = law.draw(table[rows, turn], u[:, 1])
+        proposed = self.at(target, state, tokens.index_put((rows, turn), new))
+        there = table[rows, turn, new].double()
+        back = self.log_single(proposed)[rows, turn, tokens[rows, turn]].double()
+        return metropolis(state, proposed, proposed.score - state.score + back - there, u[:, 2])
+
+
+@decoder(
+    "dlp",
+    claim="exact",
+    bounds={"alpha": "(0, 1e6]", "steps": "[1, 1000000]"},
+    sweep={"alpha": [0.25, 1.0, 4.0, 16.0]},
+    needs=["gradient"],
+    paper="Zhang, Liu, Liu 2022, A Langevin-like Sampler for Discrete Distributions",
+)
+class DLP(AllAtOnce):
+    """The discrete Langevin proposal with its Metropolis test (DMALA): p-NCG with the squared Euclidean norm."""
+
+    p: ClassVar[int] = 2
+    alpha: float = 4.0
+    steps: int = 1000
+    bos: bool = True
+    label_term: bool = True
+
+
+@decoder(
+    "dula",
+    claim="heuristic",
+    bounds={"alpha": "(0, 1e6]", "steps": "[1, 1000000]"},
+    sweep={"alpha": [0.25, 1.0, 4.0, 16.0]},
+    needs=["gradient"],
+    paper="Zhang, Liu, Liu 2022, A Langevin-like Sampler for Discrete Distributions",
+)
+class DULA(AllAtOnce):
+    """The discrete Langevin proposal without a test: every move is taken, so its law is only near the target's."""
+
+    p: ClassVar[int] = 2
+    alpha: float = 1.0
+    steps: int = 1000
+    bos: bool = True
+    label_term: bool = True
+
+    def step(self, target: Target, state: Point, u: Tensor) -> Point:
+        moved = self.at(target, state, drawn(self.log_proposal(state), u[:, :-1]))
+        return replace(moved, accepted=state.accepted + 1)
+
+
+@decoder(
+    "gwg",
+    claim="exact",
+    bounds={"steps": "[1, 1000000]"},
+    needs=["gradient"],
+    paper="Grathwohl, Swersky, Hashemi, Duvenaud, Maddison 2021, Oops I Took A Gradient",
+)
+class GWG(GradientChain):
+    """Gibbs with gradients: one position takes one other token, both drawn by half the change that it would make."""
+
+    p: ClassVar[int] = 2
+    steps: int = 1000
+    bos: bool = True
+    label_term: bool = True
+
+    def uniforms(self, length: int) -> int:
+        return 2
+
+    def log_flips(self, state: Point) -> Tensor:
+        """(B, N * V) log-law over which position takes which token; the present tokens have none."""
+        tokens = state.tokens
+        return (0.5 * state.change).scatter(-1, tokens[..., None], float("-inf")).flatten(1).log_softmax(-1)
+
+    def step(self, target: Target, state: Point, u: Tensor) -> Point:
+        tokens, V = state.tokens, state.change.shape[-1]
+        there = self.log_flips(state)
+        flip = law.draw(there, u[:, 0])
+        rows, turn = torch.arange(len(tokens), device=tokens.device), flip // V
+        proposed = self.at(target, state, tokens.index_put((rows, turn), flip % V))
+        back = self.log_flips(proposed)[rows, turn * V + tokens[rows, turn]].double()
+        ratio = proposed.score - state.score + back - there[rows, flip].double()
+        return metropolis(state, proposed, ratio, u[:, 1])

@@ -1,0 +1,116 @@
+"""Multiple-try p-NCG: several proposals per step, one of them chosen by its weight, and a test that makes it exact.
+
+Liu, Liang and Wong 2000 for symmetric lambda; the acceptance used here holds for any positive weight w(y | x):
+
+    min(1, [pi(y) T(y, x) w(x | y) / sum_l w(z_l | y)] / [pi(x) T(x, y) w(y | x) / sum_l w(y_l | x)])
+
+with tries y_1..y_k from T(x, .), y one of them drawn by weight, references z_1..z_(k-1) from T(y, .), and z_k = x.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from decodathlon.decoders.mcmc.gradient import AllAtOnce, Point, metropolis
+from decodathlon.decoders.mcmc.proposals import drawn, log_density
+from decodathlon.harness import law
+from decodathlon.harness.decoder import decoder
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decodathlon.harness.targets.base import Target
+
+Weight = Literal["lam1", "iw", "lb", "sqrt-pi", "pi"]
+#: Weights that ask how likely the way back is, and so take a gradient at every try and every reference.
+_LOOKS_BACK = ("lam1", "lb")
+
+
+@decoder(
+    "mt-pncg",
+    claim="exact",
+    bounds={"alpha": "(0, 1e6]", "tries": "[1, 1024]", "steps": "[1, 1000000]"},
+    sweep={"tries": [4, 8, 16, 32], "alpha": [0.25, 1.0, 4.0, 16.0, 64.0], "weight": ["lam1", "lb", "sqrt-pi", "pi"]},
+    needs=["gradient"],
+    paper="Liu, Liang, Wong 2000, The Multiple-Try Method; Du et al. 2023 for the proposal",
+)
+class MultipleTryPNCG(AllAtOnce):
+    """p-NCG with several tries per step. The weight says which try is taken up.
+
+    `iw` is pi(y) / T(x, y) and needs two gradients per step however many tries, as do `sqrt-pi` and `pi`; `lam1` is
+    pi(y) T(y, x); `lb` is locally balanced, the root of the Metropolis-Hastings ratio.
+    """
+
+    alpha: float = 4.0
+    tries: int = 8
+    weight: Weight = "iw"
+    p: Literal[1, 2] = 2
+    steps: int = 1000
+    bos: bool = True
+    label_term: bool = True
+
+    def uniforms(self, length: int) -> int:
+        return (2 * self.tries - 1) * length + 2
+
+    def step(self, target: Target, state: Point, u: Tensor) -> Point:
+        k, N = self.tries, state.tokens.shape[1]
+        B, rows = len(u), torch.arange(len(u), device=u.device)
+        table = self.log_proposal(state)
+        tries = several(table, u[:, : k * N].view(B, k, N))
+        weights = self.log_weights(target, state, table, tries)
+        chosen = law.draw(weights.log_softmax(1), u[:, -2])
+        proposed = self.at(target, state, tries[rows, chosen])
+        back = self.log_proposal(proposed)
+        references = torch.cat([several(back, u[:, k * N : -2].view(B, k - 1, N)), state.tokens[:, None]], 1)
+        ratio = self.log_ratio_of(target, state, table, weights, chosen, proposed, back, references)
+        return metropolis(state, proposed, ratio, u[:, -1])
+
+    def log_weights(self, target: Target, state: Point, table: Tensor, tries: Tensor) -> Tensor:
+        """(B, k) log w(y | x) of the tries (B, k, N) from the state x."""
+        B, k, N = tries.shape
+        heads = state.sequences[:, None, : state.free].expand(B, k, -1)
+        sequences = torch.cat([heads, tries], 2).view(B * k, -1)
+        if self.weight not in _LOOKS_BACK:
+            pi = target.score(sequences, state.free).view(B, k)
+            if self.weight == "iw":
+                return pi - log_density(table[:, None].expand(B, k, -1, -1), tries)
+            return pi if self.weight == "pi" else 0.5 * (pi - state.score[:, None])
+        pi, change = target.local_changes(sequences, state.free, label_term=self.label_term)
+        there = self._table(change, state.distances(sequences[:, state.free :]))
+        mine = state.tokens[:, None].expand(B, k, N).reshape(B * k, N)
+        back, pi = log_density(there, mine).view(B, k), pi.view(B, k)
+        if self.weight == "lam1":
+            return pi + back
+        forth = log_density(table[:, None].expand(B, k, -1, -1), tries)
+        return 0.5 * (pi + back - state.score[:, None] - forth)
+
+    def log_ratio_of(
+        self,
+        target: Target,
+        x: Point,
+        table: Tensor,
+        weights: Tensor,
+        chosen: Tensor,
+        y: Point,
+        back: Tensor,
+        z: Tensor,
+    ) -> Tensor:
+        """(B,) log of the acceptance ratio.
+
+        Args:
+            x, y: the present and the chosen state.
+            table, back: their proposals (B, N, V).
+            weights: (B, k) log w(y_l | x); chosen: (B,) which of them is y.
+            z: (B, k, N) references, x itself the last.
+        """
+        away = self.log_weights(target, y, back, z)
+        forth = x.score + log_density(table, y.tokens) + weights.gather(1, chosen[:, None])[:, 0] - weights.logsumexp(1)
+        return y.score + log_density(back, x.tokens) + away[:, -1] - away.logsumexp(1) - forth
+
+
+def several(table: Tensor, u: Tensor) -> Tensor:
+    """(B, k, N) independent proposals from one table (B, N, V); `u` is (B, k, N)."""
+    B, k, N = u.shape
+    V = table.shape[-1]
+    return drawn(table[:, None].expand(B, k, N, V).reshape(B * k, N, V), u.reshape(B * k, N)).view(B, k, N)

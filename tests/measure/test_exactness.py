@@ -1,0 +1,91 @@
+"""The audit's statistics against closed forms, simulation and the numbers of the literature."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from decodathlon.harness.measure import exactness
+from decodathlon.harness.targets import toy
+
+
+def test_distances_by_hand():
+    law = np.array([0.5, 0.25, 0.25])
+    assert exactness.tvd(np.array([5, 5, 0]), law) == pytest.approx(0.25)
+    assert exactness.tvd(np.array([2, 1, 1]), law) == 0.0
+
+
+def test_the_floor_is_that_of_independent_draws():
+    """For a coin E|X/n - 1/2| is known exactly."""
+    n = 100
+    exact = sum(math.comb(n, k) / 2**n * abs(k / n - 0.5) for k in range(n + 1))
+    found = exactness.floor(np.array([0.5, 0.5]), n, repeats=20_000)
+    assert found.mean == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize(("n", "mean", "spread"), [(4, 0.048, 0.0097), (8, 0.1944, 0.0089)])
+def test_the_floor_of_the_ring_is_the_known_one(n, mean, spread):
+    """1,000 exact draws of a ring with an energy of -0.21 per bond: what was once reported as an error of chains."""
+    law = toy.Ising(n, 0.21).log_law.exp().numpy()
+    found = exactness.floor(law, 1000, repeats=4000)
+    assert found.mean == pytest.approx(mean, abs=0.001)
+    assert found.spread == pytest.approx(spread, abs=0.0006)
+
+
+def test_p_values_of_honest_draws_are_uniform():
+    law = np.array([0.4, 0.3, 0.2, 0.05, 0.03, 0.015, 0.005])
+    rng = np.random.default_rng(0)
+    found = np.array([exactness.p_value(rng.multinomial(500, law), law) for _ in range(4000)])
+    for level in (0.01, 0.05, 0.5):
+        share, error = (found < level).mean(), math.sqrt(level * (1 - level) / 4000)
+        assert abs(share - level) < 4.5 * error, level
+
+
+def test_what_the_law_forbids_is_fatal():
+    assert exactness.p_value(np.array([500, 499, 1]), np.array([0.5, 0.5, 0.0])) == 0.0
+
+
+@pytest.mark.parametrize("cells", [2, 8, 40, 512])
+def test_the_stated_power_is_the_power(cells):
+    """Draws from a law at the stated distance are rejected nine times in ten, those from the law itself never more
+    than one time in a thousand; the hardest direction is one in proportion to the law."""
+    rng = np.random.default_rng(cells)
+    law, draws = rng.dirichlet(np.full(cells, 20.0)), 4000 if cells < 100 else 16_000
+    seen = exactness.visible_tvd(law, draws)
+    order, half = np.argsort(-law), np.zeros(cells, dtype=bool)
+    mass = 0.0
+    for i in order:  # about half of the mass up, the rest down
+        if mass + law[i] <= 0.5 + 1e-9:
+            half[i], mass = True, mass + law[i]
+    up = np.where(half, seen / mass, -seen / (1 - mass))
+    other = law * (1 + up)
+    assert 0.5 * np.abs(other - law).sum() == pytest.approx(seen)
+    rejected = np.mean([exactness.p_value(rng.multinomial(draws, other), law) < exactness.ALPHA for _ in range(600)])
+    assert rejected == pytest.approx(exactness.POWER, abs=0.05)
+    # four times the draws, half the distance
+    assert exactness.visible_tvd(law, 4 * draws) == pytest.approx(seen / 2, rel=0.02)
+
+
+def test_sixteen_thousand_draws_see_a_twentieth_among_512_outcomes():
+    assert exactness.visible_tvd(np.full(512, 1 / 512), 15_600) == pytest.approx(0.05, abs=0.002)
+
+
+def test_holm_by_enumeration():
+    """Against the definition: k smallest p-values below alpha / (m - i), in order."""
+    for values in itertools.product((0.0001, 0.0004, 0.02, 0.9), repeat=3):
+        named = dict(zip("abc", values, strict=True))
+        expected = set()
+        for i, (name, p) in enumerate(sorted(named.items(), key=lambda item: item[1])):
+            if p > 1e-3 / (3 - i):
+                break
+            expected.add(name)
+        assert exactness.holm(named) == expected
+    assert exactness.holm({"a": 0.0004, "b": 0.0004, "c": 0.0004}) == set()
+
+
+def test_outcomes_are_counted_by_name():
+    law = {(1,): 0.5, (2, 1): 0.25, (2, 2): 0.25}
+    counts, p = exactness.counted([(1,), (2, 1), (1,), (3,)], law)
+    assert counts.tolist() == [2, 1, 0, 1]
+    assert p.tolist() == [0.5, 0.25, 0.25, 0.0]
