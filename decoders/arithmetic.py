@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Completion, Limits, Sampler, decoder
@@ -41,6 +41,8 @@ class Arithmetic(Sampler):
     from the seed, the prompt and the set's first row: here a row does depend on the equal prompts before it. Where the
     precision is used up (after some 50 bits of text) fresh random numbers take over, and the draws go on independently.
     """
+
+    independent: ClassVar[bool] = False
 
     temperature: float = 1.0
     top_p: float = 1.0

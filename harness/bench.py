@@ -13,7 +13,7 @@ from typing import Any
 
 from decodathlon.harness import datasets, models
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness.cells import CellSpec, Outcome
+from decodathlon.harness.cells import TOY, CellSpec, Outcome
 from decodathlon.harness.decoder import Decoder
 from decodathlon.harness.errors import DecodathlonError, MissingError, UnsupportedError
 from decodathlon.harness.measure.conditions import Conditions
@@ -137,6 +137,8 @@ class Bench:
         from decodathlon.harness.measure import identity  # needs torch, which the controller does not load
 
         outcome.model = identity.record(target)
+        if suite.targets:
+            outcome.model |= {"name": TOY, "target": target.name}
         decoder.check(target)
         rivals, left_out = _rivals(suite, decoder, spec.baseline, target)
         cell = Cell(

@@ -20,6 +20,8 @@ Status = Literal["ok", "partial", "failed", "oom", "timeout", "crashed", "cancel
 FINAL: tuple[Status, ...] = ("ok", "unsupported")
 #: What stands for decoder and model in the rows of the harness's own operations.
 HARNESS = "harness"
+#: What the rows of suites with targets of their own call their model.
+TOY = "toy"
 #: Raised when the shape of a shard changes.
 SHARD_SCHEMA = 2
 

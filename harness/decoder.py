@@ -98,6 +98,9 @@ class Decoder(ABC):
         """The shortest spec string that gives this decoder back."""
         return spec.render(self.info.name, self)
 
+    #: Whether the answers to equal prompts in one call are independent; False where they are spread on purpose.
+    independent: ClassVar[bool] = True
+
     @property
     def claim(self) -> Claim:
         """The claim of this decoder at these parameters."""

@@ -343,3 +343,26 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@dataclass(frozen=True)
+class _Ising:
+    """A spin model whose law is enumerated (targets/toy.py)."""
+
+    n: int = 8
+    beta: float = 0.42
+    field: float = 0.0
+    rows: int = 1
+
+
+def _load_ising(text: str, *, device: str, dtype: str) -> Any:
+    from decodathlon.harness.targets import toy
+
+    asked: _Ising = spec.fill(_Ising, spec.parse(text, "model"), "model", {"n": "[2, 16]", "rows": "[1, 16]"})
+    try:
+        return toy.Ising(asked.n, asked.beta, asked.field, rows=asked.rows)
+    except ValueError as error:
+        raise SpecError(f"model {text}: {error}") from None
+
+
+registry.add("model-loader", "ising", _load_ising, __file__)

@@ -9,7 +9,7 @@ from typing import Any
 
 from decodathlon.harness import datasets, embedded, models
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness.cells import CellSpec
+from decodathlon.harness.cells import TOY, CellSpec
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.suite import Suite
@@ -67,8 +67,12 @@ def cells(options: Options) -> list[CellSpec]:
         "data": str(Path(options.data).resolve()) if options.data else None,
         "decoder_files": tuple(str(Path(p).resolve()) for p in options.decoder_file),
     }
+
+    def places(s: Suite, part: str) -> dict[str, Any]:
+        return common | ({"model": TOY, "model_spec": s.targets[part]} if s.targets else {})
+
     return [
-        CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **common)
+        CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **places(s, part))
         for s in suites
         for part in s.slices(options.scale)
         for d, error in chosen

@@ -41,6 +41,7 @@ class Suite:
         sizes: per scale, the fixed sample sizes; a list under `slices` makes one cell per element.
         rivals: decoders that every cell of the suite is compared with, side by side in the same worker.
         table: the metrics that the summary shows, most telling first.
+        targets: of a suite that brings its own, the model spec of each slice, in place of --model.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Suite:
     protocol: Mapping[str, str] = field(default_factory=dict)
     #: Whether its rows are operations of the harness that pytest-benchmark timed; it then has no cells.
     timed: bool = False
+    targets: Mapping[str, str] = field(default_factory=dict)
 
     def slices(self, scale: str) -> Sequence[str]:
         return tuple(self.sizes[scale].get("slices", ("all",)))
@@ -73,6 +75,7 @@ def suite(
     rivals: Sequence[str] = (),
     table: Sequence[str] = (),
     protocol: Mapping[str, str] | None = None,
+    targets: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Register the test function below as a suite; it receives one `cell`.
 
@@ -88,7 +91,7 @@ def suite(
         raise ValueError(f"suite {name!r}: {unknown[0]!r} is not a metric")
 
     def register(function: F) -> F:
-        made = Suite(name, version, asks, data, sizes, rivals, table, function, protocol or {})
+        made = Suite(name, version, asks, data, sizes, rivals, table, function, protocol or {}, targets=targets or {})
         registry.add("suite", name, made, inspect.getfile(function))
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]
         return function

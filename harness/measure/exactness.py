@@ -53,14 +53,16 @@ def visible_tvd(law: Array, draws: int, *, alpha: float = ALPHA, power: float = 
     """The smallest distance that the test sees with this power, whatever direction it has.
 
     Of all deviations of one total variation distance t the one in proportion to the law is hardest to see: its
-    noncentrality is 4 t^2 per draw. Exact for Pearson's statistic in its limit, a noncentral chi-square.
+    noncentrality is 4 t^2 per draw. Exact for Pearson's statistic in its limit, a noncentral chi-square. What is moved
+    among the rare outcomes that the test puts together it does not see, so their probability is added.
     """
     freedom = len(_pooled(law * draws, law)[1]) - 1
+    rare = float(law[law * draws < FEWEST_EXPECTED].sum())
     if freedom < 1:
         return 1.0
     critical = _bisected(lambda x: _above(x, freedom) - alpha, 0.0, 10.0 * freedom + 200.0)
     noncentral = _bisected(lambda x: power - _above_noncentral(critical, freedom, x), 0.0, 20.0 * freedom + 400.0)
-    return min(1.0, math.sqrt(noncentral / (4 * draws)))
+    return min(1.0, math.sqrt(noncentral / (4 * draws)) + rare)
 
 
 def holm(p_values: Mapping[str, float], alpha: float = ALPHA) -> set[str]:

@@ -86,6 +86,45 @@ METRICS: dict[str, Metric] = {
         "Perplexity of the same tokens under the model's unprocessed law: the reference line.",
         "context",
     ),
+    "tvd_floor_ratio": Metric(
+        "1",
+        "lower",
+        "Total variation distance to a law that is known exactly, over what as many independent exact draws have on "
+        "average; 1 is as good as independent draws, and below 1 only draws that are spread on purpose come.",
+        "exactness",
+    ),
+    "tvd": Metric(
+        "1",
+        "lower",
+        "Total variation distance between the outcomes drawn and a law that is known exactly; never zero, see "
+        "tvd_floor.",
+        "exactness",
+    ),
+    "tvd_floor": Metric(
+        "1",
+        "none",
+        "The same of independent exact draws, simulated: below it a distance says nothing.",
+        "context",
+    ),
+    "goodness_p": Metric(
+        "1",
+        "none",
+        "Chance that an honest decoder fits its law no better (Pearson's chi-square over all draws); only for "
+        "independent draws.",
+        "context",
+    ),
+    "visible_tvd": Metric(
+        "1",
+        "none",
+        "The smallest total variation distance that this test sees with 90 % power at a false alarm in 1,000.",
+        "context",
+    ),
+    "accept_rate": Metric(
+        "1",
+        "none",
+        "Share of a chain's moves that were accepted; no aim in itself: a frozen chain accepts nearly all.",
+        "context",
+    ),
     "ratio_to_greedy": Metric(
         "1",
         "higher",

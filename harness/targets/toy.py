@@ -7,7 +7,7 @@ through the very same `TransformersTarget` as a real model; `law_of` enumerates 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,8 +53,9 @@ class Ising(Target):
         self.device, self.dtype = torch.device("cpu"), torch.float64
         states = torch.tensor(list(itertools.product((0, 1), repeat=n)))
         self.log_law = (-self.energy(states)).log_softmax(0)
-        # Level k holds the log-probability of each of the 2^k beginnings.
-        self._beginnings = [self.log_law.view(2**k, -1).logsumexp(1) for k in range(n + 1)]
+        beginnings = [self.log_law.view(2**k, -1).logsumexp(1) for k in range(n + 1)]
+        #: Level k: (2^k, 2) log-laws of the next spin behind each of the beginnings.
+        self._nexts = [level.view(-1, 2).log_softmax(-1) for level in beginnings[1:]]
 
     def energy(self, sequences: Tensor) -> Tensor:
         return self._energy_of_spins(2.0 * sequences.double() - 1.0)
@@ -87,9 +88,14 @@ class Ising(Target):
         """(2,) log-probabilities of the next spin; of no meaning (both zero) behind the last one."""
         if len(prefix) >= self.n:
             return torch.zeros(2, dtype=torch.float64)
-        code = int("".join(map(str, prefix)) or "0", 2)
-        pair = self._beginnings[len(prefix) + 1][2 * code : 2 * code + 2]
-        return pair - pair.logsumexp(0)
+        return self._nexts[len(prefix)][_code(prefix)]
+
+    def next_logits_of_all(self, prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(len(prefixes), 2): the same of many, in one go where they are equally long."""
+        (length, *others) = {len(p) for p in prefixes}
+        if others or length >= self.n:
+            return torch.stack([self.next_logits_of(p) for p in prefixes])
+        return self._nexts[length][[_code(p) for p in prefixes]]
 
     def open(
         self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None, hidden: Sequence[int] = ()
@@ -98,6 +104,11 @@ class Ising(Target):
             raise UnsupportedError("hidden", f"{self.name} has no hidden states")
         self.check_room(prompts, capacity if capacity is not None else self.n)
         return TableContext(self, prompts, capacity if capacity is not None else self.n)
+
+
+def _code(prefix: Sequence[int]) -> int:
+    """A beginning as a number."""
+    return int("".join(map(str, prefix)) or "0", 2)
 
 
 class TableContext(Context):
@@ -111,7 +122,7 @@ class TableContext(Context):
 
     def _refresh(self) -> None:
         self.lengths = torch.tensor([len(t) for t in self._texts])
-        self.next_logits = torch.stack([self._target.next_logits_of(t) for t in self._texts])
+        self.next_logits = self._target.next_logits_of_all(self._texts)
 
     def extend(
         self,
@@ -128,11 +139,8 @@ class TableContext(Context):
             raise ContextOverflowError(f"{self._target.name} has no more than {self.capacity} tokens in a row")
         self._paths = [[row[mask[b, q]].tolist() for q in range(Q)] for b, row in enumerate(tokens)]
         wanted = range(Q) if logits_at is None else logits_at.tolist()
-        logits = [
-            [self._target.next_logits_of(t + p[q]) for q in wanted]
-            for t, p in zip(self._texts, self._paths, strict=True)
-        ]
-        return Step(torch.stack([torch.stack(row) for row in logits]), {})
+        prefixes = [t + p[q] for t, p in zip(self._texts, self._paths, strict=True) for q in wanted]
+        return Step(self._target.next_logits_of_all(prefixes).view(B, len(wanted), 2), {})
 
     def keep(self, counts: int | Sequence[int] | Tensor, *, path: Tensor | None = None) -> None:
         count = [counts] * self.rows if isinstance(counts, int) else [int(c) for c in counts]
@@ -167,15 +175,22 @@ def enumerable_lm(vocabulary: int = 4, seed: int = 0) -> Target:
 
 
 @torch.no_grad()
-def law_of(target: Target, prompt: Sequence[int], length: int) -> Mapping[tuple[int, ...], float]:
-    """Probability of every completion of up to `length` tokens; one that stops earlier ends with its stop token."""
+def law_of(
+    target: Target, prompt: Sequence[int], length: int, shape: Callable[[Tensor], Tensor] | None = None
+) -> Mapping[tuple[int, ...], float]:
+    """Probability of every completion of up to `length` tokens; one that stops earlier ends with its stop token.
+
+    Args:
+        shape: what is done to the (N, V) logits of every token, to log-probabilities; by default nothing.
+    """
     if target.vocab_size**length > MOST_OUTCOMES:
         raise ValueError(f"{target.vocab_size}^{length} completions are too many to enumerate")
     law: dict[tuple[int, ...], float] = {}
     open_texts: dict[tuple[int, ...], float] = {(): 0.0}
     for step in range(length):
         context = target.open([[*prompt, *t] for t in open_texts], capacity=len(prompt) + length)
-        log_probs = context.next_logits.double().log_softmax(-1)
+        logits = context.next_logits.double()
+        log_probs = logits.log_softmax(-1) if shape is None else shape(logits)
         grown: dict[tuple[int, ...], float] = {}
         for (text, score), row in zip(open_texts.items(), log_probs.tolist(), strict=True):
             for token, term in enumerate(row):

@@ -71,6 +71,18 @@ def test_sixteen_thousand_draws_see_a_twentieth_among_512_outcomes():
     assert exactness.visible_tvd(np.full(512, 1 / 512), 15_600) == pytest.approx(0.05, abs=0.002)
 
 
+def test_a_test_that_puts_everything_together_sees_nothing():
+    """A ring of 16 spins has 65,536 states; 30,000 draws of them say nothing, and that is what is said."""
+    assert exactness.visible_tvd(np.full(1 << 16, 1 / (1 << 16)), 30_000) == 1.0
+    law = np.array([0.495, 0.495, *[0.01 / 100] * 100])
+    seen = exactness.visible_tvd(law, 5000)
+    assert 0.01 < seen < 0.06
+    within = np.array([0.495, 0.495, 0.01, *[0.0] * 99])  # moved among the rare ones: a distance of 0.0099
+    rng = np.random.default_rng(0)
+    found = [exactness.p_value(rng.multinomial(5000, within), law) for _ in range(200)]
+    assert np.mean(np.array(found) < exactness.ALPHA) < 0.05
+
+
 def test_holm_by_enumeration():
     """Against the definition: k smallest p-values below alpha / (m - i), in order."""
     for values in itertools.product((0.0001, 0.0004, 0.02, 0.9), repeat=3):
