@@ -150,7 +150,7 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def settings(connection: duckdb.DuckDBPyConnection) -> list[tuple[Setting, int]]:
-    """Every setting with the number of its decoders; the one measured last comes first.
+    """Every setting with the number of its decoders; the one measured last comes first, that of the toys at the end.
 
     What failed before its model was loaded knows no type; it makes a setting only where nothing else did.
     """
@@ -161,7 +161,7 @@ def settings(connection: duckdb.DuckDBPyConnection) -> list[tuple[Setting, int]]
               FROM board GROUP BY ALL)
         QUALIFY dtype NOT IN ('', 'auto') OR
                 bool_and(dtype IN ('', 'auto')) OVER (PARTITION BY model, hardware, scale, seed)
-        ORDER BY newest DESC, model, dtype, hardware, scale, seed
+        ORDER BY model = 'toy', newest DESC, model, dtype, hardware, scale, seed
         """
     ).fetchall()
     return [(Setting(*row[:5]), row[5]) for row in rows]

@@ -2,7 +2,7 @@
 
 The shards are the source; the database is made from them, so two people can add rows without a binary conflict.
 `--add RUN_FOLDER` publishes a run: it copies the shards of a finished run there first. Rows that were not published
-leave the database; their shards stay in results.shards/, and scripts/ingest.py adds them again.
+leave the database; their shards stay in results.shards/, and `decodathlon ingest results.shards` adds them again.
 """
 
 from __future__ import annotations

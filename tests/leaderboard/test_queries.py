@@ -23,6 +23,17 @@ def test_the_setting_measured_last_comes_first(asked):
     assert [s for s, _ in queries.settings(asked)] == [QUICK, SMOKE]
 
 
+def test_the_board_does_not_open_on_toys(tmp_path):
+    real = cell("r1", "wikitext2", "it", text_metrics(1), started=day(1), slice="joined")
+    toy = cell("r2", "ising", "it", started=day(2), slice="ring-4",
+               model={"name": "toy", "dtype": "float64", "device": "cpu", "threads": 2}, data={})  # fmt: skip
+    runs = [write_run(tmp_path, "r1", [real], started=day(1)), write_run(tmp_path, "r2", [toy], started=day(2))]
+    store.ingest(tmp_path / "r.duckdb", runs)
+    store.snapshot(tmp_path / "r.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        assert [s.model for s, _ in queries.settings(connection)] == ["tiny", "toy"]
+
+
 def test_a_setting_holds_its_own_cells_and_no_others(asked):
     cells = queries.cells(asked, QUICK)
     assert {c.decoder for c in cells} == {
