@@ -42,6 +42,9 @@ class Temperature(Sampler):
     def shape(self, logits: Tensor) -> Tensor:
         return law.process(logits, temperature=self.temperature)
 
+    def definition(self, logits: Sequence[float]) -> list[float]:
+        return law.plainly(logits, self.temperature)
+
 
 @decoder(
     "top-k",
@@ -59,6 +62,10 @@ class TopK(Sampler):
 
     def shape(self, logits: Tensor) -> Tensor:
         return law.process(logits, temperature=self.temperature, top_k=self.k)
+
+    def definition(self, logits: Sequence[float]) -> list[float]:
+        p = law.plainly(logits, self.temperature)
+        return [x if sum(other > x for other in p) < self.k else 0.0 for x in p]
 
 
 @decoder(
@@ -78,6 +85,10 @@ class TopP(Sampler):
     def shape(self, logits: Tensor) -> Tensor:
         return law.process(logits, temperature=self.temperature, top_p=self.p)
 
+    def definition(self, logits: Sequence[float]) -> list[float]:
+        p = law.plainly(logits, self.temperature)
+        return [x if sum(other for other in p if other > x) < self.p else 0.0 for x in p]
+
 
 @decoder(
     "min-p",
@@ -95,6 +106,10 @@ class MinP(Sampler):
 
     def shape(self, logits: Tensor) -> Tensor:
         return law.process(logits, temperature=self.temperature, min_p=self.p)
+
+    def definition(self, logits: Sequence[float]) -> list[float]:
+        p = law.plainly(logits, self.temperature)
+        return [x if x >= self.p * max(p) else 0.0 for x in p]
 
 
 @decoder(

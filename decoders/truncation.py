@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from decodathlon.harness import law
 from decodathlon.harness.decoder import Sampler, decoder
 from decodathlon.harness.lazy import torch
 
@@ -49,6 +51,13 @@ class LocallyTypical(Sampler):
         last = ((before < self.mass).sum(-1, keepdim=True) - 1).clamp(min=0)
         return only(log_p, distance <= ranked.gather(-1, last))
 
+    def definition(self, logits: Sequence[float]) -> list[float]:
+        p = law.plainly(logits, self.temperature)
+        surprise = [-math.log(x) for x in p]
+        far = [abs(s - sum(x * t for x, t in zip(p, surprise, strict=True))) for s in surprise]
+        nearer = [sum(x for x, f in zip(p, far, strict=True) if f < mine) for mine in far]
+        return [x if before < self.mass else 0.0 for x, before in zip(p, nearer, strict=True)]
+
 
 @decoder(
     "eta",
@@ -67,6 +76,11 @@ class Eta(Sampler):
         log_p = (logits / self.temperature).log_softmax(-1)
         threshold = (0.5 * math.log(self.epsilon) - entropy(log_p)).clamp(max=math.log(self.epsilon))
         return only(log_p, log_p >= threshold.minimum(log_p.max(-1, keepdim=True).values))
+
+    def definition(self, logits: Sequence[float]) -> list[float]:
+        p = law.plainly(logits, self.temperature)
+        bound = min(self.epsilon, math.sqrt(self.epsilon) * math.exp(sum(x * math.log(x) for x in p)))
+        return [x if x >= bound or x == max(p) else 0.0 for x in p]
 
 
 class Surprise(NamedTuple):

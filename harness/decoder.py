@@ -133,6 +133,16 @@ class Sampler(Decoder):
         """(N, V) logits to (N, V) natural log-probabilities that sum to one, -inf where cut."""
         raise NotImplementedError(f"{type(self).__name__} defines neither shape nor next_law")
 
+    def definition(self, logits: Sequence[float]) -> list[float]:
+        """The law of one token as its paper defines it, in plain Python: what the audit holds `shape` against.
+
+        It shares no code with `shape`, or it proves nothing. Weights need not be normalised.
+
+        Raises:
+            UnsupportedError: the decoder has none; it is then audited against its own `shape`.
+        """
+        raise UnsupportedError("a definition", f"{self.spec} states its law by shape only")
+
     @property
     def stateless(self) -> bool:
         """Whether `shape` alone is the law that tokens are drawn from."""

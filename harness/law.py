@@ -6,6 +6,7 @@ Rows N are independent; V is the vocabulary. Everything is defined on natural lo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from decodathlon.harness.lazy import torch
@@ -46,6 +47,13 @@ def process(
         top = log_probs.max(-1, keepdim=True).values
         log_probs = _renormalised(log_probs, log_probs >= top + math.log(min_p))
     return log_probs
+
+
+def plainly(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """The law of one token, logits over temperature, in plain Python: for definitions that share no code with ours."""
+    top = max(logits)
+    weights = [math.exp((x - top) / temperature) for x in logits]
+    return [w / sum(weights) for w in weights]
 
 
 def check(log_probs: Tensor, logits: Tensor, who: str) -> None:

@@ -365,4 +365,20 @@ def _load_ising(text: str, *, device: str, dtype: str) -> Any:
         raise SpecError(f"model {text}: {error}") from None
 
 
+@dataclass(frozen=True)
+class _EnumerableLM:
+    """A tiny random transformer in float64 (targets/toy.py)."""
+
+    vocabulary: int = 4
+    seed: int = 0
+
+
+def _load_enumerable(text: str, *, device: str, dtype: str) -> Any:
+    from decodathlon.harness.targets import toy
+
+    asked: _EnumerableLM = spec.fill(_EnumerableLM, spec.parse(text, "model"), "model", {"vocabulary": "[3, 64]"})
+    return toy.enumerable_lm(asked.vocabulary, asked.seed)
+
+
 registry.add("model-loader", "ising", _load_ising, __file__)
+registry.add("model-loader", "enumerable-lm", _load_enumerable, __file__)

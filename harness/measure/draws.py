@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from decodathlon.harness import law
 from decodathlon.harness.decoder import Chain, Decoder, Limits, Sampler
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
@@ -16,6 +17,8 @@ from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.targets import toy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from decodathlon.harness.targets.base import Target
 
 
@@ -29,36 +32,73 @@ class Trial(NamedTuple):
 
 
 def claimed_law(decoder: Decoder, target: Target, length: int) -> Mapping[tuple[int, ...], float]:
-    """The exact law over whole texts that a decoder claims on this target.
+    """The exact law over whole texts behind no prompt that a decoder claims on this target.
+
+    What is `shaped` is enumerated by the decoder's definition where it has one, else by its own `shape`.
 
     Raises:
-        UnsupportedError: it claims one answer, or a law that cannot be enumerated from what it states.
+        UnsupportedError: it claims a law that cannot be enumerated from what it states, or none.
     """
+    if decoder.claim == "greedy-exact":
+        return toy.law_of(target, beginning(target), length, law.one_hot)
     if decoder.claim == "shaped" and isinstance(decoder, Sampler) and decoder.stateless:
-        return toy.law_of(target, [], length, decoder.shape)
+        return toy.law_of(
+            target, beginning(target), length, _defined(decoder) if is_defined(decoder) else decoder.shape
+        )
     if decoder.claim == "exact" or isinstance(decoder, Chain):
-        return toy.law_of(target, [], length)
+        return toy.law_of(target, beginning(target), length)
     raise UnsupportedError("a law that can be enumerated", f"it claims to be {decoder.claim}")
 
 
+def is_defined(decoder: Sampler) -> bool:
+    """Whether a sampler says what its law is besides computing it."""
+    return type(decoder).definition is not Sampler.definition
+
+
+def _defined(decoder: Sampler) -> Callable[[Tensor], Tensor]:
+    def shape(logits: Tensor) -> Tensor:
+        rows = torch.tensor([decoder.definition(row) for row in logits.tolist()], dtype=torch.float64)
+        return (rows / rows.sum(-1, keepdim=True)).log()
+
+    return shape
+
+
+def beginning(target: Target) -> list[int]:
+    """What stands before the first token of a text."""
+    return [] if target.start_token is None else [target.start_token]
+
+
+def answers(decoder: Decoder, target: Target, draws: int, length: int, seed: int) -> list[tuple[int, ...]]:
+    """Independent answers to the empty prompt; of what is spread over equal prompts on purpose one per call."""
+    rng, limits = RowRandom(seed, [f"draw-{i}" for i in range(draws)]), Limits(length)
+    if decoder.independent:
+        found = decoder.generate(target, [beginning(target)] * draws, limits, rng)
+        return [tuple(a.tokens) for a in found]
+    ones = (RowRandom(seed, [f"draw-{i}"]) for i in range(draws))
+    return [tuple(decoder.generate(target, [beginning(target)], limits, one)[0].tokens) for one in ones]
+
+
 def trials(
-    decoder: Decoder, target: Target, law: Mapping[tuple[int, ...], float], count: int, draws: int, seed: int
+    decoder: Decoder, target: Target, known: Mapping[tuple[int, ...], float], count: int, draws: int, seed: int
 ) -> Iterator[Trial]:
-    """So many trials of so many draws each; a chain draws one state after the other, all others answer by answer."""
-    length = max(map(len, law))
+    """So many trials of so many draws each; a chain draws one state after the other, all others answer by answer.
+
+    A chain's target must have no stop tokens: every state is counted as a whole text.
+    """
+    length = max(map(len, known))
     if isinstance(decoder, Chain):
-        yield from _walked(decoder, target, law, count, draws, seed, length)
+        yield from _walked(decoder, target, known, count, draws, seed, length)
         return
     for trial in range(count):
         rng = RowRandom(seed, [f"trial-{trial}-{i}" for i in range(draws)])
-        answers = decoder.generate(target, [[] for _ in range(draws)], Limits(length), rng)
-        yield Trial(exactness.counted([tuple(a.tokens) for a in answers], law)[0], None)
+        found = decoder.generate(target, [beginning(target)] * draws, Limits(length), rng)
+        yield Trial(exactness.counted([tuple(a.tokens) for a in found], known)[0], None)
 
 
 def _walked(
     chain: Chain,
     target: Target,
-    law: Mapping[tuple[int, ...], float],
+    known: Mapping[tuple[int, ...], float],
     count: int,
     draws: int,
     seed: int,
@@ -73,7 +113,7 @@ def _walked(
         for i, state in enumerate(itertools.islice(walk, 1, draws + 1)):
             codes[i] = (state.tokens.cpu() * place).sum(1)
         accepted = (state.accepted / draws).tolist()
-    order = [int(sum(t * int(p) for t, p in zip(text, place, strict=True))) for text in law]
+    order = [int(sum(t * int(p) for t, p in zip(text, place, strict=True))) for text in known]
     for trial in range(count):
         counts = np.bincount(codes[:, trial].numpy(), minlength=target.vocab_size**length)[order]
         yield Trial(np.append(counts, 0).astype(np.float64), accepted[trial])

@@ -12,7 +12,7 @@ from decodathlon.harness.results import measured
 
 DASH = "–"
 #: Beginnings of notes that the reader of a number must see.
-LOUD = ("contended", "throttled", "left behind", "the same seed", "the second run")
+LOUD = ("contended", "throttled", "left behind", "the same seed", "the second run", "audit")
 #: Metrics whose interval the table shows; the others have theirs in the results file.
 INTERVALS_OF = ("ratio_", "ppl_epsilon")
 

@@ -1,0 +1,47 @@
+"""Audit: does a decoder draw what it claims, from a real transformer whose every outcome is known?"""
+
+from decodathlon import Sampler, suite
+
+LENGTH = 3
+
+
+@suite(
+    "audit",
+    version=1,
+    asks="Does the decoder draw from the law that it claims?",
+    table=["goodness_p", "tvd", "tvd_floor", "tvd_floor_ratio", "visible_tvd"],
+    protocol={
+        "target": "a random two-layer Llama in float64 with four tokens, read by the same code as a real model; texts "
+        "of at most three tokens, 40 outcomes, the stop token among them",
+        "draws": "independent: a chain's last state, one answer per call of what is spread over equal prompts",
+        "law": "greedy-exact: the one text; exact: the target's; shaped: by the decoder's definition where it has one, "
+        "else by its own shape",
+    },
+    targets={"lm": "enumerable-lm[vocabulary=4]"},
+    sizes={
+        "smoke": {"slices": ["lm"], "draws": 500},
+        "quick": {"slices": ["lm"], "draws": 6000},
+        "full": {"slices": ["lm"], "draws": 60_000},
+    },
+)
+def test_audit(cell):
+    from decodathlon.harness.measure import draws, exactness
+    from decodathlon.harness.measure.statistics import Estimate
+
+    count = cell.sizes["draws"]
+    law = draws.claimed_law(cell.decoder, cell.target, LENGTH)
+    answers = draws.answers(cell.decoder, cell.target, count, LENGTH, cell.seed)
+    counts, p = exactness.counted(answers, law)
+    floor, found = exactness.floor(p, count), exactness.tvd(counts, p)
+    cell.sample("counts", outcomes=[list(o) for o in law], counts=[int(c) for c in counts])
+    cell.report("tvd", Estimate(found, n=count))
+    cell.report("tvd_floor", Estimate(floor.mean, n=count))
+    if floor.mean > 0:  # else there is one right answer
+        cell.report("tvd_floor_ratio", Estimate(found / floor.mean, n=count))
+    chance = exactness.p_value(counts, p)
+    cell.report("goodness_p", Estimate(chance, n=count))
+    cell.report("visible_tvd", Estimate(exactness.visible_tvd(p, count), n=count))
+    if cell.decoder.claim != "heuristic" and chance < exactness.ALPHA:
+        cell.note(f"audit: an honest decoder would fit its law no better once in {1 / max(chance, 1e-300):.1g} times")
+    if cell.decoder.claim == "shaped" and isinstance(cell.decoder, Sampler) and not draws.is_defined(cell.decoder):
+        cell.note("it has no definition: it was held against the law that it computes itself")
