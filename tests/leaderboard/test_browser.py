@@ -169,7 +169,7 @@ def test_nothing_is_advertised_over_the_page(browser, board):
         _ready(page)
         offer = "const e = document.createElement('div'); e.dataset.testid = 'stSkillsNudge'; e.textContent = 'Install'"
         page.evaluate(f"() => {{ {offer}; document.body.append(e) }}")
-        assert not page.get_by_test_id("stSkillsNudge").is_visible()
+        page.get_by_test_id("stSkillsNudge").wait_for(state="hidden", timeout=10_000)
 
 
 def test_an_open_page_shows_what_a_run_writes(browser, tmp_path):
