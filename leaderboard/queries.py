@@ -118,7 +118,7 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
                 FROM sound s WHERE (s.run_id, s.cell_id) <> (n.run_id, n.cell_id)
                 AND (s.suite, s.suite_version, s.slice, s.scale, s.decoder, s.model, s.seed, s.hardware)
                     = (n.suite, n.suite_version, n.slice, n.scale, n.decoder, n.model, n.seed, n.hardware)
-                AND coalesce(n.dataset, s.dataset) = s.dataset
+                AND (n.dataset IS NULL OR n.dataset IS NOT DISTINCT FROM s.dataset)
                 AND (coalesce(n.dtype, '') IN ('', 'auto') OR n.dtype = s.dtype)
             ) AND NOT EXISTS (FROM sound s WHERE (s.run_id, s.cell_id) = (n.run_id, n.cell_id)) AS beside
             FROM newest n

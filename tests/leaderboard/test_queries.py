@@ -271,6 +271,18 @@ def test_neither_a_failure_nor_a_doubt_takes_the_place_of_what_counts(tmp_path):
     assert ("r4", False) in found, "another version of the suite is another column"
 
 
+def test_what_has_no_data_set_stands_beside_as_well(tmp_path):
+    """Cells of suites that read no text: a doubted newer one does not hide among the sound."""
+    cells = [cell(run, "ising", "it", speed_metrics(1, None), started=day(when), data={}, slice="ring-4")
+             for run, when in (("r1", 1), ("r2", 2))]  # fmt: skip
+    runs = [write_run(tmp_path, "r1", cells[:1], started=day(1)),
+            write_run(tmp_path, "r2", cells[1:], started=day(2), dirty=True)]  # fmt: skip
+    store.ingest(tmp_path / "r.duckdb", runs)
+    store.snapshot(tmp_path / "r.duckdb", tmp_path / "copy.duckdb", queries.prepare)
+    with duckdb.connect(str(tmp_path / "copy.duckdb")) as connection:
+        assert {(c.run_id, c.beside) for c in queries.cells(connection, QUICK)} == {("r1", False), ("r2", True)}
+
+
 def test_the_files_of_a_decoder_are_those_of_its_newest_run(tmp_path):
     run = write_run(tmp_path, "r1", [cell("r1", "wikitext2", "it", text_metrics(1), started=day(1))], started=day(1))
     record = shards.read(run / shards.RUN_FILE)
