@@ -1,4 +1,4 @@
-"""What a plugin author subclasses: `Sampler`, `Decoder` or `Chain`, and the `@decoder` that registers it.
+"""What a plugin author subclasses: `Sampler` or `Decoder` (or `Chain`, chain.py), and the `@decoder` that registers it.
 
 A decoder is a value: a name, parameters with defaults and bounds, and a claim about the law that it draws from.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from decodathlon.harness import law, spec
 from decodathlon.harness.errors import SpecError, UnsupportedError
-from decodathlon.harness.lazy import torch
 from decodathlon.harness.registry import registry
 
 if TYPE_CHECKING:
@@ -175,112 +173,6 @@ class Sampler(Decoder):
         from decodathlon.harness.generation import autoregressive
 
         return autoregressive(self, target, prompts, limits, rng)
-
-
-@dataclass(frozen=True)
-class State:
-    """Where B chains stand. A subclass adds what a transition needs of a sequence and is dear to compute."""
-
-    #: (B, L), the prompt included.
-    sequences: Tensor
-    #: The first position that may change.
-    free: int
-    #: (B,) float64 log-probability of the free tokens under the target, up to a constant.
-    score: Tensor
-    #: (B,) how many moves were accepted so far.
-    accepted: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        """(B, N) the free tokens."""
-        return self.sequences[:, self.free :]
-
-    def where(self, accept: Tensor, other: State) -> Self:
-        """The rows of `other` where `accept` (B,) says so, the own ones elsewhere."""
-        taken: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(mine, torch.Tensor):
-                taken[f.name] = torch.where(accept.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
-        return dataclasses.replace(self, **taken | {"accepted": self.accepted + accept})
-
-
-class Chain(Decoder):
-    """A Markov chain over whole sequences, on any target with an energy. Many chains run side by side as rows.
-
-    A subclass defines `uniforms` and `step`, and `begin` where a state holds more than a score. Transitions use no
-    randomness but the uniforms that they are handed, so that a test can enumerate them.
-    """
-
-    #: Transitions before the sequence is taken as the answer; a subclass may make a parameter of it.
-    steps: ClassVar[int] = 1000
-    #: Whether an empty prompt is read as the target's start token, where it has one.
-    bos: ClassVar[bool] = True
-
-    @abstractmethod
-    def uniforms(self, length: int) -> int:
-        """How many uniform numbers a transition of a chain of so many free tokens takes."""
-
-    @abstractmethod
-    def step(self, target: Target, state: Any, u: Tensor) -> Any:
-        """One transition of every chain; `u` is (B, uniforms) in [0, 1)."""
-
-    def begin(self, target: Target, sequences: Tensor, free: int) -> State:
-        """The state of chains that stand at `sequences` (B, L)."""
-        score = target.score(sequences, free)
-        return State(sequences, free, score, torch.zeros_like(score))
-
-    def initial(self, target: Target, rows: int, length: int, u: Tensor) -> Tensor:
-        """(rows, length) tokens to start from, by default uniform over the vocabulary; `u` is (rows, length)."""
-        return (u * target.vocab_size).long()
-
-    def walk(
-        self, target: Target, prompts: Sequence[Sequence[int]], length: int, rng: RowRandom, rows: Sequence[int]
-    ) -> Iterator[State]:
-        """Every state of chains that begin behind prompts of equal length, the first one included; without end.
-
-        Args:
-            length: free tokens.
-            rows: which rows of `rng` the chains draw from.
-        """
-        heads = torch.tensor([list(p) for p in prompts], dtype=torch.long).view(len(prompts), -1)
-        begun = self.initial(target, len(prompts), length, rng.uniforms(length, rows=rows))
-        sequences = torch.cat([heads, begun], dim=1).to(target.device)
-        state = self.begin(target, sequences, heads.shape[1])
-        yield state
-        each = self.uniforms(length)
-        ahead = max(1, _UNIFORMS_AHEAD // max(1, each))
-        while True:
-            for u in rng.uniforms(ahead, each, rows=rows).to(target.device).unbind(1):
-                state = self.step(target, state, u)
-                yield state
-
-    def generate(
-        self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
-    ) -> list[Completion]:
-        """One chain per prompt; what stands behind a stop token is left out, which leaves the law of the rest alone."""
-        starts = [] if target.start_token is None or not self.bos else [target.start_token]
-        heads = [list(p) or starts for p in prompts]
-        answers: dict[int, Completion] = {}
-        for size in sorted({len(h) for h in heads}):
-            rows = [b for b, h in enumerate(heads) if len(h) == size]
-            walk = self.walk(target, [heads[b] for b in rows], limits.max_new_tokens, rng, rows)
-            state = next(itertools.islice(walk, self.steps, None))
-            for b, tokens, score in zip(rows, state.tokens.tolist(), state.score.tolist(), strict=True):
-                answers[b] = _completion(tokens, score, target, limits, self.steps)
-        return [answers[b] for b in range(len(prompts))]
-
-
-#: Uniform numbers per chain that are drawn in one go.
-_UNIFORMS_AHEAD = 4096
-
-
-def _completion(tokens: list[int], score: float, target: Target, limits: Limits, steps: int) -> Completion:
-    cost = Cost(target_calls=steps, target_positions=steps * len(tokens))
-    stops = [] if limits.ignore_eos else [i for i, t in enumerate(tokens) if t in target.stop_tokens]
-    if stops:
-        return Completion(tokens[: stops[0] + 1], "stop", cost=cost)
-    return Completion(tokens, "length", score, cost=cost)
 
 
 D = TypeVar("D", bound=Decoder)

@@ -26,6 +26,10 @@ class UnsupportedError(DecodathlonError):
         self.capability = capability
 
 
+class RewardError(DecodathlonError):
+    """A reward raised, or returned something that is no number per answer."""
+
+
 class ContextOverflowError(DecodathlonError):
     """A text would grow beyond what the target reads."""
 

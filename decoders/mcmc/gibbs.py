@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from decodathlon.harness import law
-from decodathlon.harness.decoder import Chain, State, decoder
+from decodathlon.harness.chain import Chain, State
+from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from decodathlon.decoders.mcmc.proposals import Distances, drawn, log_density
 from decodathlon.harness import law
-from decodathlon.harness.decoder import Chain, State, decoder
+from decodathlon.harness.chain import Chain, State
+from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class GradientChain(Chain):
     p: int
     label_term: bool
 
-    def begin(self, target: Target, sequences: Tensor, free: int) -> Point:
+    def begin(self, target: Target, sequences: Tensor, free: int, *, stops: frozenset[int] = frozenset()) -> Point:
         score, change = target.local_changes(sequences, free, label_term=self.label_term)
         accepted = torch.zeros(len(sequences), dtype=torch.float64, device=score.device)
         return Point(sequences, free, score, accepted, change, Distances(target.embeddings, self.p))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from decodathlon.harness import law
-from decodathlon.harness.decoder import Chain, Decoder, Limits, Sampler
+from decodathlon.harness.chain import Chain
+from decodathlon.harness.decoder import Decoder, Limits, Sampler
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.measure import exactness
@@ -109,7 +110,7 @@ def _walked(
     place = target.vocab_size ** torch.arange(length - 1, -1, -1)
     codes = torch.empty(draws, count, dtype=torch.long)
     with torch.inference_mode():
-        walk = chain.walk(target, [[]] * count, length, rng, range(count))
+        walk = chain.walk(target, chain.heads(target, [[]] * count), Limits(length), rng, range(count))
         for i, state in enumerate(itertools.islice(walk, 1, draws + 1)):
             codes[i] = (state.tokens.cpu() * place).sum(1)
         accepted = (state.accepted / draws).tolist()

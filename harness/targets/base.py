@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from decodathlon.harness.errors import ContextOverflowError, UnsupportedError
@@ -17,6 +19,26 @@ from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass
+class Spent:
+    """What a target has computed so far; not what CUDA graphs replay."""
+
+    #: Forward passes, each with its backward pass where there was one.
+    calls: int = 0
+    #: Tokens that they read, over all rows.
+    positions: int = 0
+    #: Those of them through which a gradient was taken.
+    backward: int = 0
+
+    def add(self, positions: int, *, backward: bool = False) -> None:
+        self.calls += 1
+        self.positions += positions
+        self.backward += positions if backward else 0
+
+    def since(self, before: Spent) -> Spent:
+        return Spent(self.calls - before.calls, self.positions - before.positions, self.backward - before.backward)
 
 
 class Step(NamedTuple):
@@ -78,6 +100,13 @@ class Context(ABC):
         """
 
     @abstractmethod
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget what stands behind the first `lengths[b]` tokens of each row.
+
+        There is no `next_logits` until something was kept again.
+        """
+
+    @abstractmethod
     def select(self, rows: Sequence[int] | Tensor) -> None:
         """Make the context consist of these rows, in this order; a row may appear several times or not at all."""
 
@@ -109,6 +138,11 @@ class Target(ABC):
     revision: str = ""
     #: Parameters of the model, for FLOP estimates; 0 where it has none.
     parameters: int = 0
+
+    @cached_property
+    def spent(self) -> Spent:
+        """The ledger of this target."""
+        return Spent()
 
     @abstractmethod
     def open(

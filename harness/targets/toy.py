@@ -75,9 +75,11 @@ class Ising(Target):
         return 0.5 * ((slope + self.field) * spins).sum(-1), slope[..., None]
 
     def score(self, sequences: Tensor, free: int) -> Tensor:
+        self.spent.add(sequences.numel())
         return -self.energy(sequences)
 
     def local_changes(self, sequences: Tensor, free: int, *, label_term: bool = True) -> tuple[Tensor, Tensor]:
+        self.spent.add(sequences.numel(), backward=True)
         score, gradient = self.embedding_gradient(sequences)
         other = (
             self.embeddings[:, 0] - self.embeddings[sequences]
@@ -133,6 +135,7 @@ class TableContext(Context):
         logits_at: Tensor | None = None,
     ) -> Step:
         B, Q = tokens.shape
+        self._target.spent.add(B * Q)
         chain = torch.ones(Q, Q, dtype=torch.bool).tril()
         mask = (chain if tree is None else tree).expand(B, Q, Q)
         if int((self.lengths[:, None] + mask.sum(-1)).max()) > self.capacity:
@@ -147,6 +150,10 @@ class TableContext(Context):
         for b, c in enumerate(count):
             if c:
                 self._texts[b] += self._paths[b][c - 1 if path is None else int(path[b, c - 1])]
+        self._refresh()
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        self._texts = [text[:n] for text, n in zip(self._texts, lengths, strict=True)]
         self._refresh()
 
     def select(self, rows: Sequence[int] | Tensor) -> None:

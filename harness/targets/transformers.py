@@ -118,12 +118,21 @@ class TransformersContext(Context):
     @property
     def next_logits(self) -> Tensor:
         if self._next_logits is None:
-            raise RuntimeError("the last kept token was read without its logits (logits_at); extend once more")
+            raise RuntimeError(
+                "nothing was kept since the last rewind, or it was read without its logits; extend once more"
+            )
         return self._next_logits
 
     @next_logits.setter
     def next_logits(self, logits: Tensor) -> None:
         self._next_logits = logits
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        if len(lengths) != self.rows or any(not 0 <= n <= have for n, have in zip(lengths, self._host, strict=True)):
+            raise ValueError(f"rows of {self._host} tokens cannot go back to {list(lengths)}")
+        self._host = list(lengths)
+        self.lengths = torch.tensor(self._host, device=self.lengths.device)
+        self._last_width, self._last_logits, self._next_logits = 0, None, None
 
     def select(self, rows: Sequence[int] | Tensor) -> None:
         if torch.as_tensor(rows).dtype is torch.bool:
@@ -132,7 +141,8 @@ class TransformersContext(Context):
         self.cache.select(index)
         self.lengths = self.lengths[index]
         self._host = [self._host[i] for i in index.tolist()]
-        self.next_logits = self.next_logits[index]
+        if self._next_logits is not None:
+            self._next_logits = self._next_logits[index]
         self._last_width, self._last_logits = 0, None
 
 
@@ -243,6 +253,7 @@ class TransformersTarget(Target):
         cache.layout = layout
         if logits_at is not None:
             logits_at = logits_at.to(tokens.device)
+        self.spent.add(tokens.numel())
         if self._lean is not None:
             logits, states = self._lean(tokens, layout, cache, hidden, logits_at)
         else:
@@ -313,6 +324,7 @@ class TransformersTarget(Target):
     def _differentiated(self, sequences: Tensor, given: int) -> tuple[Tensor, Tensor, Tensor]:
         """Log-laws (B, L - given, V) of the tokens after the given ones, their sum (B,), and its gradient (B, L, E)."""
         B, L = sequences.shape
+        self.spent.add(B * L, backward=True)
         with torch.enable_grad():
             inputs = self.model.get_input_embeddings()(sequences).detach().requires_grad_(True)
             zero = torch.zeros(B, dtype=torch.long, device=self.device)

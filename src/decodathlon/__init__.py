@@ -4,13 +4,13 @@ What a plugin author needs is here; the parts live in the folders `harness`, `de
 `leaderboard` at the top of the repository, which this package reaches through links.
 """
 
-from decodathlon.harness.decoder import Chain
+from decodathlon.harness.chain import Chain
+from decodathlon.harness.chain import State
 from decodathlon.harness.decoder import Completion
 from decodathlon.harness.decoder import Cost
 from decodathlon.harness.decoder import Decoder
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.decoder import Sampler
-from decodathlon.harness.decoder import State
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch

@@ -1,0 +1,138 @@
+"""`Chain`: the form of a Markov chain over whole sequences. Many chains run side by side as rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from decodathlon.harness.decoder import Completion, Cost, Decoder, Limits
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decodathlon.harness.randomness import RowRandom
+    from decodathlon.harness.targets.base import Target
+
+#: Uniform numbers per chain that are drawn in one go.
+_UNIFORMS_AHEAD = 4096
+
+
+@dataclass(frozen=True)
+class State:
+    """Where B chains stand. A subclass adds what a transition needs of a sequence and is dear to compute."""
+
+    #: (B, L), the prompt included; what stands behind a stop token means nothing.
+    sequences: Tensor
+    #: The first position that may change.
+    free: int
+    #: (B,) float64 log of the chain's law at the sequence, up to a constant.
+    score: Tensor
+    #: (B,) how many moves were accepted so far.
+    accepted: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, N) the free tokens."""
+        return self.sequences[:, self.free :]
+
+    def where(self, accept: Tensor, other: State) -> Self:
+        """The rows of `other` where `accept` (B,) says so, the own ones elsewhere."""
+        taken: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(mine, torch.Tensor):
+                taken[f.name] = torch.where(accept.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
+        return dataclasses.replace(self, **taken | {"accepted": self.accepted + accept})
+
+
+class Chain(Decoder):
+    """A Markov chain over whole sequences, on any target with an energy.
+
+    A subclass defines `uniforms` and `step`, and `begin` where a state holds more than a score. Transitions use no
+    randomness but the uniforms that they are handed, so that a test can enumerate them.
+    """
+
+    #: Transitions before the sequence is taken as the answer; a subclass may make a parameter of it.
+    steps: ClassVar[int] = 1000
+    #: Whether an empty prompt is read as the target's start token, where it has one.
+    bos: ClassVar[bool] = True
+
+    @abstractmethod
+    def uniforms(self, length: int) -> int:
+        """How many uniform numbers a transition of a chain of so many free tokens takes."""
+
+    @abstractmethod
+    def step(self, target: Target, state: Any, u: Tensor) -> Any:
+        """One transition of every chain; `u` is (B, uniforms) in [0, 1)."""
+
+    def begin(self, target: Target, sequences: Tensor, free: int, *, stops: frozenset[int] = frozenset()) -> State:
+        """The state of chains that stand at `sequences` (B, L).
+
+        Args:
+            stops: tokens that end a text, for chains to which length matters.
+        """
+        score = target.score(sequences, free)
+        return State(sequences, free, score, torch.zeros_like(score))
+
+    def initial(self, target: Target, heads: Tensor, u: Tensor) -> Tensor:
+        """(B, N) tokens to start from behind the heads, by default uniform over the vocabulary; `u` is (B, N)."""
+        return (u * target.vocab_size).long()
+
+    def walk(
+        self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom, rows: Sequence[int]
+    ) -> Iterator[Any]:
+        """Every state of chains that begin behind prompts of equal length, the first one included; without end.
+
+        Args:
+            limits: how many free tokens there are, and whether any of them ends the text.
+            rows: which rows of `rng` the chains draw from.
+        """
+        length = limits.max_new_tokens
+        heads = torch.tensor([list(p) for p in prompts], dtype=torch.long).view(len(prompts), -1)
+        begun = self.initial(target, heads, rng.uniforms(length, rows=rows))
+        sequences = torch.cat([heads.to(target.device), begun.to(target.device)], dim=1)
+        stops = frozenset() if limits.ignore_eos else target.stop_tokens
+        state = self.begin(target, sequences, heads.shape[1], stops=stops)
+        yield state
+        each = self.uniforms(length)
+        ahead = max(1, _UNIFORMS_AHEAD // max(1, each))
+        while True:
+            for u in rng.uniforms(ahead, each, rows=rows).to(target.device).unbind(1):
+                state = self.step(target, state, u)
+                yield state
+
+    def generate(
+        self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
+    ) -> list[Completion]:
+        """One chain per prompt; what stands behind a stop token is left out, which leaves the law of the rest alone."""
+        if limits.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}: a text has a token")
+        heads = self.heads(target, prompts)
+        answers: dict[int, Completion] = {}
+        for size in sorted({len(h) for h in heads}):
+            rows = [b for b, h in enumerate(heads) if len(h) == size]
+            before = dataclasses.replace(target.spent)
+            walk = self.walk(target, [heads[b] for b in rows], limits, rng, rows)
+            state = next(itertools.islice(walk, self.steps, None))
+            spent = target.spent.since(before)
+            cost = Cost(target_calls=spent.calls, target_positions=round(spent.positions / len(rows)))
+            for b, tokens in zip(rows, state.tokens.tolist(), strict=True):
+                answers[b] = _completion(tokens, target, limits, cost)
+        return [answers[b] for b in range(len(prompts))]
+
+    def heads(self, target: Target, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What stands before the first free token: the prompt, or where it is empty the start token."""
+        starts = [] if target.start_token is None or not self.bos else [target.start_token]
+        return [list(p) or starts for p in prompts]
+
+
+def _completion(tokens: list[int], target: Target, limits: Limits, cost: Cost) -> Completion:
+    stops = [] if limits.ignore_eos else [i for i, t in enumerate(tokens) if t in target.stop_tokens]
+    kept = tokens[: stops[0] + 1] if stops else tokens
+    text = target.decode(kept) if "text" in target.capabilities else ""
+    return Completion(kept, "stop" if stops else "length", text=text, cost=cost)

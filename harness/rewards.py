@@ -1,0 +1,229 @@
+"""Rewards: what a sharpened decoder values in an answer. `@reward` registers one; three come with the harness.
+
+A reward is a function from answers to numbers. In a spec string it is a name, with an argument behind a colon where it
+takes one: `log-power`, `length:20`, `model:FOLDER`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from decodathlon.harness import law
+from decodathlon.harness.decoder import Decoder
+from decodathlon.harness.errors import MissingError, RewardError, SpecError, UnsupportedError
+from decodathlon.harness.lazy import torch
+from decodathlon.harness.registry import registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decodathlon.harness.targets.base import Target
+
+#: Answers that a reward model reads at once.
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as a reward sees it."""
+
+    prompt: Sequence[int]
+    #: Its stop token included.
+    tokens: Sequence[int]
+    #: Natural log-probability under the law that the decoder draws answers from.
+    log_prob: float
+    target: Target = field(repr=False)
+
+    @cached_property
+    def text(self) -> str:
+        return self.target.decode(self.tokens)
+
+    @cached_property
+    def prompt_text(self) -> str:
+        return self.target.decode(self.prompt)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward as a spec string names it."""
+
+    spec: str
+    function: Callable[[Sequence[Answer]], Sequence[float]]
+    #: What the target must have, such as `text`.
+    needs: frozenset[str]
+
+    def check(self, target: Target) -> None:
+        """
+        Raises:
+            UnsupportedError: the target lacks what the reward reads.
+        """
+        for capability in sorted(self.needs - target.capabilities):
+            raise UnsupportedError(capability, f"the reward {self.spec} reads it, and {target.name} has none")
+
+    def __call__(self, answers: Sequence[Answer]) -> Tensor:
+        """(len(answers),) float64.
+
+        Raises:
+            RewardError: the reward raised, or gave another number of values, or one that is not finite.
+        """
+        try:
+            values = [float(x) for x in self.function(answers)]
+        except Exception as error:
+            raise RewardError(f"reward {self.spec} raised {type(error).__name__}: {error}") from error
+        if len(values) != len(answers):
+            raise RewardError(f"reward {self.spec} gave {len(values)} values for {len(answers)} answers")
+        for value, answer in zip(values, answers, strict=True):
+            if not math.isfinite(value):
+                raise RewardError(
+                    f"reward {self.spec} is {value} for the tokens {list(answer.tokens)[:20]}; it must be finite: for "
+                    "what is forbidden return a number far below the others"
+                )
+        return torch.tensor(values, dtype=torch.float64)
+
+
+F = TypeVar("F", bound=Callable[..., Sequence[float]])
+
+
+@dataclass(frozen=True)
+class _Registered:
+    function: Callable[..., Sequence[float]]
+    argument: Callable[[str], Any] | None
+    needs: frozenset[str]
+
+
+def reward(name: str, *, needs: Sequence[str] = (), argument: Callable[[str], Any] | None = None) -> Callable[[F], F]:
+    """Register a function from a list of answers to as many numbers.
+
+    Args:
+        needs: what the target must have, such as `text` for what reads `Answer.text`.
+        argument: makes the function's second parameter of the text behind the colon; raises ValueError if it cannot.
+            Without it the reward takes none.
+
+    Raises:
+        SpecError: the name is taken or malformed.
+    """
+
+    def register(function: F) -> F:
+        registry.add("reward", name, _Registered(function, argument, frozenset(needs)), inspect.getfile(function))
+        return function
+
+    return register
+
+
+def build(text: str) -> Reward:
+    """The reward that `name` or `name:argument` stands for.
+
+    Raises:
+        SpecError: there is no such reward, or it takes an argument and has none, or the other way round.
+    """
+    name, colon, argument = text.partition(":")
+    found: _Registered = registry.get("reward", name)
+    if found.argument is None:
+        if colon:
+            raise SpecError(f"reward {name!r} takes no argument, and got {argument!r}")
+        return Reward(text, found.function, found.needs)
+    if not argument:
+        raise SpecError(f"reward {name!r} takes an argument: {name}:VALUE")
+    try:
+        bound = found.argument(argument)
+    except ValueError as error:
+        raise SpecError(f"reward {text}: {error}") from None
+    return Reward(text, lambda answers: found.function(answers, bound), found.needs)
+
+
+class Tilted(Decoder):
+    """A decoder whose law is known up to a constant: that of its proposals, tilted by what a subclass states."""
+
+    #: Divides the logits of the proposals.
+    temperature: float
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """(N, V) logits to (N, V) log-probabilities: the law that proposals are drawn from, token by token."""
+        return law.process(logits, temperature=self.temperature)
+
+    @abstractmethod
+    def log_tilt(self, answers: Sequence[Answer]) -> Tensor:
+        """(len(answers),) what the log of the decoder's law has at whole answers beyond that of its proposals."""
+
+
+# --- The harness's own -------------------------------------------------------------------------------------------
+
+
+@reward("log-power")
+def log_power(answers: Sequence[Answer]) -> list[float]:
+    """The answer's own log-probability: p^(1/beta) where the law has no other factor, p^(1 + 1/beta) where it has p."""
+    return [a.log_prob for a in answers]
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+@reward("length", argument=_whole)
+def length(answers: Sequence[Answer], goal: int) -> list[float]:
+    """Minus how many tokens the answer is away from a length; its stop token counts."""
+    return [-float(abs(len(a.tokens) - goal)) for a in answers]
+
+
+def _folder_or_hub_id(where: str) -> str:
+    folder, at, label = where.partition("@")
+    path = Path(folder).expanduser()
+    if folder.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    return (str(path) if path.is_dir() else folder) + at + label
+
+
+@reward("model", needs=["text"], argument=_folder_or_hub_id)
+def model(answers: Sequence[Answer], where: str) -> list[float]:
+    """A sequence-classification model from a folder or the hub, its one logit; of several labels the one behind `@`."""
+    folder, _, label = where.partition("@")
+    found: list[float] = []
+    with torch.inference_mode():
+        for start in range(0, len(answers), BATCH):
+            found += _judge(folder, label, str(answers[0].target.device))(answers[start : start + BATCH])
+    return found
+
+
+@lru_cache(maxsize=2)
+def _judge(folder: str, label: str, device: str) -> Callable[[Sequence[Answer]], list[float]]:
+    import transformers
+
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        judge = transformers.AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise MissingError(f"reward model:{folder} cannot be loaded: {first}") from error
+    judge = judge.to(device).eval()
+    labels = {str(name): int(number) for number, name in judge.config.id2label.items()}
+    if len(labels) > 1 and label not in labels:
+        raise SpecError(f"reward model:{folder} has several labels; name one: model:{folder}@{next(iter(labels))}")
+
+    def values(answers: Sequence[Answer]) -> list[float]:
+        if tokenizer.chat_template:
+            turns = [
+                [{"role": "user", "content": a.prompt_text}, {"role": "assistant", "content": a.text}] for a in answers
+            ]
+            texts = [tokenizer.apply_chat_template(t, tokenize=False) for t in turns]
+        else:
+            texts = [a.prompt_text + a.text for a in answers]
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        judge.config.pad_token_id = tokenizer.pad_token_id
+        logits = judge(
+            **tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(device)
+        ).logits.double()
+        chosen = logits[:, 0] if len(labels) == 1 else logits.log_softmax(-1)[:, labels[label]]
+        return [float(x) for x in chosen]
+
+    return values
