@@ -12,6 +12,7 @@ page = st.navigation(
     [
         st.Page("pages/overview.py", title="Overview", icon=":material/table_chart:", default=True),
         st.Page("pages/trade_off.py", title="Trade-off", icon=":material/scatter_plot:", url_path="trade-off"),
+        st.Page("pages/exactness.py", title="Exactness", icon=":material/verified:", url_path="exactness"),
         st.Page("pages/decoder.py", title="Decoder", icon=":material/tune:", url_path="decoder"),
         st.Page("pages/run.py", title="Run", icon=":material/history:", url_path="run"),
         st.Page("pages/about.py", title="About", icon=":material/help:", url_path="about"),

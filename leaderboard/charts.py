@@ -26,6 +26,8 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 MOST_LABELS = 16
 #: Above this ratio of the largest to the smallest value an axis is logarithmic.
 WIDE = 8
+#: Texts of an enumerated law that are drawn.
+MOST_TEXTS = 60
 
 
 def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
@@ -141,6 +143,66 @@ def series_in_words(rows: Sequence[dict[str, Any]], metric: str, over: str) -> s
     said = "; ".join(f"{row['at']}: {written(row['value'])}" for row in rows[:40])
     more = f"; and {len(rows) - 40} more" if len(rows) > 40 else ""
     return f"{metric} over {over}, {len(rows)} points. {said}{more}."
+
+
+def law(rows: Sequence[dict[str, Any]]) -> altair.LayerChart:
+    """Shares of the draws as bars, the claimed law as a line across each; likeliest first.
+
+    Args:
+        rows: `text`, `law` and `drawn`.
+    """
+    import altair as alt
+
+    base = alt.Chart(alt.Data(values=list(rows[:MOST_TEXTS])))
+    x = alt.X("text:N", sort=None, title="text", axis=alt.Axis(labelAngle=-60))
+    tips = [alt.Tooltip("text:N"), alt.Tooltip("law:Q", format=".4g"), alt.Tooltip("drawn:Q", format=".4g")]
+    return alt.layer(
+        base.mark_bar(color=PALETTE[0], opacity=0.6).encode(x=x, y=alt.Y("drawn:Q", title="probability"), tooltip=tips),
+        base.mark_tick(color=PALETTE[5], thickness=3).encode(x=x, y="law:Q", tooltip=tips),
+    ).properties(height=320)
+
+
+def law_in_words(rows: Sequence[dict[str, Any]], decoder: str) -> str:
+    """What that shows, for who cannot see it."""
+    worst = max(rows, key=lambda row: abs(row["law"] - row["drawn"]))
+    return (
+        f"{len(rows)} texts of {decoder}, the likeliest {min(len(rows), MOST_TEXTS)} drawn. Furthest from its law is "
+        f"{worst['text']}: {written(worst['law'])} claimed, {written(worst['drawn'])} drawn."
+    )
+
+
+def distances(rows: Sequence[dict[str, Any]], across: str) -> altair.LayerChart:
+    """Distance to a law over draws or seconds, a line per decoder; dashed in the same colour: independent draws.
+
+    Args:
+        rows: `decoder`, `draws`, `seconds`, `tvd`, `independent`.
+        across: `draws` or `seconds`.
+    """
+    import altair as alt
+
+    base = alt.Chart(alt.Data(values=[row for row in rows if row[across] > 0]))
+    x = alt.X(f"{across}:Q", scale=alt.Scale(type="log", nice=False), title=across)
+    colour = alt.Color(
+        "decoder:N", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="bottom", columns=2), title=None
+    )
+    tips = [alt.Tooltip(f"{t}:N") for t in ("decoder", "draws", "seconds", "tvd", "independent")]
+    y = alt.Y("tvd:Q", scale=alt.Scale(type="log", nice=False), title="distance")
+    return alt.layer(
+        base.mark_line(strokeDash=[4, 3], opacity=0.5).encode(x=x, y="independent:Q", color=colour),
+        base.mark_line(opacity=0.7).encode(x=x, y=y, color=colour),
+        base.mark_point(size=60, filled=True).encode(x=x, y=y, color=colour, tooltip=tips),
+    ).properties(height=380)
+
+
+def distances_in_words(rows: Sequence[dict[str, Any]], across: str) -> str:
+    """What that shows, for who cannot see it."""
+    last = {row["decoder"]: row for row in rows}
+    said = "; ".join(
+        f"{decoder} {written(row['tvd'])} after {written(row[across])} {across}, independent draws "
+        f"{written(row['independent'])}"
+        for decoder, row in last.items()
+    )
+    return f"Distance to the law over {across}, {len(last)} decoders. {said}."
 
 
 def _lines(rows: Sequence[dict[str, Any]], at: str, title: str, metric: str, tips: Sequence[str]) -> altair.LayerChart:

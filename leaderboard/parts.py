@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -57,16 +58,19 @@ def snapshot() -> Snapshot:
 
 
 def ask(found: Snapshot, query: Callable[..., T], *values: Any, **more: Any) -> T:
-    """The answer to a query of `queries`, computed once per snapshot."""
-    answer: T = _answer(found, found.version, query.__name__, values, more)
+    """The answer to a query of queries.py or audit_queries.py, computed once per snapshot."""
+    answer: T = _answer(found, found.version, (query.__module__, query.__name__), values, more)
     return answer
 
 
 @st.cache_data(show_spinner=False, max_entries=300)
-def _answer(_found: Snapshot, version: str, query: str, values: tuple[Any, ...], more: dict[str, Any]) -> Any:
+def _answer(
+    _found: Snapshot, version: str, query: tuple[str, str], values: tuple[Any, ...], more: dict[str, Any]
+) -> Any:
+    module, name = query
     cursor = _found.cursor()
     try:
-        return getattr(queries, query)(cursor, *values, **more)
+        return getattr(sys.modules[module], name)(cursor, *values, **more)
     finally:
         cursor.close()
 
@@ -185,7 +189,7 @@ def entry_field(entry: findings.Entry) -> Field:
     return Field(entry.text, small=small, look=" ".join(look), number=entry.number is not None)
 
 
-def decoder_row(line: findings.Line, chosen: Setting, *between: str) -> list[Field | str]:
+def decoder_row(line: findings.Line, chosen: Setting, *between: Field | str) -> list[Field | str]:
     """A line of a table: the decoder, leading to its page, what stands between, its numbers. What holds for all of
     them is said once."""
     fields = [entry_field(e) for e in line.entries]
@@ -198,6 +202,12 @@ def decoder_row(line: findings.Line, chosen: Setting, *between: str) -> list[Fie
     look = " ".join(filter(None, ["front" if line.pareto else "", "grey" if line.grey else ""]))
     name = Field(line.decoder, small=common, look=look, href=link("decoder", decoder=line.name, **address(chosen)))
     return [name, *between, *fields]
+
+
+def claim_field(line: findings.Line) -> Field:
+    """What a decoder claims, and what the audit says of that."""
+    said = {"pass": "audited", "weak": "audited with few draws", "fail": "audit failed"}
+    return Field(line.claim or "–", small=said.get(line.audit or "", ""))
 
 
 def axis_name(axis: findings.Axis, among: Sequence[findings.Axis]) -> str:

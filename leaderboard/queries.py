@@ -126,7 +126,7 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
             SELECT s.*, false AS beside FROM sound s ANTI JOIN newest n USING (run_id, cell_id)
         )
         SELECT run_id, cell_id, started, suite, suite_version, slice, scale, decoder,
-               split_part(decoder, '[', 1) AS name, family, coalesce(claim, '') AS claim, NULL::VARCHAR AS audit,
+               split_part(decoder, '[', 1) AS name, family, coalesce(claim, '') AS claim, verdict.audit,
                model, coalesce(dtype, '') AS dtype, coalesce(device, '') AS device, coalesce(dataset, '') AS dataset,
                data->>'source' AS source, seed, status, coalesce(reason, '') AS reason, notes, hardware, git_dirty,
                params, weights, data, sizes, beside,
@@ -135,6 +135,7 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
         FROM shown
         LEFT JOIN (FROM metric WHERE metric = 'ratio_to_self' AND value > 0 AND coalesce(ci_low, value) > 0) a
             USING (run_id, cell_id)
+        LEFT JOIN verdict USING (decoder, decoder_sha256)
         WHERE decoder <> '{HARNESS}' ORDER BY model, hardware, scale, suite, slice, decoder
         """
     )
@@ -169,7 +170,7 @@ def settings(connection: duckdb.DuckDBPyConnection) -> list[tuple[Setting, int]]
 
 def elsewhere(connection: duckdb.DuckDBPyConnection, setting: Setting) -> list[Row]:
     """Decoders that were measured, but not in this setting; with the setting in which they were measured last."""
-    return _rows(
+    return as_rows(
         connection,
         f"""
         SELECT name,
@@ -203,7 +204,7 @@ def cells(
     if column is not None:
         where += " AND suite = $suite AND suite_version = $version AND slice = $slice AND dataset IN ('', $dataset)"
         values |= vars(column)
-    rows = _rows(connection, f"SELECT * FROM board WHERE {where}", values)
+    rows = as_rows(connection, f"SELECT * FROM board WHERE {where}", values)
     numbers: dict[tuple[str, str], dict[str, Number]] = {}
     found = connection.execute(
         f"""
@@ -279,7 +280,7 @@ def metrics(connection: duckdb.DuckDBPyConnection) -> dict[str, Metric]:
 
 def history(connection: duckdb.DuckDBPyConnection, setting: Setting, name: str, metric: str) -> list[Row]:
     """One metric of one decoder over its newest runs, oldest first; versions of a suite are told apart."""
-    newest_first = _rows(
+    newest_first = as_rows(
         connection,
         f"""
         SELECT c.run_id, c.started, c.decoder, c.suite, c.suite_version, c.slice, coalesce(c.dataset, '') AS dataset,
@@ -295,7 +296,7 @@ def history(connection: duckdb.DuckDBPyConnection, setting: Setting, name: str, 
 
 def failures(connection: duckdb.DuckDBPyConnection, name: str, most: int = 200) -> list[Row]:
     """Cells of a decoder that were not measured whole, in any run and setting, newest first."""
-    return _rows(
+    return as_rows(
         connection,
         """
         SELECT c.started, c.run_id, c.suite, c.slice, c.decoder, c.model, r.hardware, c.scale, c.status, c.reason,
@@ -309,7 +310,7 @@ def failures(connection: duckdb.DuckDBPyConnection, name: str, most: int = 200) 
 
 def runs(connection: duckdb.DuckDBPyConnection) -> list[Row]:
     """Every run, newest first."""
-    return _rows(
+    return as_rows(
         connection,
         """
         SELECT run_id, r.started, r.hardware, r.git_commit, r.git_dirty, count(c.cell_id) AS cells,
@@ -322,7 +323,7 @@ def runs(connection: duckdb.DuckDBPyConnection) -> list[Row]:
 
 def run(connection: duckdb.DuckDBPyConnection, run_id: str) -> Row:
     """The record of one run; `environment` and `options` as mappings."""
-    (row,) = _rows(
+    (row,) = as_rows(
         connection,
         "SELECT run_id, started, hardware, git_commit, git_dirty, environment, options FROM run WHERE run_id = $run",
         {"run": run_id},
@@ -332,7 +333,7 @@ def run(connection: duckdb.DuckDBPyConnection, run_id: str) -> Row:
 
 def gates(connection: duckdb.DuckDBPyConnection, run_id: str) -> list[Row]:
     """What the gates said of a run: what failed first."""
-    return _rows(
+    return as_rows(
         connection,
         """
         SELECT gate, decoder, outcome, detail FROM gate WHERE run_id = $run
@@ -344,7 +345,7 @@ def gates(connection: duckdb.DuckDBPyConnection, run_id: str) -> list[Row]:
 
 def run_cells(connection: duckdb.DuckDBPyConnection, run_id: str) -> list[Row]:
     """The cells of one run in the order in which they were measured."""
-    return _rows(
+    return as_rows(
         connection,
         """
         SELECT suite, slice, decoder, claim, model, dtype, dataset, data->>'source' AS source, scale, seed, status,
@@ -358,7 +359,7 @@ def run_cells(connection: duckdb.DuckDBPyConnection, run_id: str) -> list[Row]:
 
 def numbers_as_rows(connection: duckdb.DuckDBPyConnection, setting: Setting) -> list[Row]:
     """Every number of a setting, one per row, as a table for other programs."""
-    return _rows(
+    return as_rows(
         connection,
         f"""
         SELECT b.suite, b.slice, b.dataset, b.decoder, b.family, b.claim, b.model, b.dtype, b.hardware, b.scale, b.seed,
@@ -372,7 +373,7 @@ def numbers_as_rows(connection: duckdb.DuckDBPyConnection, setting: Setting) -> 
 
 def overheads(connection: duckdb.DuckDBPyConnection) -> list[Row]:
     """What the harness itself costs, newest measurement on each machine."""
-    return _rows(
+    return as_rows(
         connection,
         f"""
         SELECT c.hardware, c.slice AS operation, m.value, m.ci_low, m.ci_high, m.n
@@ -426,7 +427,8 @@ def _described(connection: duckdb.DuckDBPyConnection, part: str) -> dict[str, Ro
     return found
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, sql: str, values: Row | None = None) -> list[Row]:
+def as_rows(connection: duckdb.DuckDBPyConnection, sql: str, values: Row | None = None) -> list[Row]:
+    """What a query finds, one mapping per row; values that it does not name are left out."""
     found = connection.execute(sql, {k: v for k, v in (values or {}).items() if f"${k}" in sql})
     names = [column[0] for column in found.description or ()]
     return [dict(zip(names, row, strict=True)) for row in found.fetchall()]

@@ -51,6 +51,15 @@ def test_ising(cell):
         rows.append(f"trial-{number}")
         cell.sample(rows[-1], tvd=exactness.tvd(trials[-1].counts, p), accepted=trials[-1].accepted)
     found = [exactness.tvd(t.counts, p) for t in trials]
+    for marks in zip(*(t.curve for t in trials), strict=True):
+        at = marks[0].draws
+        cell.sample(
+            f"after-{at}",
+            draws=at,
+            tvd=sum(m.tvd for m in marks) / len(marks),
+            independent=exactness.floor(p, at, repeats=100).mean,
+            seconds=sum(m.seconds for m in marks) / len(marks),
+        )
     cell.report("tvd", Observations(rows, found, [1] * len(found), share=True))
     cell.report("tvd_floor", Estimate(floor.mean, n=each))
     if floor.mean > 0:  # else there is one right answer

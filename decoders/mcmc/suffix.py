@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from decodathlon.harness.targets.base import Target
 
+#: aligned: p(y) exp(r(y) / beta); reward: exp(r(y) / beta) over all that the model could write.
+Law = Literal["aligned", "reward"]
 _PAPER_QUEST = "Faria et al. 2024, QUEST: Quality-Aware Metropolis-Hastings Sampling for Machine Translation"
 _PAPER_QALIGN = "Faria and Smith 2025, Sample, Don't Search: Rethinking Test-Time Alignment for Language Models"
 _BOUNDS = {"beta": "(0, 1e6]", "steps": "[1, 1000000]", "temperature": "[0.01, 100]"}
@@ -45,11 +47,6 @@ class Written(State):
     pages: Pages
     #: Where answers are written; the same object along a walk.
     desk: Desk
-
-    @property
-    def log_weight(self) -> Tensor:
-        """(B,) W(y)."""
-        return self.score - self.pages.terms.sum(-1) - self.pages.lengths.double().log()
 
     def where(self, accept: Tensor, other: State) -> Written:
         assert isinstance(other, Written)
@@ -80,6 +77,7 @@ class SuffixChain(Tilted, Chain):
     beta: float
     tries: int
     diverse: bool
+    law: Law
 
     def __post_init__(self) -> None:
         rewards.build(self.reward)
@@ -89,8 +87,9 @@ class SuffixChain(Tilted, Chain):
         rewards.build(self.reward).check(target)
 
     def log_tilt(self, answers: Sequence[Answer]) -> Tensor:
-        """The reward over beta: the law is p(y) exp(r(y) / beta)."""
-        return rewards.build(self.reward)(answers) / self.beta
+        """The reward over beta; less log p where the law is to have no factor p."""
+        tilt = rewards.build(self.reward)(answers) / self.beta
+        return tilt if self.law == "aligned" else tilt - torch.tensor([a.log_prob for a in answers]).double()
 
     def uniforms(self, length: int) -> int:
         # where to cut, which try, whether; the codes of the tries, the place of the present answer in its own code
@@ -121,13 +120,18 @@ class SuffixChain(Tilted, Chain):
         noise = u[:, 4:].view(B, k, N + 1)
         codes = self._lattice(state, cut, u[:, 3]) if self.diverse else noise[:, :, N]
         tries = self.written(target, state, cut, codes, noise[:, :, :N])
-        weights = tries.log_weight.view(B, k)
+        weights = self.log_weight(tries, cut.repeat_interleave(k)).view(B, k)
         chosen = law.draw(weights.log_softmax(1), u[:, 1])
         others = weights.scatter(1, chosen[:, None], -math.inf)
-        ratio = weights.logsumexp(1) - torch.cat([others, state.log_weight[:, None]], 1).logsumexp(1)
+        stay = torch.cat([others, self.log_weight(state, cut)[:, None]], 1)
+        ratio = weights.logsumexp(1) - stay.logsumexp(1)
         rows = torch.arange(B, device=u.device) * k + chosen
         state.desk.select(rows)
         return metropolis(state, tries.rows(rows, state.accepted), ratio, u[:, 2])
+
+    def log_weight(self, state: Written, cut: Tensor) -> Tensor:
+        """(B,) W(y) of answers whose first `cut` (B,) tokens stay."""
+        return state.score - state.pages.terms.sum(-1) - state.pages.lengths.double().log()
 
     def written(self, target: Target, state: Written, cut: Tensor, codes: Tensor, noise: Tensor) -> Written:
         """B * k answers, k behind the first `cut` tokens of each chain's; `codes` is (B, k), `noise` (B, k, N)."""
@@ -163,20 +167,12 @@ class QAlign(SuffixChain):
 
     tries: ClassVar[int] = 1
     diverse: ClassVar[bool] = False
+    law: ClassVar[Law] = "aligned"
 
     reward: str = "log-power"
     beta: float = 1.0
     steps: int = 128
     temperature: float = 1.0
-
-
-class RewardOnly(SuffixChain):
-    """The law has no factor p: exp(r(y) / beta) over all answers that the model could write."""
-
-    def log_tilt(self, answers: Sequence[Answer]) -> Tensor:
-        """The reward over beta, less the log-probability of the proposals."""
-        own = torch.tensor([a.log_prob for a in answers], dtype=torch.float64)
-        return super().log_tilt(answers) - own
 
 
 @decoder(
@@ -186,7 +182,7 @@ class RewardOnly(SuffixChain):
     sweep={"beta": [0.1, 0.5, 1.0, 2.0]},
     paper=_PAPER_QUEST,
 )
-class Quest(RewardOnly):
+class Quest(SuffixChain):
     """Answers from exp(r(y) / beta): keep a beginning, write the rest anew, accept by reward, likelihood and lengths.
 
     With `log-power` as its reward the law is p^(1/beta).
@@ -194,6 +190,7 @@ class Quest(RewardOnly):
 
     tries: ClassVar[int] = 1
     diverse: ClassVar[bool] = False
+    law: ClassVar[Law] = "reward"
 
     reward: str = "log-power"
     beta: float = 0.5
@@ -217,11 +214,8 @@ class MultipleTryQuest(SuffixChain):
 
     tries: int = 8
     diverse: bool = True
-    law: Literal["aligned", "reward"] = "aligned"
+    law: Law = "aligned"
     reward: str = "log-power"
     beta: float = 1.0
     steps: int = 64
     temperature: float = 1.0
-
-    def log_tilt(self, answers: Sequence[Answer]) -> Tensor:
-        return (RewardOnly if self.law == "reward" else SuffixChain).log_tilt(self, answers)

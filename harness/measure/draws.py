@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,12 +18,22 @@ from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.measure import exactness
 from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.rewards import Answer, Tilted
 from decodathlon.harness.targets import toy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from decodathlon.harness.targets.base import Target
+
+
+class Mark(NamedTuple):
+    """How far a trial was after some draws."""
+
+    draws: int
+    tvd: float
+    #: Seconds that they took; of trials that run side by side each has its share.
+    seconds: float
 
 
 class Trial(NamedTuple):
@@ -30,12 +43,15 @@ class Trial(NamedTuple):
     counts: exactness.Array
     #: Share of accepted moves, of a chain.
     accepted: float | None
+    #: How far it was on the way.
+    curve: tuple[Mark, ...] = ()
 
 
 def claimed_law(decoder: Decoder, target: Target, length: int) -> Mapping[tuple[int, ...], float]:
     """The exact law over whole texts behind no prompt that a decoder claims on this target.
 
-    What is `shaped` is enumerated by the decoder's definition where it has one, else by its own `shape`.
+    What is `shaped` is enumerated by the decoder's definition where it has one, else by its own `shape` or, of one with
+    a state, by its own `next_law`. What is `sharpened` is the law of its proposals times the tilt that it states.
 
     Raises:
         UnsupportedError: it claims a law that cannot be enumerated from what it states, or none.
@@ -46,6 +62,10 @@ def claimed_law(decoder: Decoder, target: Target, length: int) -> Mapping[tuple[
         return toy.law_of(
             target, beginning(target), length, _defined(decoder) if is_defined(decoder) else decoder.shape
         )
+    if isinstance(decoder, Tilted):
+        return _tilted(decoder, target, length)
+    if isinstance(decoder, Sampler) and decoder.claim == "shaped":
+        return _followed(decoder, target, length)
     if decoder.claim == "exact" or isinstance(decoder, Chain):
         return toy.law_of(target, beginning(target), length)
     raise UnsupportedError("a law that can be enumerated", f"it claims to be {decoder.claim}")
@@ -62,6 +82,38 @@ def _defined(decoder: Sampler) -> Callable[[Tensor], Tensor]:
         return (rows / rows.sum(-1, keepdim=True)).log()
 
     return shape
+
+
+def _tilted(decoder: Tilted, target: Target, length: int) -> Mapping[tuple[int, ...], float]:
+    head = beginning(target)
+    base = toy.law_of(target, head, length, decoder.shape)
+    possible = {text: p for text, p in base.items() if p > 0}
+    tilt = decoder.log_tilt([Answer(head, text, math.log(p), target) for text, p in possible.items()])
+    log_law = torch.tensor([math.log(p) for p in possible.values()], dtype=torch.float64) + tilt
+    return dict.fromkeys(base, 0.0) | dict(zip(possible, log_law.softmax(0).tolist(), strict=True))
+
+
+def _followed(decoder: Sampler, target: Target, length: int) -> Mapping[tuple[int, ...], float]:
+    """The law of a sampler with a state, which goes along every text; only where its law takes no random numbers."""
+    if decoder.uniforms:
+        raise UnsupportedError("a law that can be enumerated", "its state is random")
+    head = beginning(target)
+    found: dict[tuple[int, ...], float] = {}
+    texts: list[tuple[tuple[int, ...], float, Any]] = [((), 1.0, decoder.start(1))]
+    for place in range(length):
+        grown = []
+        for text, p, state in texts:
+            logits = target.open([[*head, *text]], capacity=len(head) + length).next_logits
+            log_probs, after = decoder.next_law(logits.clone(), state, torch.zeros(1, 0))
+            for token, term in enumerate(log_probs[0].tolist()):
+                longer = (*text, token)
+                if token in target.stop_tokens or place + 1 == length:
+                    found[longer] = p * math.exp(term)
+                elif term > -math.inf:
+                    advanced = decoder.advance(copy.deepcopy(after), torch.tensor([token]))
+                    grown.append((longer, p * math.exp(term), advanced))
+        texts = grown
+    return found
 
 
 def beginning(target: Target) -> list[int]:
@@ -92,8 +144,19 @@ def trials(
         return
     for trial in range(count):
         rng = RowRandom(seed, [f"trial-{trial}-{i}" for i in range(draws)])
+        began = time.perf_counter()
         found = decoder.generate(target, [beginning(target)] * draws, Limits(length), rng)
-        yield Trial(exactness.counted([tuple(a.tokens) for a in found], known)[0], None)
+        taken = time.perf_counter() - began
+        texts = [tuple(a.tokens) for a in found]
+        curve = tuple(
+            Mark(n, exactness.tvd(*exactness.counted(texts[:n], known)), taken * n / draws) for n in marks(draws)
+        )
+        yield Trial(exactness.counted(texts, known)[0], None, curve)
+
+
+def marks(draws: int) -> list[int]:
+    """Where the distance is looked at on the way: 10, 20, 50, 100 and so on, and at the end."""
+    return [n for n in (d * 10**k for k in range(1, 7) for d in (1, 2, 5)) if n < draws] + [draws]
 
 
 def _walked(
@@ -105,16 +168,27 @@ def _walked(
     seed: int,
     length: int,
 ) -> Iterator[Trial]:
-    """All trials side by side, from starts that are uniform over all texts; the starts themselves are not counted."""
+    """All trials side by side; the states that they start from are not counted."""
     rng = RowRandom(seed, [f"trial-{i}" for i in range(count)])
     place = target.vocab_size ** torch.arange(length - 1, -1, -1)
     codes = torch.empty(draws, count, dtype=torch.long)
+    at, seconds = set(marks(draws)), {}
     with torch.inference_mode():
         walk = chain.walk(target, chain.heads(target, [[]] * count), Limits(length), rng, range(count))
-        for i, state in enumerate(itertools.islice(walk, 1, draws + 1)):
+        next(walk)
+        began = time.perf_counter()
+        for i, state in enumerate(itertools.islice(walk, draws)):
             codes[i] = (state.tokens.cpu() * place).sum(1)
+            if i + 1 in at:
+                seconds[i + 1] = (time.perf_counter() - began) / count
         accepted = (state.accepted / draws).tolist()
     order = [int(sum(t * int(p) for t, p in zip(text, place, strict=True))) for text in known]
+    law_of_known = np.array([*known.values(), 0.0])
+
+    def counted(trial: int, first: int) -> exactness.Array:
+        counts = np.bincount(codes[:first, trial].numpy(), minlength=target.vocab_size**length)[order]
+        return np.append(counts, 0).astype(np.float64)
+
     for trial in range(count):
-        counts = np.bincount(codes[:, trial].numpy(), minlength=target.vocab_size**length)[order]
-        yield Trial(np.append(counts, 0).astype(np.float64), accepted[trial])
+        curve = tuple(Mark(n, exactness.tvd(counted(trial, n), law_of_known), taken) for n, taken in seconds.items())
+        yield Trial(counted(trial, draws), accepted[trial], curve)

@@ -58,8 +58,8 @@ def visible_tvd(law: Array, draws: int, *, alpha: float = ALPHA, power: float = 
     """
     freedom = len(_pooled(law * draws, law)[1]) - 1
     rare = float(law[law * draws < FEWEST_EXPECTED].sum())
-    if freedom < 1:
-        return 1.0
+    if freedom < 1:  # one right answer: any other is seen as soon as it comes
+        return float(1.0 - (1.0 - power) ** (1.0 / draws))
     critical = _bisected(lambda x: _above(x, freedom) - alpha, 0.0, 10.0 * freedom + 200.0)
     noncentral = _bisected(lambda x: power - _above_noncentral(critical, freedom, x), 0.0, 20.0 * freedom + 400.0)
     return min(1.0, math.sqrt(noncentral / (4 * draws)) + rare)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.registry import registry
-from decodathlon.harness.results import measured
+from decodathlon.harness.results import audited, measured
 
 DASH = "–"
 #: Beginnings of notes that the reader of a number must see.
@@ -62,9 +62,10 @@ def tables(outcomes: Sequence[Outcome]) -> list[str]:
     for outcome in outcomes:
         timed = registry.get("suite", outcome.spec.suite).timed
         groups.setdefault((outcome.spec.suite, "" if timed else outcome.spec.slice), []).append(outcome)
+    verdicts = audited.verdicts(outcomes)
     lines: list[str] = []
     for (suite, part), members in groups.items():
-        lines += ["", *(_one(suite, part, members) if part else _operations(suite, members))]
+        lines += ["", *(_one(suite, part, members, verdicts) if part else _operations(suite, members))]
     return lines
 
 
@@ -79,13 +80,13 @@ def _operations(suite: str, members: Sequence[Outcome]) -> list[str]:
     return [f"{suite}: {registry.get('suite', suite).asks}", body[0], "-" * len(body[0]), *body[1:], *remarks]
 
 
-def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
+def _one(suite: str, part: str, members: Sequence[Outcome], verdicts: Mapping[str, audited.Verdict]) -> list[str]:
     columns = [c for c in registry.get("suite", suite).table if any(_metric(o, c) for o in members)]
     ranked = measured.of_outcomes(members)
     trusted = (
         []
         if any(o.data.get("source") == "stand-in" for o in members)
-        else [m for m in ranked if not measured.biased(m)]
+        else [m for m in ranked if not measured.biased(m) and verdicts.get(m.decoder) != "fail"]
     )
     marks = {c: measured.marks(c, trusted, _baseline(c, members, trusted)) for c in columns}
     rows = [["decoder", "claims", *columns]]
@@ -103,6 +104,9 @@ def _one(suite: str, part: str, members: Sequence[Outcome]) -> list[str]:
     body = aligned(rows)
     title = f"{suite} {part}" if part != "all" else suite
     remarks += [f"! {m.decoder}: A/A failed: its speed against itself is not 1" for m in ranked if measured.biased(m)]
+    failed = [m.decoder for m in ranked if verdicts.get(m.decoder) == "fail"]
+    what = "it does not draw from the law that it claims" if suite == audited.SUITE else "its numbers do not count"
+    remarks += [f"! {decoder}: audit failed: {what}" for decoder in failed]
     warning = []
     if any(marks.values()):
         warning = ["* best of its column, ~ not told apart from it"]

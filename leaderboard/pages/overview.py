@@ -49,7 +49,7 @@ for column, sentence in findings.summary(everyone, axes, baselines):
     st.markdown(f"- **{parts.plain(column)}**: {parts.plain(sentence)}")
 
 head = ["decoder", "claims", *(parts.axis_head(a, metrics, axes) for a in axes)]
-rows = [parts.decoder_row(line, setting, line.claim or "–") for line in lines[: parts.MOST_LINES]]
+rows = [parts.decoder_row(line, setting, parts.claim_field(line)) for line in lines[: parts.MOST_LINES]]
 st.html(table(head, rows, "Decoders by suite"))
 if len(lines) > parts.MOST_LINES:
     st.caption(f"{parts.MOST_LINES} of {len(lines)} decoders; filter by family or claim to see the others.")
@@ -57,7 +57,7 @@ front = f"◆ on the [Pareto front]({link('trade-off')}) of {plane[1]} and {plan
 st.caption(
     f"★ best of its column · ≈ not told apart from the best · {front}↑ higher, ↓ lower is better · "
     f"[intervals]({link('about')}) are 95 % · pale: stand-in data, changed code, a failed A/A test or audit, "
-    "as it says · a claim is its author's word: a run checks greedy-exact only"
+    f"as it says · a claim is its author's word until the [audit]({link('exactness')}) has tested it"
 )
 means = {a.metric: metrics[a.metric].meaning for a in axes}
 st.markdown("\n".join(f"- **{parts.plain(name)}**: {parts.plain(text)}" for name, text in means.items() if text))

@@ -1,10 +1,14 @@
 """Results files that the board is tried on."""
 
+from pathlib import Path
+
 import pytest
 from made_results import demo, million
 
-from decodathlon.harness.results import store
+from decodathlon.harness.results import environment, store
 from decodathlon.leaderboard import queries
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +29,23 @@ def asked(demo_file, tmp_path_factory):
     assert store.snapshot(demo_file, copy, queries.prepare) == []
     with duckdb.connect(str(copy)) as connection:
         yield connection
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Opens a page of the board on a results file, as a browser would with a deep link."""
+    st = pytest.importorskip("streamlit")
+    from streamlit.testing.v1 import AppTest
+
+    def open_page(results, page="overview", **parameters):
+        monkeypatch.setenv(environment.RESULTS_VARIABLE, str(results))
+        at = AppTest.from_file(str(ROOT / "leaderboard" / "app.py"), default_timeout=60)
+        for name, value in parameters.items():
+            at.query_params[name] = value
+        if page != "overview":
+            at.switch_page(f"pages/{page}.py")
+        return at.run()
+
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    return open_page

@@ -11,46 +11,17 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("streamlit")
+from board_pages import said
 from made_results import QUICK, demo
-from streamlit.testing.v1 import AppTest
 
 from decodathlon.harness.locks import file_lock
-from decodathlon.harness.results import environment, shards, store
+from decodathlon.harness.results import shards, store
 
 ROOT = Path(__file__).parents[2]
 OLD = Path(__file__).parents[1] / "results" / "old"
-PAGES = ("overview", "trade_off", "decoder", "run", "about")
+PAGES = ("overview", "trade_off", "exactness", "decoder", "run", "about")
 #: Seconds that a page may take on two cores; a busy machine gets three tries.
 PUBLISHED_LIMIT, MILLION_LIMIT = 1.0, 2.0
-
-
-@pytest.fixture
-def opened(monkeypatch):
-    """Opens a page of the board on a results file, as a browser would with a deep link."""
-    import streamlit as st
-
-    def open_page(results, page="overview", **parameters):
-        monkeypatch.setenv(environment.RESULTS_VARIABLE, str(results))
-        at = AppTest.from_file(str(ROOT / "leaderboard" / "app.py"), default_timeout=60)
-        for name, value in parameters.items():
-            at.query_params[name] = value
-        if page != "overview":
-            at.switch_page(f"pages/{page}.py")
-        return at.run()
-
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    return open_page
-
-
-def said(at):
-    """Everything that a page says."""
-    kinds = ("title", "subheader", "markdown", "caption", "html", "warning", "info", "error")
-    return (
-        "\n".join(str(element.value) for kind in kinds for element in at.get(kind) if hasattr(element, "value"))
-        + ("\n".join(element.proto.body for element in at.get("html")))
-        + "\n".join(str(box.options) for box in at.selectbox)
-    ).replace("\\", "")  # as it is read: what means something in Markdown is escaped
 
 
 @pytest.mark.parametrize("page", PAGES)

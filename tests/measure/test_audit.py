@@ -1,22 +1,23 @@
 """The audit: honest decoders pass over twenty seeds, seeded bugs are caught, definitions and shapes agree."""
 
-import math
-from dataclasses import replace
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from decodathlon import Completion, Limits, RowRandom, Sampler, decoder
+from decodathlon import Chain, Limits, RowRandom, Sampler
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness import law as laws
 from decodathlon.harness.bench import Bench
 from decodathlon.harness.cells import TOY, CellSpec
 from decodathlon.harness.measure import draws, exactness
 from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.results import audited, table
 from decodathlon.harness.targets import toy
 
 load_builtins()
 LENGTH, DRAWS, SEEDS = 3, 3000, 20
+DISHONEST = Path(__file__).parents[2] / "docs/examples/dishonest.py"
 HONEST = (
     "greedy",
     "temperature",
@@ -27,6 +28,8 @@ HONEST = (
     "eta[epsilon=0.2]",
     "locally-typical[mass=0.6]",
     "arithmetic",
+    "arithmetic[temperature=0.6]",
+    "mirostat[tau=1]",
 )
 
 
@@ -87,129 +90,74 @@ def test_the_target_has_forty_outcomes_and_the_test_its_power(lm):
 @pytest.mark.parametrize("spec", HONEST)
 def test_honest_decoders_pass(lm, spec):
     """Twenty seeds at a false alarm in a thousand each: one alarm has a chance of 2 % per decoder, two of 0.02 %."""
-    count = 300 if spec == "arithmetic" else DRAWS
+    count = 300 if spec.startswith("arithmetic") else DRAWS
     found = [p_value(decoders.build(spec), lm, seed, count) for seed in range(SEEDS)]
     assert sum(p < exactness.ALPHA for p in found) <= 1
     if spec != "greedy":
         assert min(found) < 0.5 < max(found), "p-values of honest draws are spread"
 
 
-@pytest.mark.parametrize("spec", ["gibbs[steps=15]", "gwg[steps=150]", "pncg[steps=100]", "mt-pncg[steps=40,tries=3]"])
-def test_honest_chains_pass(lm, spec):
-    found = [p_value(decoders.build(spec), lm, seed, 1500) for seed in range(3)]
-    assert sum(p < exactness.ALPHA for p in found) == 0
+def p_values(spec, target, count):
+    """Of every seed its own draws, all in one batch: no row depends on its neighbours."""
+    one = decoders.build(spec)
+    law = draws.claimed_law(one, target, LENGTH)
+    rng = RowRandom(0, [(seed, i) for seed in range(SEEDS) for i in range(count)])
+    found = one.generate(target, [[target.start_token]] * (SEEDS * count), Limits(LENGTH), rng)
+    texts = [tuple(a.tokens) for a in found]
+    parts = [texts[seed * count : (seed + 1) * count] for seed in range(SEEDS)]
+    return [exactness.p_value(*exactness.counted(part, law)) for part in parts]
 
 
-@pytest.fixture
-def controls():
-    """Decoders with one bug each, registered for one test only."""
-    names = []
-
-    def control(name, claim="shaped"):
-        names.append(name)
-        return decoder(name, claim=claim)
-
-    yield control
-    for name in names:
-        registry.entries.pop(("decoder", name))
-
-
-def test_top_p_off_by_one_token_is_caught(lm, controls):
-    @controls("control-top-p")
-    class OffByOne(Sampler):
-        p: float = 0.7
-
-        def shape(self, logits):
-            p = logits.softmax(-1)
-            ranked, order = p.sort(-1, descending=True)
-            kept = ranked.cumsum(-1) < self.p  # leaves out the token that reaches p
-            kept[:, 0] = True
-            mask = torch.zeros_like(kept).scatter(-1, order, kept)
-            return logits.masked_fill(~mask, -math.inf).log_softmax(-1)
-
-        def definition(self, logits):
-            return decoders.build("top-p[p=0.7]").definition(logits)
-
-    assert all(p_value(decoders.build("control-top-p"), lm, seed) < exactness.ALPHA for seed in range(SEEDS))
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "gibbs[steps=12]",
+        "gwg[steps=80]",
+        "dlp[steps=50]",
+        "pncg[steps=50]",
+        "pncg[steps=100,scan=single]",
+        "mt-pncg[steps=25,tries=3]",
+        "qalign[steps=30]",
+        "qalign[steps=40,reward=length:2,temperature=0.7]",
+        "quest[steps=30]",
+        "mt-quest[steps=15,tries=4]",
+        "mt-quest[steps=15,tries=4,diverse=false]",
+        "mt-quest[steps=20,tries=4,law=reward,beta=0.5]",
+        "dishonest-speculation[renormalise=true]",
+    ],
+)
+def test_honest_chains_pass(lm, dishonest, spec):
+    found = p_values(spec, lm, 200)
+    assert sum(p < exactness.ALPHA for p in found) <= 1
+    assert min(found) < 0.5 < max(found)
 
 
-def test_a_random_number_used_twice_is_caught(lm, controls):
-    """Every token alone is drawn right; together they are not."""
+@pytest.fixture(scope="module")
+def dishonest():
+    """The decoders of docs/examples/dishonest.py, registered for these tests only."""
+    before = dict(registry.entries)
+    registry.load_file(DISHONEST)
+    yield sorted(name for kind, name in registry.entries if kind == "decoder" and name.startswith("dishonest"))
+    registry.entries.clear()
+    registry.entries.update(before)
+    for name in [n for n in sys.modules if n.endswith("docs_examples_dishonest_py")]:
+        del sys.modules[name]
 
-    @controls("control-reused", claim="exact")
-    class Reused(Sampler):
-        def shape(self, logits):
-            return logits.log_softmax(-1)
 
-        def start(self, rows):
-            return {"u": None}
+def test_every_dishonest_decoder_is_caught(lm, dishonest):
+    assert len(dishonest) == 9
+    for name in dishonest:
+        if name in ("dishonest-beam", "dishonest-greedy"):  # they give one text, over and over
+            assert p_value(decoders.build(name), lm, 0, 200) < 1e-9, name
+        else:
+            chain = isinstance(decoders.build(name), Chain)
+            found = p_values(f"{name}[steps=20]" if chain else name, lm, 600)
+            assert max(found) < exactness.ALPHA, (name, found)
 
-        def choose(self, logits, state, u):
-            state = {"u": u if state["u"] is None else state["u"]}
-            return laws.draw(self.shape(logits), state["u"][:, 0]), state
 
-    one = decoders.build("control-reused")
-    assert all(p_value(one, lm, seed) < exactness.ALPHA for seed in range(SEEDS))
-    firsts = [a[:1] for a in draws.answers(one, lm, DRAWS, LENGTH, 0)]
+def test_a_random_number_used_twice_leaves_each_token_right(lm, dishonest):
+    firsts = [a[:1] for a in draws.answers(decoders.build("dishonest-random-number"), lm, DRAWS, LENGTH, 0)]
     assert exactness.p_value(*exactness.counted(firsts, toy.law_of(lm, [lm.start_token], 1))) > exactness.ALPHA
-
-
-def test_a_beam_that_claims_a_law_is_caught(lm, controls):
-    beam = type(decoders.build("beam"))
-
-    @controls("control-beam", claim="exact")
-    class Claiming(beam):
-        pass
-
-    assert p_value(decoders.build("control-beam"), lm, 0, 200) < 1e-9
-
-
-def test_a_chain_without_its_test_is_caught(lm, controls):
-    dula = type(decoders.build("dula"))
-
-    @controls("control-unadjusted", claim="exact")
-    class Unadjusted(dula):
-        alpha: float = 64.0
-        steps: int = 60
-
-    assert all(p_value(decoders.build("control-unadjusted"), lm, seed, 1500) < exactness.ALPHA for seed in range(5))
-
-
-def test_per_position_acceptance_is_caught(lm, controls):
-    """Each position taken or left by the ratio of the whole: a mistake that ports of p-NCG make."""
-    pncg = type(decoders.build("pncg"))
-
-    @controls("control-per-position", claim="exact")
-    class PerPosition(pncg):
-        alpha: float = 64.0
-        steps: int = 60
-
-        def uniforms(self, length):
-            return 2 * length
-
-        def step(self, target, state, u):
-            from decodathlon.decoders.mcmc.proposals import drawn
-
-            table, N = self.log_proposal(state), state.tokens.shape[1]
-            proposed = self.at(target, state, drawn(table, u[:, :N]))
-            accept = u[:, N:].log() < self.log_ratio(state, table, proposed)[:, None]
-            mixed = torch.where(accept, proposed.tokens, state.tokens)
-            return replace(self.at(target, state, mixed), accepted=state.accepted)
-
-    assert all(p_value(decoders.build("control-per-position"), lm, seed, 3000) < exactness.ALPHA for seed in range(3))
-
-
-def test_a_search_that_is_not_greedy_is_caught(lm, controls):
-    greedy = type(decoders.build("greedy"))
-
-    @controls("control-greedy", claim="greedy-exact")
-    class Second(greedy):
-        def generate(self, target, prompts, limits, rng):
-            found = super().generate(target, prompts, limits, rng)
-            wrong = Completion([(found[0].tokens[0] + 1) % 4], "stop")
-            return [*found[:-1], wrong]
-
-    assert p_value(decoders.build("control-greedy"), lm, 0, 200) == 0.0
 
 
 def test_the_suite_says_who_failed(tmp_path):
@@ -227,8 +175,14 @@ def test_the_suite_says_who_failed(tmp_path):
 
     good, bad = measured("top-p[p=0.7]"), measured("sharper-than-audited", decoder_files=(str(file),))
     assert (good.status, bad.status) == ("ok", "ok")
-    assert not [n for n in good.notes if n.startswith("audit")]
-    assert [n for n in bad.notes if n.startswith("audit: ")]
+    plain = measured("temperature[temperature=0.6]")
+    assert audited.verdicts([good, bad, plain]) == {
+        "top-p[p=0.7]": "weak",  # 500 draws see little
+        "temperature[temperature=0.6]": "weak",
+        "sharper-than-audited": "fail",
+    }
+    text = "\n".join(table.tables([good, bad]))
+    assert "! sharper-than-audited: audit failed" in text
     assert measured("greedy").status == "ok"
     assert measured("beam").status == "unsupported"
 
