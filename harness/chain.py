@@ -59,6 +59,8 @@ class Chain(Decoder):
 
     #: Transitions before the sequence is taken as the answer; a subclass may make a parameter of it.
     steps: ClassVar[int] = 1000
+    #: Transitions before the first state that counts.
+    burn_in: ClassVar[int] = 0
     #: Whether an empty prompt is read as the target's start token, where it has one.
     bos: ClassVar[bool] = True
 
@@ -88,6 +90,8 @@ class Chain(Decoder):
     ) -> Iterator[Any]:
         """Every state of chains that begin behind prompts of equal length, the first one included; without end.
 
+        The states of the burn-in are left out, and what was accepted in it does not count.
+
         Args:
             limits: how many free tokens there are, and whether any of them ends the text.
             rows: which rows of `rng` the chains draw from.
@@ -98,13 +102,21 @@ class Chain(Decoder):
         sequences = torch.cat([heads.to(target.device), begun.to(target.device)], dim=1)
         stops = frozenset() if limits.ignore_eos else target.stop_tokens
         state = self.begin(target, sequences, heads.shape[1], stops=stops)
+        noise = self._noise(length, rng, rows)
+        for u in itertools.islice(noise, self.burn_in):
+            state = self.step(target, state, u.to(target.device))
+        state = dataclasses.replace(state, accepted=torch.zeros_like(state.accepted))
         yield state
+        for u in noise:
+            state = self.step(target, state, u.to(target.device))
+            yield state
+
+    def _noise(self, length: int, rng: RowRandom, rows: Sequence[int]) -> Iterator[Tensor]:
+        """(B, uniforms) numbers for one transition after the other."""
         each = self.uniforms(length)
         ahead = max(1, _UNIFORMS_AHEAD // max(1, each))
         while True:
-            for u in rng.uniforms(ahead, each, rows=rows).to(target.device).unbind(1):
-                state = self.step(target, state, u)
-                yield state
+            yield from rng.uniforms(ahead, each, rows=rows).unbind(1)
 
     def generate(
         self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom

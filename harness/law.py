@@ -112,8 +112,16 @@ def draw(log_probs: Tensor, u: Tensor) -> Tensor:
     return (block * _BLOCK + _first_above(inside, offset))[:, 0]
 
 
+def draw_several(log_probs: Tensor, u: Tensor) -> Tensor:
+    """(N, k) tokens, k independent ones from each row of (N, V) by as many uniforms (N, k); the law is summed once."""
+    cumulative = log_probs.double().exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    offset = (u.to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return _first_above(cumulative, offset.contiguous())
+
+
 def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """(N, 1) index of the first entry that exceeds the threshold: it added something, so it has probability."""
+    """(N, k) indices of the first entry that exceeds each threshold: it added something, so it has probability."""
     return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 

@@ -19,22 +19,23 @@ def audits(connection: duckdb.DuckDBPyConnection) -> list[Row]:
     return as_rows(
         connection,
         f"""
-        SELECT c.run_id, c.cell_id, c.decoder, c.claim, c.status, c.reason, c.scale, c.started, r.hardware,
-               r.git_commit, r.git_dirty, v.audit AS verdict, c.sizes->>'draws' AS draws,
-               any_value(m.value) FILTER (m.metric = 'tvd') AS tvd,
-               any_value(m.value) FILTER (m.metric = 'tvd_floor') AS floor,
-               any_value(m.value) FILTER (m.metric = 'tvd_floor_ratio') AS ratio,
-               any_value(m.value) FILTER (m.metric = 'goodness_p') AS p,
-               any_value(m.value) FILTER (m.metric = 'visible_tvd') AS visible
-        FROM (
+        WITH newest AS (
             FROM cell WHERE suite = '{AUDIT}'
             QUALIFY row_number() OVER (PARTITION BY decoder ORDER BY started DESC, run_id DESC) = 1
-        ) c
+        ), numbers AS (
+            FROM (SELECT run_id, cell_id, metric, value FROM metric)
+            PIVOT (any_value(value)
+                   FOR metric IN ('tvd', 'tvd_floor', 'tvd_floor_ratio', 'goodness_p', 'visible_tvd')
+                   GROUP BY run_id, cell_id)
+        )
+        SELECT c.run_id, c.cell_id, c.decoder, c.claim, c.status, c.reason, c.scale, c.started, r.hardware,
+               r.git_commit, r.git_dirty, v.audit AS verdict, c.sizes->>'draws' AS draws, n.tvd, n.tvd_floor AS floor,
+               n.tvd_floor_ratio AS ratio, n.goodness_p AS p, n.visible_tvd AS visible
+        FROM newest c
         JOIN run r USING (run_id)
         LEFT JOIN audited v USING (run_id, cell_id)
-        LEFT JOIN metric m ON (m.run_id, m.cell_id) = (c.run_id, c.cell_id)
-        GROUP BY ALL
-        ORDER BY list_position(['fail', 'weak', 'pass'], verdict) NULLS LAST, c.status <> 'ok', c.decoder
+        LEFT JOIN numbers n USING (run_id, cell_id)
+        ORDER BY list_position(['fail', 'weak', 'pass'], v.audit) NULLS LAST, c.status <> 'ok', c.decoder
         """,
     )
 

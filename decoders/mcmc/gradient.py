@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Target
 
 
+#: Step sizes of a sweep and of a burn-in: ten from 0.05 to 64, evenly spaced in their logarithm.
+SIZES = [float(f"{0.05 * 1280 ** (i / 9):.3g}") for i in range(10)]
+
+
 @dataclass(frozen=True)
 class Point(State):
     """A state with what a gradient proposal needs of it; computed once per sequence."""
@@ -29,6 +33,10 @@ class Point(State):
     change: Tensor
     #: Of the embeddings; the same object along a walk.
     distances: Distances
+    #: (B,) step sizes; of a burn-in how many transitions it has seen, and (B, sizes) how far each size has jumped.
+    alpha: Tensor
+    age: int
+    jumps: Tensor
 
 
 class GradientChain(Chain):
@@ -36,11 +44,13 @@ class GradientChain(Chain):
 
     p: int
     label_term: bool
+    alpha: float
 
     def begin(self, target: Target, sequences: Tensor, free: int, *, stops: frozenset[int] = frozenset()) -> Point:
         score, change = target.local_changes(sequences, free, label_term=self.label_term)
         accepted = torch.zeros(len(sequences), dtype=torch.float64, device=score.device)
-        return Point(sequences, free, score, accepted, change, Distances(target.embeddings, self.p))
+        alpha, jumps = accepted + self.alpha, accepted.new_zeros(len(sequences), len(SIZES))
+        return Point(sequences, free, score, accepted, change, Distances(target.embeddings, self.p), alpha, 0, jumps)
 
     def at(self, target: Target, state: Point, tokens: Tensor) -> Point:
         """The state with other free tokens (B, N): one forward and one backward pass."""
@@ -56,22 +66,37 @@ def metropolis(state: Any, proposed: Any, log_ratio: Tensor, u: Tensor) -> Any:
 
 
 class AllAtOnce(GradientChain):
-    """One proposal for all positions, and one test."""
+    """One proposal for all positions, and one test.
 
-    alpha: float
+    In a burn-in every chain tries the step sizes in turn, and keeps for good the one by which it jumped furthest: the
+    most tokens changed per step. Acceptance is no aim, because a frozen chain accepts everything.
+    """
 
     def uniforms(self, length: int) -> int:
         return length + 1
 
     def log_proposal(self, state: Point) -> Tensor:
         """(B, N, V) log q(. | x) of each position."""
-        return self._table(state.change, state.distances(state.tokens))
+        return self._table(state.change, state.distances(state.tokens), state.alpha)
 
-    def _table(self, change: Tensor, distances: Tensor) -> Tensor:
+    def _table(self, change: Tensor, distances: Tensor, alpha: Tensor) -> Tensor:
         """Half the change that each token would make, less its distance over 2 alpha, as log-laws per position."""
-        return (0.5 * change - distances / (2 * self.alpha)).log_softmax(-1)
+        return (0.5 * change - distances / (2 * alpha.to(distances)[:, None, None])).log_softmax(-1)
 
     def step(self, target: Target, state: Point, u: Tensor) -> Point:
+        if state.age >= self.burn_in:
+            return self.transition(target, state, u)
+        size = state.age % len(SIZES)
+        moved = self.transition(target, replace(state, alpha=torch.full_like(state.alpha, SIZES[size])), u)
+        jumps = moved.jumps.clone()
+        if 2 * state.age >= self.burn_in:  # the first half leads away from where the chain began
+            jumps[:, size] += (moved.tokens != state.tokens).sum(-1)
+        age = state.age + 1
+        chosen = torch.tensor(SIZES, dtype=torch.float64, device=jumps.device)[jumps.argmax(-1)]
+        return replace(moved, age=age, jumps=jumps, alpha=chosen if age == self.burn_in else state.alpha)
+
+    def transition(self, target: Target, state: Point, u: Tensor) -> Point:
+        """One step at the state's own step sizes."""
         table = self.log_proposal(state)
         proposed = self.at(target, state, drawn(table, u[:, :-1]))
         return metropolis(state, proposed, self.log_ratio(state, table, proposed), u[:, -1])
@@ -86,8 +111,8 @@ class AllAtOnce(GradientChain):
 @decoder(
     "pncg",
     claim="exact",
-    bounds={"alpha": "(0, 1e6]", "steps": "[1, 1000000]"},
-    sweep={"alpha": [0.05, 0.25, 1.0, 4.0, 16.0, 64.0]},
+    bounds={"alpha": "(0, 1e6]", "steps": "[1, 1000000]", "burn_in": "[0, 1000000]"},
+    sweep={"alpha": SIZES},
     needs=["gradient"],
     paper="Du et al. 2023, Principled Gradient-Based MCMC for Conditional Sampling of Text",
 )
@@ -97,12 +122,13 @@ class PNCG(AllAtOnce):
     Its law is the target's once the chain has mixed. `scan=single` moves one random position per step instead (the
     paper's Gibbs with Langevin). `bos=False` leaves the start token before an empty prompt out, so that the first token
     counts as uniform. `label_term` adds by how much a token's own probability changes, which the gradient of the inputs
-    misses.
+    misses. `burn_in` steps come first, in which the step size is tuned.
     """
 
     alpha: float = 4.0
     p: Literal[1, 2] = 2
     steps: int = 1000
+    burn_in: int = 0
     scan: Literal["all", "single"] = "all"
     bos: bool = True
     label_term: bool = True
@@ -110,13 +136,13 @@ class PNCG(AllAtOnce):
     def uniforms(self, length: int) -> int:
         return 3 if self.scan == "single" else super().uniforms(length)
 
-    def step(self, target: Target, state: Point, u: Tensor) -> Point:
-        return self._single(target, state, u) if self.scan == "single" else super().step(target, state, u)
+    def transition(self, target: Target, state: Point, u: Tensor) -> Point:
+        return self._single(target, state, u) if self.scan == "single" else super().transition(target, state, u)
 
     def log_single(self, state: Point) -> Tensor:
         """(B, N, V) log q of one position's new token, given that it is this position's turn: never the present one."""
         tokens = state.tokens
-        scores = state.change - state.distances(tokens) / self.alpha
+        scores = state.change - state.distances(tokens) / state.alpha.to(state.change)[:, None, None]
         return scores.scatter(-1, tokens[..., None], float("-inf")).log_softmax(-1)
 
     def _single(self, target: Target, state: Point, u: Tensor) -> Point:
@@ -133,7 +159,7 @@ class PNCG(AllAtOnce):
 @decoder(
     "dlp",
     claim="exact",
-    bounds={"alpha": "(0, 1e6]", "steps": "[1, 1000000]"},
+    bounds={"alpha": "(0, 1e6]", "steps": "[1, 1000000]", "burn_in": "[0, 1000000]"},
     sweep={"alpha": [0.25, 1.0, 4.0, 16.0]},
     needs=["gradient"],
     paper="Zhang, Liu, Liu 2022, A Langevin-like Sampler for Discrete Distributions",
@@ -144,6 +170,7 @@ class DLP(AllAtOnce):
     p: ClassVar[int] = 2
     alpha: float = 4.0
     steps: int = 1000
+    burn_in: int = 0
     bos: bool = True
     label_term: bool = True
 
@@ -165,7 +192,7 @@ class DULA(AllAtOnce):
     bos: bool = True
     label_term: bool = True
 
-    def step(self, target: Target, state: Point, u: Tensor) -> Point:
+    def transition(self, target: Target, state: Point, u: Tensor) -> Point:
         moved = self.at(target, state, drawn(self.log_proposal(state), u[:, :-1]))
         return replace(moved, accepted=state.accepted + 1)
 
@@ -181,6 +208,7 @@ class GWG(GradientChain):
     """Gibbs with gradients: one position takes one other token, both drawn by half the change that it would make."""
 
     p: ClassVar[int] = 2
+    alpha: ClassVar[float] = 1.0  # it has no step size
     steps: int = 1000
     bos: bool = True
     label_term: bool = True

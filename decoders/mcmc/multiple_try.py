@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from decodathlon.decoders.mcmc.gradient import AllAtOnce, Point, metropolis
-from decodathlon.decoders.mcmc.proposals import drawn, log_density
+from decodathlon.decoders.mcmc.gradient import SIZES, AllAtOnce, Point, metropolis
+from decodathlon.decoders.mcmc.proposals import log_density
 from decodathlon.harness import law
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Target
 
 Weight = Literal["lam1", "iw", "lb", "sqrt-pi", "pi"]
+#: Entries of tables over the vocabulary that are held at once, where every try has one of its own.
+MOST_NUMBERS = 1 << 22
 #: Weights that ask how likely the way back is, and so take a gradient at every try and every reference.
 _LOOKS_BACK = ("lam1", "lb")
 
@@ -30,8 +32,8 @@ _LOOKS_BACK = ("lam1", "lb")
 @decoder(
     "mt-pncg",
     claim="exact",
-    bounds={"alpha": "(0, 1e6]", "tries": "[1, 1024]", "steps": "[1, 1000000]"},
-    sweep={"tries": [4, 8, 16, 32], "alpha": [0.25, 1.0, 4.0, 16.0, 64.0], "weight": ["lam1", "lb", "sqrt-pi", "pi"]},
+    bounds={"alpha": "(0, 1e6]", "tries": "[1, 1024]", "steps": "[1, 1000000]", "burn_in": "[0, 1000000]"},
+    sweep={"tries": [4, 8, 16, 32], "alpha": SIZES, "weight": ["lam1", "lb", "sqrt-pi", "pi"]},
     needs=["gradient"],
     paper="Liu, Liang, Wong 2000, The Multiple-Try Method; Du et al. 2023 for the proposal",
 )
@@ -47,13 +49,14 @@ class MultipleTryPNCG(AllAtOnce):
     weight: Weight = "iw"
     p: Literal[1, 2] = 2
     steps: int = 1000
+    burn_in: int = 0
     bos: bool = True
     label_term: bool = True
 
     def uniforms(self, length: int) -> int:
         return (2 * self.tries - 1) * length + 2
 
-    def step(self, target: Target, state: Point, u: Tensor) -> Point:
+    def transition(self, target: Target, state: Point, u: Tensor) -> Point:
         k, N = self.tries, state.tokens.shape[1]
         B, rows = len(u), torch.arange(len(u), device=u.device)
         table = self.log_proposal(state)
@@ -76,14 +79,29 @@ class MultipleTryPNCG(AllAtOnce):
             if self.weight == "iw":
                 return pi - log_density(table[:, None].expand(B, k, -1, -1), tries)
             return pi if self.weight == "pi" else 0.5 * (pi - state.score[:, None])
-        pi, change = target.local_changes(sequences, state.free, label_term=self.label_term)
-        there = self._table(change, state.distances(sequences[:, state.free :]))
         mine = state.tokens[:, None].expand(B, k, N).reshape(B * k, N)
-        back, pi = log_density(there, mine).view(B, k), pi.view(B, k)
+        at_once = max(1, MOST_NUMBERS // (N * table.shape[-1]))
+        found = [
+            self._way_back(target, state, *some)
+            for some in zip(
+                sequences.split(at_once),
+                mine.split(at_once),
+                state.alpha.repeat_interleave(k).split(at_once),
+                strict=True,
+            )
+        ]
+        pi, back = (torch.cat(parts).view(B, k) for parts in zip(*found, strict=True))
         if self.weight == "lam1":
             return pi + back
         forth = log_density(table[:, None].expand(B, k, -1, -1), tries)
         return 0.5 * (pi + back - state.score[:, None] - forth)
+
+    def _way_back(
+        self, target: Target, state: Point, sequences: Tensor, tokens: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(n,) scores of sequences (n, L), and log T(y, x) from each to free tokens (n, N) at step sizes (n,)."""
+        pi, change = target.local_changes(sequences, state.free, label_term=self.label_term)
+        return pi, log_density(self._table(change, state.distances(sequences[:, state.free :]), alpha), tokens)
 
     def log_ratio_of(
         self,
@@ -111,6 +129,6 @@ class MultipleTryPNCG(AllAtOnce):
 
 def several(table: Tensor, u: Tensor) -> Tensor:
     """(B, k, N) independent proposals from one table (B, N, V); `u` is (B, k, N)."""
-    B, k, N = u.shape
-    V = table.shape[-1]
-    return drawn(table[:, None].expand(B, k, N, V).reshape(B * k, N, V), u.reshape(B * k, N)).view(B, k, N)
+    (B, k, N), V = u.shape, table.shape[-1]
+    tokens = law.draw_several(table.reshape(B * N, V), u.transpose(1, 2).reshape(B * N, k))
+    return tokens.view(B, N, k).transpose(1, 2)

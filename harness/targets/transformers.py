@@ -21,6 +21,9 @@ from decodathlon.harness.targets.attention import ATTENTION_NAME, Layout, RowCac
 from decodathlon.harness.targets.base import Context, Step, Target
 from decodathlon.harness.targets.lean import LeanForward
 
+#: Logits that `score` holds at once.
+MOST_LOGITS = 1 << 24
+
 
 class TransformersContext(Context):
     """Rows in a `RowCache`. The host mirrors the lengths, so that no step waits for the device."""
@@ -342,9 +345,13 @@ class TransformersTarget(Target):
         given, L = max(1, free), sequences.shape[1]
         if given == L:
             return torch.zeros(len(sequences), dtype=torch.float64, device=self.device)
-        logits = self.logits(sequences[:, :-1].to(self.device), torch.arange(given - 1, L - 1, device=self.device))
-        law = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return law.gather(-1, sequences[:, given:, None].to(self.device))[..., 0].double().sum(-1)
+        at, sequences = torch.arange(given - 1, L - 1, device=self.device), sequences.to(self.device)
+        at_once = max(1, MOST_LOGITS // (len(at) * self.vocab_size))
+        return torch.cat([self._scored(some, given, at) for some in sequences.split(at_once)])
+
+    def _scored(self, sequences: Tensor, given: int, at: Tensor) -> Tensor:
+        law = self.logits(sequences[:, :-1], at).log_softmax(-1)
+        return law.gather(-1, sequences[:, given:, None])[..., 0].double().sum(-1)
 
     def local_changes(self, sequences: Tensor, free: int, *, label_term: bool = True) -> tuple[Tensor, Tensor]:
         sequences = sequences.to(self.device)

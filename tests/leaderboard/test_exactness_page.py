@@ -110,8 +110,8 @@ def test_the_page_says_who_failed_and_shows_the_law(results, opened):
     at = opened(results[0], "exactness")
     assert not at.exception
     text = said(at)
-    assert text.index("wrong") < text.index("honest")
-    assert 'class="fail"' in text or "fail" in text
+    assert text.index(">wrong<") < text.index(">honest<")
+    assert "fail" in text
     assert "needs a law that can be enumerated" in text
     assert "no claim" in text
 
@@ -125,7 +125,7 @@ def test_the_charts_say_in_words_what_they_show(results):
     assert [t["text"] for t in texts] == ["1", "2 1", "2 2", "any other"]
     assert texts[3]["drawn"] == pytest.approx(0.01)
     words = charts.law_in_words(texts, "honest")
-    assert "0.15 claimed, 0.14 drawn" in words
+    assert "any other: 0 claimed, 0.01 drawn" in words
     assert "gibbs 0.02 after 0.1 seconds, independent draws 0.01" in charts.distances_in_words(curves, "seconds")
     for chart in (charts.law(texts), charts.distances(curves, "draws")):
         assert chart.to_dict()
