@@ -40,6 +40,11 @@ class State:
         """(B, N) the free tokens."""
         return self.sequences[:, self.free :]
 
+    @property
+    def log_prob(self) -> Tensor:
+        """(B,) log-probability of the free tokens under the target, up to a constant."""
+        return self.score
+
     def where(self, accept: Tensor, other: State) -> Self:
         """The rows of `other` where `accept` (B,) says so, the own ones elsewhere."""
         taken: dict[str, Any] = {}

@@ -2,12 +2,15 @@
 
 from decodathlon import Chain, suite
 
+#: States of a target whose transition matrix is estimated.
+MOST_STATES = 16
+
 
 @suite(
     "ising",
     version=1,
     asks="How far from its law is what the decoder draws, against independent exact draws?",
-    table=["tvd_floor_ratio", "tvd", "tvd_floor", "accept_rate", "goodness_p", "visible_tvd"],
+    table=["tvd_floor_ratio", "tvd", "tvd_floor", "spectral_gap", "accept_rate", "goodness_p", "visible_tvd"],
     protocol={
         "trials": "each on its own; a chain starts uniform over all states and every state after a step is one draw",
         "law": "exact: the target's; shaped: the whole text's under the decoder's own law of each token, enumerated",
@@ -36,7 +39,7 @@ from decodathlon import Chain, suite
     },
 )
 def test_ising(cell):
-    from decodathlon.harness.measure import draws, exactness
+    from decodathlon.harness.measure import draws, exactness, mixing
     from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
 
@@ -65,6 +68,9 @@ def test_ising(cell):
     if floor.mean > 0:  # else there is one right answer
         cell.report("tvd_floor_ratio", Observations(rows, [x / floor.mean for x in found], [1] * len(found)))
     if isinstance(cell.decoder, Chain):
+        if len(law) <= MOST_STATES:
+            moves = mixing.kernel(cell.decoder, cell.target, cell.target.context_length, 4000, cell.seed)
+            cell.report("spectral_gap", Estimate(mixing.gap(moves), n=4000 * len(law)))
         cell.report("accept_rate", Observations(rows, [t.accepted for t in trials], [1] * len(trials), share=True))
     elif cell.decoder.independent:
         total = sum(t.counts for t in trials)

@@ -48,6 +48,11 @@ class Written(State):
     #: Where answers are written; the same object along a walk.
     desk: Desk
 
+    @property
+    def log_prob(self) -> Tensor:
+        """(B,) log p(y), the law of the proposals."""
+        return self.pages.terms.sum(-1)
+
     def where(self, accept: Tensor, other: State) -> Written:
         assert isinstance(other, Written)
         return replace(super().where(accept, other), pages=_merged(accept, self.pages, other.pages))

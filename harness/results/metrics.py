@@ -119,6 +119,58 @@ METRICS: dict[str, Metric] = {
         "The smallest total variation distance that this test sees with 90 % power at a false alarm in 1,000.",
         "context",
     ),
+    "energy_excess": Metric(
+        "1",
+        "none",
+        "Mean energy (minus log-probability under the model) of a chain's second half, less that of independent draws "
+        "of the model's own law, in nats per token: 0 once the chain has arrived.",
+        "exactness",
+    ),
+    "ess_per_s": Metric(
+        "1/s",
+        "higher",
+        "Effective sample size of the energy, of the second half, over the seconds of all steps; of independent draws "
+        "their number. Means nothing where split_rhat is far from 1.",
+        "speed",
+    ),
+    "ess_per_call": Metric(
+        "1",
+        "none",
+        "The same over forward passes of the whole batch, with their backward passes.",
+        "context",
+    ),
+    "split_rhat": Metric(
+        "1",
+        "none",
+        "Halves of all chains against one another in energy; above 1.05 they have not mixed.",
+        "context",
+    ),
+    "spectral_gap": Metric(
+        "1",
+        "higher",
+        "1 less the second largest eigenvalue of the chain's transition matrix, from 4,000 moves of each state (some "
+        "0.01 exact): 1 forgets everything in a step.",
+        "exactness",
+    ),
+    "target_calls": Metric(
+        "1",
+        "none",
+        "Forward passes of the whole batch, with their backward passes, that the cell's measurement took.",
+        "context",
+    ),
+    "flops": Metric(
+        "1",
+        "none",
+        "Floating-point operations of those, estimated: 2 per parameter and token forward, 2 more where a gradient of "
+        "the inputs was taken.",
+        "context",
+    ),
+    "mfu": Metric(
+        "1",
+        "none",
+        "Those over the seconds, as a share of what matrix products of the same type reach on the same device.",
+        "context",
+    ),
     "accept_rate": Metric(
         "1",
         "none",

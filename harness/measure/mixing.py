@@ -1,0 +1,168 @@
+"""How fast a Markov chain forgets: effective sample size, split R-hat, spectral gap; and what a step costs.
+
+Vehtari, Gelman, Simpson, Carpenter and Bürkner 2021, Rank-Normalization, Folding, and Localization: an Improved R-hat,
+for the effective sample size (their equations 8 to 13) and the split; Geyer 1992 for where its sum ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decodathlon.harness import law
+from decodathlon.harness.chain import Chain
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.measure.speed import timed
+from decodathlon.harness.randomness import RowRandom
+
+if TYPE_CHECKING:
+    from decodathlon.harness.targets.base import Spent, Target
+
+Array = np.ndarray[Any, Any]
+
+
+class Walked(NamedTuple):
+    """What one step of all chains left."""
+
+    #: (B,) log-probability of each text under the target.
+    log_prob: Tensor
+    #: (B,) moves accepted so far.
+    accepted: Tensor
+    #: Of this step alone.
+    seconds: float
+
+
+#: Rows that one call of a transition gets, at most, where kernels are estimated.
+ROWS_AT_ONCE = 1 << 16
+
+
+@torch.no_grad()
+def walk(chain: Chain, target: Target, chains: int, tokens: int, seed: int) -> Iterator[Walked]:
+    """Chains behind the start token, step by step, without end; stop tokens are tokens like any other."""
+    rng = RowRandom(seed, [f"chain-{i}" for i in range(chains)])
+    states = chain.walk(target, chain.heads(target, [[]] * chains), Limits(tokens, ignore_eos=True), rng, range(chains))
+    while True:
+        seconds, state = timed(target, lambda: next(states))
+        yield Walked(state.log_prob.cpu(), state.accepted.cpu(), seconds)
+
+
+@torch.no_grad()
+def ancestral(target: Target, rows: int, tokens: int, seed: int) -> tuple[Array, float]:
+    """(rows,) log-probabilities of independent texts of the target's own law, and the seconds that drawing took."""
+    head = [] if target.start_token is None else [target.start_token]
+    u = RowRandom(seed, [f"ancestral-{i}" for i in range(rows)]).uniforms(tokens).to(target.device)
+
+    def draw() -> Tensor:
+        context = target.open([head] * rows, capacity=len(head) + tokens)
+        score = torch.zeros(rows, dtype=torch.float64, device=target.device)
+        for t in range(tokens):
+            log_probs = context.next_logits.log_softmax(-1)
+            token = law.draw(log_probs, u[:, t])
+            score += log_probs.gather(1, token[:, None])[:, 0].double()
+            if t + 1 < tokens:
+                context.extend(token[:, None])
+                context.keep(1)
+        return score
+
+    seconds, score = timed(target, draw)
+    return score.cpu().numpy(), seconds
+
+
+def ess(values: Array) -> float:
+    """Effective sample size of the mean of (chains, steps) values: as many independent draws would say as much.
+
+    NaN where all values are the same: then nobody can tell.
+    """
+    chains, steps = values.shape
+    centred = values - values.mean(1, keepdims=True)
+    spectrum = np.abs(np.fft.rfft(centred, 2 * steps, axis=1)) ** 2
+    autocovariance = np.fft.irfft(spectrum, axis=1)[:, :steps] / steps
+    within = float(autocovariance[:, 0].mean()) * steps / (steps - 1)
+    total = within * (steps - 1) / steps
+    if chains > 1:
+        total += float(values.mean(1).var(ddof=1))
+    if total <= 0:
+        return float("nan")
+    rho = 1 - (within - autocovariance.mean(0) * steps / (steps - 1)) / total
+    rho[0] = 1.0
+    pairs = rho[: steps // 2 * 2].reshape(-1, 2).sum(1)
+    ends = np.flatnonzero(pairs < 0)
+    pairs = np.minimum.accumulate(pairs[: ends[0] if len(ends) else len(pairs)])
+    time_between = max(-1 + 2 * float(pairs.sum()), 1 / np.log10(max(10, chains * steps)))
+    return float(chains * steps / time_between)
+
+
+def split_rhat(values: Array) -> float:
+    """Of (chains, steps) values, the halves of all chains against one another: 1 where they agree; NaN where all are
+    the same."""
+    steps = values.shape[1]
+    half = steps // 2
+    parts = np.concatenate([values[:, :half], values[:, steps - half :]])
+    within = float(parts.var(1, ddof=1).mean())
+    between = half * float(parts.mean(1).var(ddof=1))
+    if within <= 0:
+        return float("nan") if between <= 0 else float("inf")
+    return float(np.sqrt((half - 1) / half + between / (half * within)))
+
+
+@torch.no_grad()
+def kernel(chain: Chain, target: Target, length: int, moves: int, seed: int = 0) -> Tensor:
+    """(M, M) estimated transition matrix over all M texts of so many tokens: `moves` single moves from each.
+
+    Only for targets without stop tokens, and chains that use no others than the present state.
+    """
+    (head,) = chain.heads(target, [[]])
+    V, place = target.vocab_size, target.vocab_size ** torch.arange(length - 1, -1, -1)
+    M = V**length
+    tokens = torch.arange(M)[:, None] // place % V
+    heads = torch.tensor([head], dtype=torch.long).view(1, -1)
+    counts = torch.zeros(M * M, dtype=torch.float64)
+    each = max(1, min(moves, ROWS_AT_ONCE // M))
+    for start in range(0, moves, each):
+        rows = torch.arange(M).repeat_interleave(min(each, moves - start))
+        sequences = torch.cat([heads.expand(len(rows), -1), tokens[rows]], 1)
+        state = chain.begin(target, sequences, len(head))
+        u = RowRandom(seed, [start]).uniforms(len(rows), chain.uniforms(length))[0]
+        moved = (chain.step(target, state, u).tokens * place).sum(1)
+        counts += torch.bincount(rows * M + moved, minlength=M * M)
+    return counts.view(M, M) / moves
+
+
+def gap(matrix: Tensor, stationary: Tensor | None = None) -> float:
+    """1 less the second largest modulus of the eigenvalues of a transition matrix (M, M): 1 forgets in one step.
+
+    Args:
+        stationary: (M,) law of a chain that is reversible with respect to it. Then the flow is made symmetric first,
+            which halves the noise of an estimated matrix and leaves an exact one as it is.
+    """
+    if stationary is None:
+        return 1.0 - float(torch.linalg.eigvals(matrix).abs().sort(descending=True).values[1])
+    root = stationary.sqrt()
+    flow = root[:, None] * matrix / root
+    return 1.0 - float(torch.linalg.eigvalsh((flow + flow.T) / 2).abs().sort(descending=True).values[1])
+
+
+def flops(target: Target, spent: Spent) -> float:
+    """Floating-point operations, estimated as usual: 2 per parameter and token forward, 2 more where a gradient of the
+    inputs was taken. Attention over the context is left out."""
+    return 2.0 * target.parameters * (spent.positions + spent.backward)
+
+
+def peak_flops(device: Any, dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
+    """Operations per second of the fastest of some matrix products of this type on this device."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ a
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best

@@ -1,0 +1,69 @@
+"""Mixing: how fast does a chain reach and explore the texts of a model, against drawing them token by token?"""
+
+from decodathlon import Chain, suite
+
+
+@suite(
+    "mixing",
+    version=1,
+    asks="How fast does a chain reach the model's own law, against drawing texts token by token?",
+    table=["energy_excess", "ess_per_s", "ess_per_call", "split_rhat", "accept_rate", "target_calls", "flops", "mfu"],
+    protocol={
+        "texts": "behind the start token, all of one length, stop tokens like any other",
+        "chains": "side by side in one batch; a step's clock includes everything that the chain does",
+        "reference": "independent draws of the model's own law, in the same cell",
+        "energy": "minus the log-probability under the model; the excess is that of the second half of all steps",
+    },
+    sizes={
+        "smoke": {"chains": 2, "steps": 6, "tokens": 8, "independent": 8},
+        "quick": {"chains": 4, "steps": 100, "tokens": 20, "independent": 64},
+        "full": {"chains": 16, "steps": 5000, "tokens": 20, "independent": 1024},
+    },
+)
+def test_mixing(cell):
+    import dataclasses
+
+    import numpy as np
+
+    from decodathlon.harness.errors import UnsupportedError
+    from decodathlon.harness.measure import mixing
+    from decodathlon.harness.measure.observations import Observations
+    from decodathlon.harness.measure.statistics import Estimate
+
+    chains, tokens, target = cell.sizes["chains"], cell.sizes["tokens"], cell.target
+    claim, is_chain = cell.decoder.claim, isinstance(cell.decoder, Chain)
+    if not is_chain and (claim != "exact" or not cell.decoder.independent):
+        raise UnsupportedError("a chain, or independent draws of the model's own law", f"it claims to be {claim}")
+    reference, seconds = mixing.ancestral(target, cell.sizes["independent"], tokens, cell.seed)
+    cell.sample("reference", energies=[float(f"{-x:.6g}") for x in reference], seconds=seconds)
+    before = dataclasses.replace(target.spent)
+    if is_chain:
+        log_probs, accepted, times = [], None, []
+        walked = mixing.walk(cell.decoder, target, chains, tokens, cell.seed)
+        for _ in cell.until_late(range(cell.sizes["steps"])):
+            step = next(walked)
+            log_probs.append(step.log_prob.numpy())
+            accepted, times = step.accepted, [*times, step.seconds]
+        energies = -np.stack(log_probs, 1)
+        for row, trace in enumerate(energies):
+            cell.sample(f"chain-{row}", energies=[float(f"{x:.6g}") for x in trace])
+        cell.array("seconds", times)
+        later, taken, moves = energies[:, energies.shape[1] // 2 :], sum(times), max(1, energies.shape[1] - 1)
+        rows = [f"chain-{i}" for i in range(chains)]
+        cell.report("accept_rate", Observations(rows, [float(a) / moves for a in accepted], [1] * chains, share=True))
+        cell.report("split_rhat", Estimate(mixing.split_rhat(later), n=later.size))
+        effective = mixing.ess(later)
+    else:
+        found, taken = mixing.ancestral(target, cell.sizes["independent"], tokens, cell.seed + 1)
+        later, effective = -found[:, None], float(len(found))
+        rows = [f"text-{i}" for i in range(len(found))]
+    spent = target.spent.since(before)
+    if claim in ("exact", "heuristic"):  # another law has another energy
+        excess = [(float(x) + float(reference.mean())) / tokens for x in later.mean(1)]
+        cell.report("energy_excess", Observations(rows, excess, [1] * len(excess)))
+    cell.report("ess_per_s", Estimate(effective / taken, n=later.size))
+    cell.report("ess_per_call", Estimate(effective / spent.calls, n=later.size))
+    cell.report("target_calls", Estimate(spent.calls, n=1))
+    work = mixing.flops(target, spent)
+    cell.report("flops", Estimate(work, n=1))
+    cell.report("mfu", Estimate(work / taken / mixing.peak_flops(target.device, target.dtype), n=1))
