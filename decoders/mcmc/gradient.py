@@ -127,7 +127,7 @@ class PNCG(AllAtOnce):
 
     alpha: float = 4.0
     p: Literal[1, 2] = 2
-    steps: int = 1000
+    steps: int = 200
     burn_in: int = 0
     scan: Literal["all", "single"] = "all"
     bos: bool = True
@@ -169,7 +169,7 @@ class DLP(AllAtOnce):
 
     p: ClassVar[int] = 2
     alpha: float = 4.0
-    steps: int = 1000
+    steps: int = 200
     burn_in: int = 0
     bos: bool = True
     label_term: bool = True
@@ -188,7 +188,7 @@ class DULA(AllAtOnce):
 
     p: ClassVar[int] = 2
     alpha: float = 1.0
-    steps: int = 1000
+    steps: int = 200
     bos: bool = True
     label_term: bool = True
 
@@ -209,7 +209,7 @@ class GWG(GradientChain):
 
     p: ClassVar[int] = 2
     alpha: ClassVar[float] = 1.0  # it has no step size
-    steps: int = 1000
+    steps: int = 200
     bos: bool = True
     label_term: bool = True
 

@@ -48,7 +48,7 @@ class MultipleTryPNCG(AllAtOnce):
     tries: int = 8
     weight: Weight = "iw"
     p: Literal[1, 2] = 2
-    steps: int = 1000
+    steps: int = 200
     burn_in: int = 0
     bos: bool = True
     label_term: bool = True

@@ -45,6 +45,9 @@ class Written(State):
     """Where B chains over answers stand. `score` is the log of their law, up to a constant."""
 
     pages: Pages
+    #: (B,) what the log of the law has beyond log p(y), and how much of that counts: 1, except on a way (smc_quest.py).
+    tilt: Tensor
+    level: Tensor
     #: Where answers are written; the same object along a walk.
     desk: Desk
 
@@ -59,7 +62,7 @@ class Written(State):
 
     def rows(self, chosen: Tensor, accepted: Tensor) -> Written:
         """Some of its rows, with counts of their own."""
-        taken = {name: getattr(self, name)[chosen] for name in ("sequences", "score")}
+        taken = {name: getattr(self, name)[chosen] for name in ("sequences", "score", "tilt", "level")}
         return replace(self, **taken, pages=_taken(self.pages, chosen), accepted=accepted)
 
 
@@ -109,15 +112,17 @@ class SuffixChain(Tilted, Chain):
     def begin(self, target: Target, sequences: Tensor, free: int, *, stops: frozenset[int] = frozenset()) -> Written:
         desk = Desk(target, self.shape, stops)
         pages = desk.read(sequences[:, :free], sequences[:, free:])
-        accepted = torch.zeros(len(sequences), dtype=torch.float64, device=sequences.device)
-        return self._judged(target, sequences[:, :free], pages, desk, accepted)
+        none = torch.zeros(len(sequences), dtype=torch.float64, device=sequences.device)
+        return self.judged(target, sequences[:, :free], pages, desk, none + 1.0)
 
-    def _judged(self, target: Target, heads: Tensor, pages: Pages, desk: Desk, accepted: Tensor) -> Written:
+    def judged(self, target: Target, heads: Tensor, pages: Pages, desk: Desk, level: Tensor) -> Written:
+        """The state of chains whose answers these are; asks for the reward."""
         log_prob = pages.terms.sum(-1)
         every = zip(heads.tolist(), pages.tokens.tolist(), pages.lengths.tolist(), log_prob.tolist(), strict=True)
         tilt = self.log_tilt([Answer(head, tokens[:n], p, target) for head, tokens, n, p in every]).to(heads.device)
         sequences = torch.cat([heads, pages.tokens], 1)
-        return Written(sequences, heads.shape[1], log_prob + tilt, accepted, pages, desk)
+        score, accepted = log_prob + level * tilt, torch.zeros_like(level)
+        return Written(sequences, heads.shape[1], score, accepted, pages, tilt, level, desk)
 
     def step(self, target: Target, state: Written, u: Tensor) -> Written:
         B, k, N = len(u), self.tries, state.tokens.shape[1]
@@ -136,7 +141,7 @@ class SuffixChain(Tilted, Chain):
 
     def log_weight(self, state: Written, cut: Tensor) -> Tensor:
         """(B,) W(y) of answers whose first `cut` (B,) tokens stay."""
-        return state.score - state.pages.terms.sum(-1) - state.pages.lengths.double().log()
+        return state.level * state.tilt - state.pages.lengths.double().log()
 
     def written(self, target: Target, state: Written, cut: Tensor, codes: Tensor, noise: Tensor) -> Written:
         """B * k answers, k behind the first `cut` tokens of each chain's; `codes` is (B, k), `noise` (B, k, N)."""
@@ -149,7 +154,7 @@ class SuffixChain(Tilted, Chain):
             below=torch.where(before, state.pages.below.repeat_interleave(k, 0), pages.below),
         )
         heads = state.sequences[:, : state.free].repeat_interleave(k, 0)
-        return self._judged(target, heads, pages, state.desk, state.accepted)
+        return self.judged(target, heads, pages, state.desk, state.level.repeat_interleave(k))
 
     def _lattice(self, state: Written, cut: Tensor, u: Tensor) -> Tensor:
         """(B, k) codes of the tries: evenly spaced from one of those that stand for the rest of the present answer."""

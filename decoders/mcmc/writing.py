@@ -65,7 +65,7 @@ class Desk:
             self._texts, self._read = texts.clone(), self._read + N - 1
         p, below = (x.view(B, N) for x in _stretch(self._cumulative(logits.flatten(0, 1)), tokens.flatten()))
         place = torch.arange(N, device=texts.device)
-        ends = torch.where(torch.isin(tokens, self._stops), place + 1, N).min(-1).values
+        ends = torch.where(self.is_stop(tokens), place + 1, N).min(-1).values
         behind = place >= ends[:, None]
         return Pages(tokens, ends, p.log().masked_fill(behind, 0.0), below.masked_fill(behind, 0.0))
 
@@ -103,7 +103,7 @@ class Desk:
             tokens[now], terms[now], below[now] = token[writing], p[writing].log(), low[writing]
             at, width = ((at - low) / p).clamp(0.0, _LAST), width * p
             place = place + writing
-            writing = writing & (place < N) & ~torch.isin(token, self._stops)
+            writing = writing & (place < N) & ~self.is_stop(token)
             if not bool(writing.any()):
                 break
             self._opened.extend(token[:, None])
@@ -113,6 +113,10 @@ class Desk:
         last = tokens.gather(1, place[:, None] - 1)
         behind = torch.arange(N, device=texts.device) >= place[:, None]
         return Pages(torch.where(behind, last, tokens), place, terms, below)
+
+    def is_stop(self, tokens: Tensor) -> Tensor:
+        """Whether each token ends an answer."""
+        return torch.isin(tokens, self._stops)
 
     def select(self, rows: Tensor) -> None:
         """Make the desk consist of these rows."""
