@@ -300,3 +300,37 @@ def test_what_a_target_lacks_is_named(lm):
     large.vocab_size = 50_000
     with pytest.raises(UnsupportedError, match="small vocabulary"):
         decoders.build("gibbs").check(large)
+
+
+def test_a_burn_in_finds_a_step_size_and_keeps_it():
+    from decodathlon.decoders.mcmc.gradient import SIZES
+
+    target, chain = toy.Ising(8, 0.21), decoders.build("pncg[p=1,burn_in=100]")
+    walk = chain.walk(target, [[]] * 20, Limits(8), RowRandom(0, range(20)), range(20))
+    first, *_, last = itertools.islice(walk, 30)
+    assert torch.equal(first.alpha, last.alpha), "it is frozen"
+    assert set(first.alpha.tolist()) <= set(SIZES)
+    assert float(first.alpha.min()) > 1.0, "small steps do not jump"
+    assert float(first.accepted.sum()) == 0, "the burn-in does not count"
+    alone = next(chain.walk(target, [[]], Limits(8), RowRandom(0, [7]), [0]))
+    assert float(alone.alpha[0]) == float(first.alpha[7]), "no chain depends on its neighbours"
+
+
+@pytest.mark.parametrize("spec", ["pncg[steps=1]", "mt-pncg[tries=32,steps=1]", "mt-pncg[tries=32,weight=lb,steps=1]"])
+def test_no_table_of_all_embeddings_is_ever_held(spec):
+    """B = 1, N = 20, V = 49152, E = 576: one tensor (N, V, E) alone would take 2.3 GB."""
+    import transformers
+
+    from decodathlon.harness.measure import memory
+    from decodathlon.harness.targets.transformers import TransformersTarget
+
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=64, num_hidden_layers=1, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    target, chain = TransformersTarget(transformers.LlamaForCausalLM(config), name="wide"), decoders.build(spec)
+    before = memory.anonymous_bytes() if memory.SMAPS.exists() else None
+    peak = memory.peak_bytes(lambda: chain.generate(target, [[0]], Limits(20), RowRandom(0, [0])), "cpu")
+    if before is None or peak is None:
+        pytest.skip("this system does not say how much memory is in use")
+    assert peak - before < 1e9
