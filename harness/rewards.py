@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Decoder
-from decodathlon.harness.errors import MissingError, RewardError, SpecError, UnsupportedError
+from decodathlon.harness.errors import DecodathlonError, MissingError, RewardError, SpecError, UnsupportedError
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.registry import registry
 
@@ -75,6 +75,8 @@ class Reward:
         """
         try:
             values = [float(x) for x in self.function(answers)]
+        except DecodathlonError:
+            raise
         except Exception as error:
             raise RewardError(f"reward {self.spec} raised {type(error).__name__}: {error}") from error
         if len(values) != len(answers):
@@ -92,10 +94,17 @@ F = TypeVar("F", bound=Callable[..., Sequence[float]])
 
 
 @dataclass(frozen=True)
-class _Registered:
+class Registered:
+    """A reward in the registry."""
+
     function: Callable[..., Sequence[float]]
     argument: Callable[[str], Any] | None
     needs: frozenset[str]
+
+    @property
+    def argument_name(self) -> str:
+        """What the function calls what stands behind the colon."""
+        return list(inspect.signature(self.function).parameters)[1].upper()
 
 
 def reward(name: str, *, needs: Sequence[str] = (), argument: Callable[[str], Any] | None = None) -> Callable[[F], F]:
@@ -111,7 +120,7 @@ def reward(name: str, *, needs: Sequence[str] = (), argument: Callable[[str], An
     """
 
     def register(function: F) -> F:
-        registry.add("reward", name, _Registered(function, argument, frozenset(needs)), inspect.getfile(function))
+        registry.add("reward", name, Registered(function, argument, frozenset(needs)), inspect.getfile(function))
         return function
 
     return register
@@ -124,7 +133,7 @@ def build(text: str) -> Reward:
         SpecError: there is no such reward, or it takes an argument and has none, or the other way round.
     """
     name, colon, argument = text.partition(":")
-    found: _Registered = registry.get("reward", name)
+    found: Registered = registry.get("reward", name)
     if found.argument is None:
         if colon:
             raise SpecError(f"reward {name!r} takes no argument, and got {argument!r}")

@@ -53,7 +53,6 @@ class Desk:
         #: (B, H + N) and (B,): what the rows of the context have read.
         self._texts, self._read = torch.empty(0, 0), torch.empty(0)
 
-    @torch.no_grad()
     def read(self, heads: Tensor, tokens: Tensor) -> Pages:
         """The answers (B, N) behind the heads (B, H) as they are, with what the law says of each token."""
         (B, N), texts = tokens.shape, torch.cat([heads, tokens], 1)
@@ -69,7 +68,6 @@ class Desk:
         behind = place >= ends[:, None]
         return Pages(tokens, ends, p.log().masked_fill(behind, 0.0), below.masked_fill(behind, 0.0))
 
-    @torch.no_grad()
     def write(
         self, texts: Tensor, kept: Tensor, noise: Tensor, codes: Tensor | None = None, *, copies: int = 1
     ) -> Pages:

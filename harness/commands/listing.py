@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from decodathlon.harness import embedded, models
+from decodathlon.harness import embedded, models, rewards
 from decodathlon.harness.commands.command import Command, results_option, say
 from decodathlon.harness.decoder import build
 from decodathlon.harness.registry import registry
@@ -14,7 +15,7 @@ from decodathlon.harness.results import store
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.results.table import aligned
 
-KINDS = ("decoders", "suites", "models", "metrics", "datasets", "runs")
+KINDS = ("decoders", "suites", "models", "metrics", "datasets", "rewards", "runs")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,7 @@ def _run(options: argparse.Namespace) -> int:
             *[[n, m.kind, m.unit, m.better, m.meaning] for n, m in METRICS.items()],
         ],
         "datasets": lambda: [["dataset"], *[[n] for n in registry.names("dataset")]],
+        "rewards": _rewards,
         "runs": lambda: _runs(options),
     }
     rows = tables[options.kind]()
@@ -54,6 +56,16 @@ def _decoders() -> list[list[str]]:
         shown = ", ".join(f"{key}={value}" for key, value in one.params().items()) or "–"
         rows.append([name + (" *" if one.info.headline else ""), one.claim, shown, one.info.summary])
     return [*rows, ["* in the set that runs without --decoder"]]
+
+
+def _rewards() -> list[list[str]]:
+    rows = [["reward", "needs", "what it is"]]
+    for name in registry.names("reward"):
+        one: rewards.Registered = registry.get("reward", name)
+        argument = f":{one.argument_name}" if one.argument is not None else ""
+        summary = (inspect.getdoc(one.function) or "").partition("\n")[0]
+        rows.append([name + argument, ", ".join(sorted(one.needs)) or "–", summary])
+    return rows
 
 
 def _suites() -> list[list[str]]:
@@ -85,5 +97,8 @@ def _runs(options: argparse.Namespace) -> list[list[str]]:
 
 
 registry.add(
-    "command", "list", Command("decoders, suites, models, metrics, data sets or runs", _arguments, _run), __file__
+    "command",
+    "list",
+    Command("decoders, suites, models, metrics, rewards, data sets or runs", _arguments, _run),
+    __file__,
 )

@@ -18,9 +18,13 @@ from decodathlon.harness.law import draw
 from decodathlon.harness.law import process
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.results.metrics import metric
+from decodathlon.harness.rewards import Answer
+from decodathlon.harness.rewards import Tilted
+from decodathlon.harness.rewards import reward
 from decodathlon.harness.suite import suite
 
 __all__ = [
+    "Answer",
     "Chain",
     "Completion",
     "Cost",
@@ -29,11 +33,13 @@ __all__ = [
     "RowRandom",
     "Sampler",
     "State",
+    "Tilted",
     "UnsupportedError",
     "decoder",
     "draw",
     "metric",
     "process",
+    "reward",
     "suite",
     "torch",
 ]

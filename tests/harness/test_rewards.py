@@ -1,0 +1,105 @@
+"""Rewards: the registry, the model reward against the model itself, and lists."""
+
+import pytest
+import tiny_models
+import torch
+
+from decodathlon import Limits, RowRandom
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness import rewards
+from decodathlon.harness.commands.command import main
+from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.rewards import Answer
+from decodathlon.harness.targets.transformers import TransformersTarget
+
+load_builtins()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.save_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return TransformersTarget(model, transformers.AutoTokenizer.from_pretrained(folder), name="bytes")
+
+
+def judge(folder, labels):
+    """A random sequence classifier with the same tokenizer, as a folder."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.num_labels = len(labels)
+    config.id2label, config.pad_token_id = dict(enumerate(labels)), 1
+    torch.manual_seed(1)
+    where = folder.parent / f"judge-{len(labels)}"
+    model = transformers.LlamaForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight, std=5.0)
+    model.save_pretrained(where)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(where)
+    return where
+
+
+def answers(target, texts=("good", "a bad one", "")):
+    prompt = target.encode("Say: ", special=False)
+    return [Answer(prompt, target.encode(t, special=False), -1.0, target) for t in texts]
+
+
+def test_a_reward_model_gives_its_logit_whatever_the_batch(folder, target):
+    import transformers
+
+    where = judge(folder, ["reward"])
+    found = rewards.build(f"model:{where}")(answers(target))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(where).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        alone = [
+            float(model(**tokenizer(f"Say: {t}", return_tensors="pt")).logits[0, 0]) for t in ("good", "a bad one", "")
+        ]
+    assert found.tolist() == pytest.approx(alone, abs=1e-4)
+    assert len(set(alone)) == 3
+
+
+def test_of_several_labels_one_is_named(folder, target):
+    where = judge(folder, ["bad", "good"])
+    good = rewards.build(f"model:{where}@good")(answers(target))
+    bad = rewards.build(f"model:{where}@bad")(answers(target))
+    assert torch.allclose(good.exp() + bad.exp(), torch.ones(3, dtype=torch.float64), atol=1e-6)
+    with pytest.raises(SpecError, match="several labels; name one"):
+        rewards.build(f"model:{where}")(answers(target))
+
+
+def test_a_folder_without_a_model_is_missing(target, tmp_path):
+    with pytest.raises(MissingError, match="cannot be loaded"):
+        rewards.build(f"model:{tmp_path}")(answers(target))
+
+
+def test_a_chain_goes_by_a_reward_model(folder, target):
+    """With a small beta its answers have a higher reward than the model's own."""
+    where = judge(folder, ["reward"])
+    prompts, rng = [target.encode("x")] * 24, RowRandom(0, range(24))
+    value = rewards.build(f"model:{where}")
+    means = {}
+    for spec in (f"qalign[reward=model:{where},beta=0.2,steps=25]", "temperature"):
+        found = decoders.build(spec).generate(target, prompts, Limits(6), rng)
+        means[spec] = float(value([Answer(prompts[0], a.tokens, 0.0, target) for a in found]).mean())
+    aligned, plain = means.values()
+    assert aligned > plain + 1.0
+
+
+def test_lengths_and_log_probabilities(target):
+    some = answers(target)
+    assert rewards.build("length:4")(some).tolist() == [0.0, -5.0, -4.0]
+    assert rewards.build("log-power")(some).tolist() == [-1.0] * 3
+
+
+def test_rewards_are_listed(capsys):
+    assert main(["list", "rewards"]) == 0
+    out = capsys.readouterr().out
+    for name in ("log-power", "length:", "model:"):
+        assert name in out
