@@ -42,15 +42,15 @@ def cells(options: Options) -> list[CellSpec]:
     registry.load_entry_points()
     for path in options.decoder_file:
         registry.load_file(path)
-    chosen = _decoders(options)
+    suites: list[Suite] = [
+        registry.get("suite", name) for name in dict.fromkeys(options.suite or registry.names("suite"))
+    ]
+    chosen = _decoders(options, suites)
     baseline = decoders.build(options.baseline).spec
     if not -(2**63) <= options.seed < 2**63:
         raise SpecError(f"--seed {options.seed} does not fit into 64 bits")
     model = models.resolve(options.model)
     models.check(model, options.device)
-    suites: list[Suite] = [
-        registry.get("suite", name) for name in dict.fromkeys(options.suite or registry.names("suite"))
-    ]
     if options.data is not None:
         if not Path(options.data).is_dir():
             raise MissingError(f"--data {options.data}: there is no such folder")
@@ -79,9 +79,14 @@ def cells(options: Options) -> list[CellSpec]:
     ]
 
 
-def _decoders(options: Options) -> list[tuple[str, str | None]]:
-    """Spec strings with the import error of those that stand for a broken plugin."""
+def _decoders(options: Options, suites: Sequence[Suite]) -> list[tuple[str, str | None]]:
+    """Spec strings with the import error of those that stand for a broken plugin.
+
+    Who asks for nothing but suites on targets of their own, such as the audit, asks it of all decoders.
+    """
     named = options.decoder or [*headline(), *_of_files(options.decoder_file)]
+    if not options.decoder and not options.decoder_file and options.suite and all(s.targets for s in suites):
+        named = ["all"]
     if "all" in named:
         named = [*dict.fromkeys([*(n for n in named if n != "all"), *headline(), *registry.names("decoder")])]
     wanted = [decoders.build(text) for text in named]

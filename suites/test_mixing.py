@@ -64,6 +64,7 @@ def test_mixing(cell):
     cell.report("ess_per_s", Estimate(effective / taken, n=later.size))
     cell.report("ess_per_call", Estimate(effective / spent.calls, n=later.size))
     cell.report("target_calls", Estimate(spent.calls, n=1))
+    cell.report("target_positions", Estimate(spent.positions, n=1))
     work = mixing.flops(target, spent)
     cell.report("flops", Estimate(work, n=1))
     cell.report("mfu", Estimate(work / taken / mixing.peak_flops(target.device, target.dtype), n=1))

@@ -158,6 +158,12 @@ METRICS: dict[str, Metric] = {
         "Forward passes of the whole batch, with their backward passes, that the cell's measurement took.",
         "context",
     ),
+    "target_positions": Metric(
+        "1",
+        "none",
+        "Tokens that these passes read, over all rows.",
+        "context",
+    ),
     "flops": Metric(
         "1",
         "none",

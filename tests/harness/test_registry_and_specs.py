@@ -171,3 +171,14 @@ def test_naming_a_suite_twice_measures_it_once():
     once = plan.cells(plan.Options(suite=["wikitext2"]))
     assert plan.cells(plan.Options(suite=["wikitext2", "wikitext2"])) == once
     assert len({c.cell_id for c in once}) == len(once)
+
+
+def test_the_audit_alone_is_of_all_decoders():
+    from decodathlon.harness import plan
+    from decodathlon.harness.registry import load_builtins, registry
+
+    load_builtins()
+    asked = {c.decoder for c in plan.cells(plan.Options(suite=["audit", "ising"], scale="smoke"))}
+    assert set(registry.names("decoder")) <= {d.partition("[")[0] for d in asked}
+    some = {c.decoder for c in plan.cells(plan.Options(suite=["audit", "wikitext2"], scale="smoke"))}
+    assert some == {decoders.build(s).spec for s in plan.headline()}
