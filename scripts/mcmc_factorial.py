@@ -57,19 +57,20 @@ def draw(rows: list[dict[str, str]]) -> None:
     """Gap over tries, a line per weight, a row of panels per temperature, a column per step size; p = 1."""
     import altair as alt
 
-    shown = [row for row in rows if row["p"] == "1"]
+    shown = [{k: v if k == "weight" else float(v) for k, v in row.items()} for row in rows if row["p"] == "1"]
     chart = (
         alt.Chart(alt.Data(values=shown))
         .mark_line(point=True)
         .encode(
             x=alt.X("tries:Q", scale=alt.Scale(type="log", base=2)),
-            y=alt.Y("gap:Q", scale=alt.Scale(domain=[0, 1]), title="spectral gap per step"),
+            y=alt.Y("gap:Q", title="gap per step"),
             color=alt.Color("weight:N", scale=alt.Scale(range=["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00"])),
             strokeDash="weight:N",
             column=alt.Column("alpha:Q", title="step size alpha"),
             row=alt.Row("beta:Q", title="beta per bond"),
         )
         .properties(width=150, height=120)
+        .resolve_scale(y="independent")
     )
     chart.save(str(FIGURE))
 
