@@ -30,7 +30,7 @@ MOST_TOKENS = 1024
 class Gibbs(Chain):
     """One sweep per step, left to right; every position takes a token from its law given all the others."""
 
-    steps: int = 200
+    steps: int = 50
     bos: bool = True
 
     def check(self, target: Target) -> None:
