@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from decodathlon.harness.decoder import Completion, Cost, Decoder, Limits
+from decodathlon.harness.decoder import Claim, Completion, Cost, Decoder, Limits
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Chain(Decoder):
         score = target.score(sequences, free)
         return State(sequences, free, score, torch.zeros_like(score))
 
-    def initial(self, target: Target, heads: Tensor, u: Tensor) -> Tensor:
+    def initial(self, target: Target, heads: Tensor, u: Tensor, *, stops: frozenset[int] = frozenset()) -> Tensor:
         """(B, N) tokens to start from behind the heads, by default uniform over the vocabulary; `u` is (B, N)."""
         return (u * target.vocab_size).long()
 
@@ -103,9 +103,9 @@ class Chain(Decoder):
         """
         length = limits.max_new_tokens
         heads = torch.tensor([list(p) for p in prompts], dtype=torch.long).view(len(prompts), -1)
-        begun = self.initial(target, heads, rng.uniforms(length, rows=rows))
-        sequences = torch.cat([heads.to(target.device), begun.to(target.device)], dim=1)
         stops = frozenset() if limits.ignore_eos else target.stop_tokens
+        begun = self.initial(target, heads, rng.uniforms(length, rows=rows), stops=stops)
+        sequences = torch.cat([heads.to(target.device), begun.to(target.device)], dim=1)
         state = self.begin(target, sequences, heads.shape[1], stops=stops)
         noise = self._noise(length, rng, rows)
         for u in itertools.islice(noise, self.burn_in):
@@ -146,6 +146,11 @@ class Chain(Decoder):
         """What stands before the first free token: the prompt, or where it is empty the start token."""
         starts = [] if target.start_token is None or not self.bos else [target.start_token]
         return [list(p) or starts for p in prompts]
+
+
+def by_start(chain: Any) -> Claim:
+    """The claim of an exact chain: without the start token the first token counts as uniform, in another law."""
+    return "exact" if chain.bos else "heuristic"
 
 
 def _completion(tokens: list[int], target: Target, limits: Limits, cost: Cost) -> Completion:

@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from decodathlon.harness import law, spec
@@ -104,6 +105,19 @@ class Decoder(ABC):
         """The claim of this decoder at these parameters."""
         claim = self.info.claim
         return claim(self) if callable(claim) else claim
+
+    def sources(self) -> list[Path]:
+        """The files that its behaviour follows from: those of its classes, and all parts of one that has several.
+
+        A subclass adds what else it reads. The harness itself goes by the commit of the row.
+        """
+        found = set()
+        for cls in type(self).__mro__:
+            if issubclass(cls, Decoder) and not cls.__module__.startswith("decodathlon.harness."):
+                file = Path(inspect.getfile(cls)).resolve()
+                parts = cls.__module__.startswith("decodathlon.decoders.") and cls.__module__.count(".") > 2
+                found |= set(file.parent.glob("*.py")) if parts else {file}
+        return sorted(found)
 
     def params(self) -> dict[str, Any]:
         """Every parameter with its value, defaults included."""

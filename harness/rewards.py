@@ -58,6 +58,8 @@ class Reward:
     function: Callable[[Sequence[Answer]], Sequence[float]]
     #: What the target must have, such as `text`.
     needs: frozenset[str]
+    #: What its values follow from: the file that defines it, and those of a folder that it names.
+    sources: tuple[Path, ...] = ()
 
     def check(self, target: Target) -> None:
         """
@@ -102,6 +104,10 @@ class Registered:
     needs: frozenset[str]
 
     @property
+    def sources(self) -> tuple[Path, ...]:
+        return (Path(inspect.getfile(self.function)).resolve(),)
+
+    @property
     def argument_name(self) -> str:
         """What the function calls what stands behind the colon."""
         return list(inspect.signature(self.function).parameters)[1].upper()
@@ -116,10 +122,15 @@ def reward(name: str, *, needs: Sequence[str] = (), argument: Callable[[str], An
             Without it the reward takes none.
 
     Raises:
-        SpecError: the name is taken or malformed.
+        SpecError: the name is taken or malformed, or the function takes other parameters than these.
     """
 
     def register(function: F) -> F:
+        wanted = 1 if argument is None else 2
+        if len(inspect.signature(function).parameters) != wanted:
+            raise SpecError(f"reward {name!r}: its function takes {'answers' if wanted == 1 else 'answers, argument'}")
+        if isinstance(needs, str):
+            raise SpecError(f"reward {name!r}: needs is a list of capabilities, such as ['text']")
         registry.add("reward", name, Registered(function, argument, frozenset(needs)), inspect.getfile(function))
         return function
 
@@ -137,14 +148,16 @@ def build(text: str) -> Reward:
     if found.argument is None:
         if colon:
             raise SpecError(f"reward {name!r} takes no argument, and got {argument!r}")
-        return Reward(text, found.function, found.needs)
+        return Reward(text, found.function, found.needs, found.sources)
     if not argument:
         raise SpecError(f"reward {name!r} takes an argument: {name}:VALUE")
     try:
         bound = found.argument(argument)
     except ValueError as error:
         raise SpecError(f"reward {text}: {error}") from None
-    return Reward(text, lambda answers: found.function(answers, bound), found.needs)
+    folder = Path(str(bound).rpartition("@")[0] or str(bound))
+    inside = tuple(sorted(f for f in folder.glob("*") if f.is_file())) if folder.is_dir() else ()
+    return Reward(text, lambda answers: found.function(answers, bound), found.needs, found.sources + inside)
 
 
 class Tilted(Decoder):
@@ -152,6 +165,19 @@ class Tilted(Decoder):
 
     #: Divides the logits of the proposals.
     temperature: float
+
+    #: As `build` reads it.
+    reward: str
+
+    def __post_init__(self) -> None:
+        build(self.reward)
+
+    def check(self, target: Target) -> None:
+        super().check(target)
+        build(self.reward).check(target)
+
+    def sources(self) -> list[Path]:
+        return sorted({*super().sources(), *build(self.reward).sources})
 
     def shape(self, logits: Tensor) -> Tensor:
         """(N, V) logits to (N, V) log-probabilities: the law that proposals are drawn from, token by token."""
@@ -185,26 +211,35 @@ def length(answers: Sequence[Answer], goal: int) -> list[float]:
 
 
 def _folder_or_hub_id(where: str) -> str:
-    folder, at, label = where.partition("@")
+    whole = Path(where).expanduser()
+    folder, at, label = (str(whole), "", "") if whole.is_dir() else _split(where)
     path = Path(folder).expanduser()
     if folder.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"there is no folder {folder}")
     return (str(path) if path.is_dir() else folder) + at + label
 
 
+def _split(where: str) -> tuple[str, str, str]:
+    """A folder or hub id, and the label behind the last `@`."""
+    folder, at, label = where.rpartition("@")
+    return (folder, at, label) if at else (label, "", "")
+
+
 @reward("model", needs=["text"], argument=_folder_or_hub_id)
 def model(answers: Sequence[Answer], where: str) -> list[float]:
     """A sequence-classification model from a folder or the hub, its one logit; of several labels the one behind `@`."""
-    folder, _, label = where.partition("@")
+    folder, _, label = (where, "", "") if Path(where).is_dir() else _split(where)
+    stamp = max((f.stat().st_mtime_ns for f in Path(folder).glob("*")), default=0)  # it may be written anew
     found: list[float] = []
     with torch.inference_mode():
         for start in range(0, len(answers), BATCH):
-            found += _judge(folder, label, str(answers[0].target.device))(answers[start : start + BATCH])
+            judge = _judge(folder, label, str(answers[0].target.device), stamp)
+            found += judge(answers[start : start + BATCH])
     return found
 
 
 @lru_cache(maxsize=2)
-def _judge(folder: str, label: str, device: str) -> Callable[[Sequence[Answer]], list[float]]:
+def _judge(folder: str, label: str, device: str, stamp: int) -> Callable[[Sequence[Answer]], list[float]]:
     import transformers
 
     try:
@@ -215,8 +250,8 @@ def _judge(folder: str, label: str, device: str) -> Callable[[Sequence[Answer]],
         raise MissingError(f"reward model:{folder} cannot be loaded: {first}") from error
     judge = judge.to(device).eval()
     labels = {str(name): int(number) for number, name in judge.config.id2label.items()}
-    if len(labels) > 1 and label not in labels:
-        raise SpecError(f"reward model:{folder} has several labels; name one: model:{folder}@{next(iter(labels))}")
+    if (len(labels) > 1 or label) and label not in labels:
+        raise SpecError(f"reward model:{folder} has the labels {', '.join(labels)}; name one: model:{folder}@LABEL")
 
     def values(answers: Sequence[Answer]) -> list[float]:
         if tokenizer.chat_template:
@@ -229,9 +264,9 @@ def _judge(folder: str, label: str, device: str) -> Callable[[Sequence[Answer]],
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         judge.config.pad_token_id = tokenizer.pad_token_id
-        logits = judge(
-            **tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(device)
-        ).logits.double()
+        own = not tokenizer.chat_template  # a template writes the special tokens itself
+        read = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, add_special_tokens=own)
+        logits = judge(**read.to(device)).logits.double()
         chosen = logits[:, 0] if len(labels) == 1 else logits.log_softmax(-1)[:, labels[label]]
         return [float(x) for x in chosen]
 

@@ -35,7 +35,7 @@ def audits(connection: duckdb.DuckDBPyConnection) -> list[Row]:
         JOIN run r USING (run_id)
         LEFT JOIN audited v USING (run_id, cell_id)
         LEFT JOIN numbers n USING (run_id, cell_id)
-        ORDER BY list_position(['fail', 'weak', 'pass'], v.audit) NULLS LAST, c.status <> 'ok', c.decoder
+        ORDER BY list_position(['fail', 'weak', 'self', 'pass'], v.audit) NULLS LAST, c.status <> 'ok', c.decoder
         """,
     )
 
@@ -69,18 +69,22 @@ def targets(connection: duckdb.DuckDBPyConnection) -> list[str]:
 
 
 def curves(connection: duckdb.DuckDBPyConnection, target: str) -> list[Row]:
-    """Distance to the law over draws and seconds, of the newest cell of each decoder on one spin model."""
+    """Distance to the law over draws and seconds, of the newest cell of each decoder on one spin model, place by place;
+    that measured last comes first."""
     return as_rows(
         connection,
         f"""
         SELECT c.decoder, (s.data->>'draws')::INTEGER AS draws, (s.data->>'tvd')::DOUBLE AS tvd,
-               (s.data->>'independent')::DOUBLE AS independent, (s.data->>'seconds')::DOUBLE AS seconds, r.hardware
+               (s.data->>'independent')::DOUBLE AS independent, (s.data->>'seconds')::DOUBLE AS seconds,
+               r.hardware || ', ' || c.scale AS place
         FROM (
-            FROM cell WHERE suite = '{ISING}' AND slice = $target AND status IN ('ok', 'partial')
-            QUALIFY row_number() OVER (PARTITION BY decoder ORDER BY started DESC, run_id DESC) = 1
+            FROM known_cell WHERE suite = '{ISING}' AND slice = $target AND status IN ('ok', 'partial')
+            QUALIFY row_number() OVER (
+                PARTITION BY decoder, hardware, scale ORDER BY git_dirty, started DESC, run_id DESC) = 1
         ) c
         JOIN sample s USING (run_id, cell_id) JOIN run r USING (run_id)
-        WHERE s.row LIKE 'after-%' ORDER BY c.decoder, draws
+        WHERE s.row LIKE 'after-%'
+        ORDER BY max(c.started) OVER (PARTITION BY place) DESC, c.decoder, draws
         """,
         {"target": target},
     )

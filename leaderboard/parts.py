@@ -206,7 +206,12 @@ def decoder_row(line: findings.Line, chosen: Setting, *between: Field | str) -> 
 
 def claim_field(line: findings.Line) -> Field:
     """What a decoder claims, and what the audit says of that."""
-    said = {"pass": "audited", "weak": "audited with few draws", "fail": "audit failed"}
+    said = {
+        "pass": "audited",
+        "weak": "audited with few draws",
+        "self": "audited by its own law",
+        "fail": "audit failed",
+    }
     return Field(line.claim or "–", small=said.get(line.audit or "", ""))
 
 

@@ -12,7 +12,8 @@ MOST_STATES = 16
     asks="How far from its law is what the decoder draws, against independent exact draws?",
     table=["tvd_floor_ratio", "tvd", "tvd_floor", "spectral_gap", "accept_rate", "goodness_p", "visible_tvd"],
     protocol={
-        "trials": "each on its own; a chain starts uniform over all states and every state after a step is one draw",
+        "trials": "each on its own; every state of a chain after a step is one draw; gradient chains and gibbs start "
+        "uniform over all states, those that write anew from a draw of their proposals",
         "law": "exact: the target's; shaped: the whole text's under the decoder's own law of each token, enumerated",
         "floor": "total variation distance of as many independent exact draws, simulated",
         "beta": "0.21 per bond, each bond counted once: the 0.42 of papers that halve the sum over pairs",
@@ -68,7 +69,7 @@ def test_ising(cell):
     if floor.mean > 0:  # else there is one right answer
         cell.report("tvd_floor_ratio", Observations(rows, [x / floor.mean for x in found], [1] * len(found)))
     if isinstance(cell.decoder, Chain):
-        if len(law) <= MOST_STATES:
+        if len(law) <= MOST_STATES and not cell.decoder.burn_in:
             moves = mixing.kernel(cell.decoder, cell.target, cell.target.context_length, 4000, cell.seed)
             cell.report("spectral_gap", Estimate(mixing.gap(moves), n=4000 * len(law)))
         cell.report("accept_rate", Observations(rows, [t.accepted for t in trials], [1] * len(trials), share=True))

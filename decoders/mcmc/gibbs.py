@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from decodathlon.harness import law
-from decodathlon.harness.chain import Chain, State
+from decodathlon.harness.chain import Chain, State, by_start
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
@@ -22,7 +22,7 @@ MOST_TOKENS = 1024
 
 @decoder(
     "gibbs",
-    claim="exact",
+    claim=by_start,
     bounds={"steps": "[1, 1000000]"},
     needs=["energy"],
     paper="Geman and Geman 1984, Stochastic Relaxation, Gibbs Distributions, and the Bayesian Restoration of Images",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from decodathlon.decoders.mcmc.gradient import SIZES, AllAtOnce, Point, metropolis
 from decodathlon.decoders.mcmc.proposals import log_density
 from decodathlon.harness import law
+from decodathlon.harness.chain import by_start
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
@@ -31,7 +32,7 @@ _LOOKS_BACK = ("lam1", "lb")
 
 @decoder(
     "mt-pncg",
-    claim="exact",
+    claim=by_start,
     bounds={"alpha": "(0, 1e6]", "tries": "[1, 1024]", "steps": "[1, 1000000]", "burn_in": "[0, 1000000]"},
     sweep={"tries": [4, 8, 16, 32], "alpha": SIZES, "weight": ["lam1", "lb", "sqrt-pi", "pi"]},
     needs=["gradient"],
@@ -45,7 +46,7 @@ class MultipleTryPNCG(AllAtOnce):
     """
 
     alpha: float = 4.0
-    tries: int = 8
+    tries: int = 4
     weight: Weight = "iw"
     p: Literal[1, 2] = 2
     steps: int = 200

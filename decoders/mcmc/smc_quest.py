@@ -4,7 +4,8 @@ Del Moral, Doucet and Jasra 2006, Sequential Monte Carlo Samplers. M particles b
 of log p(y) + level r(y) / beta. The level rises as far as the effective sample size allows, the particles are weighted
 and resampled, and moves that leave the new law alone spread them again; at level 1 one of them is the answer.
 
-At finite M its law is near the tilted one, not equal to it: the moves carry it there. The audit says how near.
+At finite M its law is near the tilted one, not equal to it: the moves carry it there. With few particles and moves it
+therefore claims nothing; with more the audit says how near it is.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from decodathlon.decoders.mcmc.gradient import metropolis
-from decodathlon.decoders.mcmc.proposals import Distances, drawn, log_density
+from decodathlon.decoders.mcmc.proposals import drawn, log_density
 from decodathlon.decoders.mcmc.suffix import QAlign, Written
-from decodathlon.harness import rewards
 from decodathlon.harness.decoder import Completion, Cost, Limits, decoder
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     from decodathlon.harness.randomness import RowRandom
     from decodathlon.harness.targets.base import Target
 
+#: Particles times moves from which on an audit of 12,000 draws sees no difference from the tilted law.
+ENOUGH = 64
 #: Halvings by which the next level is found.
 HALVINGS = 40
 
 
 @decoder(
     "smc-quest",
-    claim="sharpened",
+    claim=lambda self: "sharpened" if self.particles * self.moves >= ENOUGH else "heuristic",
     bounds={
         "beta": "(0, 1e6]",
         "particles": "[2, 4096]",
@@ -64,9 +66,6 @@ class SMCQuest(Tilted):
     ess: float = 0.5
     temperature: float = 1.0
 
-    def __post_init__(self) -> None:
-        rewards.build(self.reward)
-
     @property
     def chain(self) -> QAlign:
         """The chain whose moves these are."""
@@ -77,7 +76,6 @@ class SMCQuest(Tilted):
 
     def check(self, target: Target) -> None:
         super().check(target)
-        self.chain.check(target)
         if self.gradient_moves and "gradient" not in target.capabilities:
             raise UnsupportedError("gradient", f"gradient_moves={self.gradient_moves}, and {target.name} has none")
 
@@ -104,7 +102,7 @@ class SMCQuest(Tilted):
         (P, H), M, N = heads.shape, self.particles, limits.max_new_tokens
         stops = frozenset() if limits.ignore_eos else target.stop_tokens
         heads = heads.repeat_interleave(M, 0)
-        begun = self.chain.initial(target, heads, rng.uniforms(M, N, rows=rows).view(P * M, N))
+        begun = self.chain.initial(target, heads, rng.uniforms(M, N, rows=rows).view(P * M, N), stops=stops)
         state = self.chain.begin(target, torch.cat([heads.to(target.device), begun], 1), H, stops=stops)
         state = replace(state, level=torch.zeros_like(state.level))
         going = torch.ones(P, dtype=torch.bool, device=target.device)
@@ -181,7 +179,7 @@ class SMCQuest(Tilted):
     def _exchange(self, target: Target, state: Written) -> Tensor:
         """(B, N, V) log-laws of each position's new token."""
         _, change = target.local_changes(state.sequences, state.free)
-        table = 0.5 * change - Distances(target.embeddings, 2)(state.tokens) / (2 * self.alpha)
+        table = 0.5 * change - state.desk.distances(state.tokens) / (2 * self.alpha)
         own = torch.zeros_like(table, dtype=torch.bool).scatter_(-1, state.tokens[..., None], True)
         place = torch.arange(state.tokens.shape[1], device=table.device)
         stop = state.desk.is_stop(torch.arange(table.shape[-1], device=table.device))

@@ -87,13 +87,6 @@ class SuffixChain(Tilted, Chain):
     diverse: bool
     law: Law
 
-    def __post_init__(self) -> None:
-        rewards.build(self.reward)
-
-    def check(self, target: Target) -> None:
-        super().check(target)
-        rewards.build(self.reward).check(target)
-
     def log_tilt(self, answers: Sequence[Answer]) -> Tensor:
         """The reward over beta; less log p where the law is to have no factor p."""
         tilt = rewards.build(self.reward)(answers) / self.beta
@@ -103,9 +96,9 @@ class SuffixChain(Tilted, Chain):
         # where to cut, which try, whether; the codes of the tries, the place of the present answer in its own code
         return 3 + self.tries * (length + 1) + 1
 
-    def initial(self, target: Target, heads: Tensor, u: Tensor) -> Tensor:
+    def initial(self, target: Target, heads: Tensor, u: Tensor, *, stops: frozenset[int] = frozenset()) -> Tensor:
         """A draw from the proposals' law."""
-        desk = Desk(target, self.shape, target.stop_tokens)
+        desk = Desk(target, self.shape, stops)
         texts = torch.cat([heads, torch.zeros(u.shape, dtype=torch.long)], 1).to(target.device)
         return desk.write(texts, torch.zeros(len(u), dtype=torch.long).to(target.device), u.to(target.device)).tokens
 

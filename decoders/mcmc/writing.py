@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from decodathlon.decoders.mcmc.proposals import Distances
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Desk:
         self._target, self._shape = target, shape
         self._stops = torch.tensor(sorted(stops), dtype=torch.long, device=target.device)
         self._context: Context | None = None
+        self._distances: Distances | None = None
         #: (B, H + N) and (B,): what the rows of the context have read.
         self._texts, self._read = torch.empty(0, 0), torch.empty(0)
 
@@ -62,11 +64,13 @@ class Desk:
             logits = torch.cat([logits, self._opened.extend(tokens[:, :-1]).logits], 1)
             self._opened.keep(N - 1)
             self._texts, self._read = texts.clone(), self._read + N - 1
-        p, below = (x.view(B, N) for x in _stretch(self._cumulative(logits.flatten(0, 1)), tokens.flatten()))
+        log_law = self._log_law(logits.flatten(0, 1))
+        _, below = _stretch(_cumulative(log_law), tokens.flatten())
+        terms = log_law.gather(1, tokens.reshape(-1, 1)).view(B, N)
         place = torch.arange(N, device=texts.device)
         ends = torch.where(self.is_stop(tokens), place + 1, N).min(-1).values
         behind = place >= ends[:, None]
-        return Pages(tokens, ends, p.log().masked_fill(behind, 0.0), below.masked_fill(behind, 0.0))
+        return Pages(tokens, ends, terms.masked_fill(behind, 0.0), below.view(B, N).masked_fill(behind, 0.0))
 
     def write(
         self, texts: Tensor, kept: Tensor, noise: Tensor, codes: Tensor | None = None, *, copies: int = 1
@@ -93,19 +97,21 @@ class Desk:
         writing = torch.ones(R, dtype=torch.bool, device=texts.device)
         for t in range(N):
             value = noise[:, t] if codes is None else torch.where(width > FINEST, at, noise[:, t])
-            cumulative = self._cumulative(self._opened.next_logits)
+            log_law = self._log_law(self._opened.next_logits)
+            cumulative = _cumulative(log_law)
             found = torch.searchsorted(cumulative, value.to(cumulative)[:, None].contiguous(), right=True)
             token = found.clamp_(max=cumulative.shape[-1] - 1)[:, 0]
             p, low = _stretch(cumulative, token)
             now = (rows[writing], place[writing])
-            tokens[now], terms[now], below[now] = token[writing], p[writing].log(), low[writing]
+            tokens[now], below[now] = token[writing], low[writing]
+            terms[now] = log_law.gather(1, token[:, None])[writing, 0]
             at, width = ((at - low) / p).clamp(0.0, _LAST), width * p
             place = place + writing
             writing = writing & (place < N) & ~self.is_stop(token)
             if not bool(writing.any()):
                 break
             self._opened.extend(token[:, None])
-            self._opened.keep(writing.long())
+            self._opened.keep(writing.long().tolist())
             self._texts[rows[writing], self._read[writing]] = token[writing]
             self._read = self._read + writing
         last = tokens.gather(1, place[:, None] - 1)
@@ -145,10 +151,21 @@ class Desk:
                 self._context.keep(lengths - start)
         self._texts, self._read = texts.clone(), lengths.clone()
 
-    def _cumulative(self, logits: Tensor) -> Tensor:
-        """(N, V) float64 cumulative law; its last entry is 1."""
-        cumulative = self._shape(logits).double().exp().cumsum(-1)
-        return cumulative / cumulative[:, -1:]
+    def distances(self, tokens: Tensor) -> Tensor:
+        """(B, N, V) squared distances of all embeddings from those of the tokens (B, N)."""
+        if self._distances is None:
+            self._distances = Distances(self._target.embeddings, 2)
+        return self._distances(tokens)
+
+    def _log_law(self, logits: Tensor) -> Tensor:
+        """(N, V) float64 log-probabilities of the next token."""
+        return self._shape(logits).double().log_softmax(-1)
+
+
+def _cumulative(log_law: Tensor) -> Tensor:
+    """(N, V) cumulative law; its last entry is 1."""
+    cumulative = log_law.exp().cumsum(-1)
+    return cumulative / cumulative[:, -1:]
 
 
 def code_of(pages: Pages, cut: Tensor, u: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     pytest suites/ --benchmark --suite audit --decoder-file docs/examples/dishonest.py
 
-Every mistake here has been made in published or widely used code. None is registered unless this file is named.
+They are mistakes that are easily made. None is registered unless this file is named.
 """
 
 import math
@@ -112,7 +112,7 @@ class Mean(Quest):
 
     def log_weight(self, state, cut):
         terms, lengths = state.pages.terms, state.pages.lengths
-        behind = torch.arange(terms.shape[1]) >= cut[:, None]
+        behind = torch.arange(terms.shape[1], device=cut.device) >= cut[:, None]
         mean = (terms * behind).sum(-1) / (lengths - cut)
         return state.score - mean - lengths.double().log()
 

@@ -15,8 +15,9 @@ Array = np.ndarray[Any, Any]
 ALPHA = 1e-3
 #: How often it must see a deviation of the size that it states.
 POWER = 0.9
-#: Cells that expect fewer counts are put together: below that Pearson's statistic is not chi-square.
-FEWEST_EXPECTED = 5.0
+#: Outcomes that are expected less often are put together: with fewer counts Pearson's statistic is not chi-square so
+#: far out as Holm's correction goes, at chances of one in 40,000.
+FEWEST_EXPECTED = 25.0
 
 
 class Floor(NamedTuple):
@@ -39,41 +40,72 @@ def floor(law: Array, draws: int, *, repeats: int = 1000, seed: int = 0) -> Floo
 
 
 def p_value(counts: Array, law: Array) -> float:
-    """Pearson's goodness of fit; 0 where something was drawn that the law gives no probability."""
+    """How rarely an honest sampler fits its law so badly; 0 where something came that the law gives no probability.
+
+    Two tests, each counted twice: Pearson's among the outcomes that are expected often enough for it to be chi-square
+    far out in its tail, and the exact binomial one of how many draws fell on all the others together.
+    """
     if bool((counts[law <= 0] > 0).any()):
         return 0.0
-    observed, expected = _pooled(counts, law)
-    if len(expected) < 2:
-        return 1.0
-    statistic = float((np.square(observed - expected) / expected).sum())
-    return _above(statistic, len(expected) - 1)
+    often = _often(law, int(counts.sum()))
+    found = []
+    if often.sum() > 1 and counts[often].sum() > 0:
+        expected = law[often] / law[often].sum() * counts[often].sum()
+        statistic = float((np.square(counts[often] - expected) / expected).sum())
+        found.append(_above(statistic, int(often.sum()) - 1))
+    rare = float(law[~often].sum())
+    if 0 < rare < 1:
+        found.append(_binomial(int(counts[~often].sum()), int(counts.sum()), rare))
+    return min(1.0, len(found) * min(found)) if found else 1.0
 
 
 def visible_tvd(law: Array, draws: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
     """The smallest distance that the test sees with this power, whatever direction it has.
 
-    Of all deviations of one total variation distance t the one in proportion to the law is hardest to see: its
-    noncentrality is 4 t^2 per draw. Exact for Pearson's statistic in its limit, a noncentral chi-square. What is moved
-    among the rare outcomes that the test puts together it does not see, so their probability is added.
+    Of all deviations of one distance t among the frequent outcomes the one in proportion to the law is hardest to see:
+    its noncentrality is 4 t^2 per draw. Exact for Pearson's statistic in its limit, a noncentral chi-square. What goes
+    to the rare outcomes, or from them, must show in their number. What is moved among them the test does not see, so
+    their probability is added.
     """
-    freedom = len(_pooled(law * draws, law)[1]) - 1
-    rare = float(law[law * draws < FEWEST_EXPECTED].sum())
-    if freedom < 1:  # one right answer: any other is seen as soon as it comes
-        return float(1.0 - (1.0 - power) ** (1.0 / draws))
-    critical = _bisected(lambda x: _above(x, freedom) - alpha, 0.0, 10.0 * freedom + 200.0)
-    noncentral = _bisected(lambda x: power - _above_noncentral(critical, freedom, x), 0.0, 20.0 * freedom + 400.0)
-    return min(1.0, math.sqrt(noncentral / (4 * draws)) + rare)
+    often = _often(law, draws)
+    rare, freedom = float(law[~often].sum()), int(often.sum()) - 1
+    level = alpha / 2 if freedom > 0 and rare > 0 else alpha
+    seen = 0.0
+    if freedom > 0:
+        critical = _bisected(lambda x: _above(x, freedom) - level, 0.0, 10.0 * freedom + 200.0)
+        noncentral = _bisected(lambda x: power - _above_noncentral(critical, freedom, x), 0.0, 20.0 * freedom + 400.0)
+        seen = math.sqrt(noncentral / (4 * draws))
+    most = int(draws * rare)
+    while rare > 0 and 2 * float(_tail(draws, rare)[most]) > level and most < draws:
+        most += 1  # so many rare outcomes are too many; where the law has none, one is
+    most = max(1, most)
+    more = _bisected(lambda x: power - float(_tail(draws, min(1.0, rare + x))[most]), 0.0, 1.0)
+    return min(1.0, max(seen, more) + rare)
 
 
-def holm(p_values: Mapping[str, float], alpha: float = ALPHA) -> set[str]:
-    """Who is rejected when all are tested together; the chance of any false alarm stays below alpha (Holm 1979)."""
-    rejected: set[str] = set()
-    ordered = sorted(p_values, key=lambda name: p_values[name])
-    for place, name in enumerate(ordered):
-        if p_values[name] > alpha / (len(ordered) - place):
-            break
-        rejected.add(name)
-    return rejected
+def _often(law: Array, draws: int) -> Array:
+    """(K,) which outcomes are expected often enough for Pearson's test."""
+    often: Array = law * draws >= FEWEST_EXPECTED
+    return often
+
+
+def _binomial(found: int, draws: int, share: float) -> float:
+    """Two-sided exact test of so many successes."""
+    tail = _tail(draws, share)
+    below = 1.0 - float(tail[found + 1]) if found < draws else 1.0
+    return min(1.0, 2.0 * min(float(tail[found]), below))
+
+
+def _tail(draws: int, share: float) -> Array:
+    """(draws + 1,) P(successes >= k) for every k."""
+    k = torch.arange(draws + 1, dtype=torch.float64)
+    n = torch.tensor(float(draws), dtype=torch.float64)
+    if share >= 1:
+        return np.ones(draws + 1)
+    choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    log_pmf = choose + k * math.log(share) + (n - k) * math.log1p(-share)
+    tail: Array = log_pmf.exp().flip(0).cumsum(0).flip(0).clamp(max=1.0).numpy()
+    return tail
 
 
 def counted(outcomes: Sequence[tuple[int, ...]], law: Mapping[tuple[int, ...], float]) -> tuple[Array, Array]:
@@ -83,21 +115,6 @@ def counted(outcomes: Sequence[tuple[int, ...]], law: Mapping[tuple[int, ...], f
     for outcome in outcomes:
         counts[place.get(tuple(outcome), len(law))] += 1
     return counts, np.array([*law.values(), 0.0])
-
-
-def _pooled(counts: Array, law: Array) -> tuple[Array, Array]:
-    """Observed and expected counts, rare cells put together."""
-    expected = law * counts.sum()
-    rare = expected < FEWEST_EXPECTED
-    observed = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    if len(expected) > 1 and 0 < expected[-1] < FEWEST_EXPECTED:  # all of them together are still rare
-        least = int(expected[:-1].argmin())
-        observed[least] += observed[-1]
-        expected[least] += expected[-1]
-        observed, expected = observed[:-1], expected[:-1]
-    kept = expected > 0
-    return observed[kept], expected[kept]
 
 
 def _above(statistic: float, freedom: int) -> float:

@@ -1,7 +1,7 @@
 """How fast a Markov chain forgets: effective sample size, split R-hat, spectral gap; and what a step costs.
 
 Vehtari, Gelman, Simpson, Carpenter and Bürkner 2021, Rank-Normalization, Folding, and Localization: an Improved R-hat,
-for the effective sample size (their equations 8 to 13) and the split; Geyer 1992 for where its sum ends.
+for R-hat and the effective sample size; Geyer 1992 for where its sum ends.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from decodathlon.harness import law
 from decodathlon.harness.chain import Chain
-from decodathlon.harness.decoder import Limits
+from decodathlon.harness.decoder import Decoder, Limits
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.measure import statistics
 from decodathlon.harness.measure.speed import timed
+from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class Walked(NamedTuple):
     seconds: float
 
 
+#: Share of the mean square below which a variance is rounding.
+_STILL = 1e-20
 #: Rows that one call of a transition gets, at most, where kernels are estimated.
 ROWS_AT_ONCE = 1 << 16
 
@@ -73,21 +78,36 @@ def ancestral(target: Target, rows: int, tokens: int, seed: int) -> tuple[Array,
     return score.cpu().numpy(), seconds
 
 
+def drawn(decoder: Decoder, target: Target, rows: int, tokens: int, seed: int) -> tuple[Array, float]:
+    """The same of a decoder that draws texts independently, by its own code.
+
+    Raises:
+        UnsupportedError: its texts are not all of this length.
+    """
+    head = [] if target.start_token is None else [target.start_token]
+    rng, limits = RowRandom(seed, [f"draw-{i}" for i in range(rows)]), Limits(tokens, ignore_eos=True)
+    seconds, answers = timed(target, lambda: decoder.generate(target, [head] * rows, limits, rng))
+    if {len(a.tokens) for a in answers} != {tokens}:
+        raise UnsupportedError("texts of one length", "its answers end earlier")
+    sequences = torch.tensor([[*head, *a.tokens] for a in answers], device=target.device)
+    return target.score(sequences, len(head)).cpu().numpy(), seconds
+
+
 def ess(values: Array) -> float:
     """Effective sample size of the mean of (chains, steps) values: as many independent draws would say as much.
 
-    NaN where all values are the same: then nobody can tell.
+    NaN where no chain moves, or hardly has: then nobody can tell.
     """
     chains, steps = values.shape
     centred = values - values.mean(1, keepdims=True)
+    if steps < 4 or float(np.square(centred).mean()) <= _STILL * float(np.square(values).mean()):
+        return float("nan")
     spectrum = np.abs(np.fft.rfft(centred, 2 * steps, axis=1)) ** 2
     autocovariance = np.fft.irfft(spectrum, axis=1)[:, :steps] / steps
     within = float(autocovariance[:, 0].mean()) * steps / (steps - 1)
     total = within * (steps - 1) / steps
     if chains > 1:
         total += float(values.mean(1).var(ddof=1))
-    if total <= 0:
-        return float("nan")
     rho = 1 - (within - autocovariance.mean(0) * steps / (steps - 1)) / total
     rho[0] = 1.0
     pairs = rho[: steps // 2 * 2].reshape(-1, 2).sum(1)
@@ -102,11 +122,14 @@ def split_rhat(values: Array) -> float:
     the same."""
     steps = values.shape[1]
     half = steps // 2
+    if half < 2:
+        return float("nan")
     parts = np.concatenate([values[:, :half], values[:, steps - half :]])
     within = float(parts.var(1, ddof=1).mean())
     between = half * float(parts.mean(1).var(ddof=1))
-    if within <= 0:
-        return float("nan") if between <= 0 else float("inf")
+    still = _STILL * float(np.square(values).mean())  # rounding is no movement
+    if within <= still:
+        return float("nan") if between <= still else float("inf")
     return float(np.sqrt((half - 1) / half + between / (half * within)))
 
 
@@ -114,8 +137,10 @@ def split_rhat(values: Array) -> float:
 def kernel(chain: Chain, target: Target, length: int, moves: int, seed: int = 0) -> Tensor:
     """(M, M) estimated transition matrix over all M texts of so many tokens: `moves` single moves from each.
 
-    Only for targets without stop tokens, and chains that use no others than the present state.
+    Only for targets without stop tokens, and chains that have no burn-in: its first moves are not the chain's.
     """
+    if chain.burn_in:
+        raise ValueError(f"{chain.spec} is another chain after its burn-in")
     (head,) = chain.heads(target, [[]])
     V, place = target.vocab_size, target.vocab_size ** torch.arange(length - 1, -1, -1)
     M = V**length
@@ -153,16 +178,32 @@ def flops(target: Target, spent: Spent) -> float:
     return 2.0 * target.parameters * (spent.positions + spent.backward)
 
 
-def peak_flops(device: Any, dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
-    """Operations per second of the fastest of some matrix products of this type on this device."""
+def peak_flops(device: Any, dtype: torch.dtype, *, repeats: int = 5) -> float:
+    """Operations per second of the fastest of some large matrix products of this type on this device."""
+    on_gpu = torch.device(device).type == "cuda"
+    size, products = (8192, 10) if on_gpu else (1024, 1)
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(repeats + 1):
-        if torch.device(device).type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
         began = time.perf_counter()
-        a @ a
-        if torch.device(device).type == "cuda":
+        for _ in range(products):
+            a @ a
+        if on_gpu:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, (time.perf_counter() - began) / products)
     return 2.0 * size**3 / best
+
+
+def excess(later: Array, reference: Array, tokens: int) -> Estimate:
+    """Mean of the units' energies (n,) less that of the reference (m,), per token, with Welch's 95 % interval."""
+    value = float(later.mean() - reference.mean()) / tokens
+    if len(later) < 2 or len(reference) < 2:
+        return Estimate(value, n=len(later))
+    a, b = float(later.var(ddof=1)) / len(later), float(reference.var(ddof=1)) / len(reference)
+    if a + b <= 0:
+        return Estimate(value, n=len(later))
+    freedom = (a + b) ** 2 / (a**2 / (len(later) - 1) + b**2 / (len(reference) - 1))
+    half = statistics.t_quantile(0.5 + statistics.LEVEL / 2, max(1, int(freedom))) * (a + b) ** 0.5 / tokens
+    return Estimate(value, value - half, value + half, len(later))

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from decodathlon.harness.cells import Outcome
-from decodathlon.harness.measure import exactness
+from decodathlon.harness.measure import exactness, statistics
 
 #: The suite whose cells decide.
 SUITE = "audit"
 #: weak: nothing was found, but with so few draws only a larger deviation than this would have been.
 SEEN = 0.05
-Verdict = Literal["pass", "fail", "weak"]
+#: self: nothing was found, but it was held against the law that it computes itself.
+Verdict = Literal["pass", "fail", "weak", "self"]
+ORDER: tuple[Verdict, ...] = ("fail", "weak", "self", "pass")
 
 
 def verdicts(outcomes: Sequence[Outcome]) -> dict[str, Verdict]:
@@ -26,11 +28,19 @@ def verdicts(outcomes: Sequence[Outcome]) -> dict[str, Verdict]:
             found = {m["metric"]: m["value"] for m in outcome.metrics}
             if "goodness_p" in found:
                 numbers[f"{outcome.decoder['spec']}\n{outcome.spec.cell_id}"] = found
-    rejected = exactness.holm({key: found["goodness_p"] for key, found in numbers.items()})
+    adjusted = statistics.holm([found["goodness_p"] for found in numbers.values()])
+    rejected = {key for key, p in zip(numbers, adjusted, strict=True) if p <= exactness.ALPHA}
     verdicts: dict[str, Verdict] = {}
     for key, found in numbers.items():
         decoder = key.partition("\n")[0]
-        here: Verdict = "fail" if key in rejected else "pass" if found["visible_tvd"] <= SEEN else "weak"
-        worse = sorted([here, verdicts.get(decoder, here)], key=("fail", "weak", "pass").index)
-        verdicts[decoder] = worse[0]
+        here = _verdict(key in rejected, found)
+        verdicts[decoder] = min(here, verdicts.get(decoder, here), key=ORDER.index)
     return verdicts
+
+
+def _verdict(rejected: bool, found: dict[str, float]) -> Verdict:
+    if rejected:
+        return "fail"
+    if found["visible_tvd"] > SEEN:
+        return "weak"
+    return "self" if found.get("own_law") else "pass"

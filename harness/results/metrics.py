@@ -109,14 +109,22 @@ METRICS: dict[str, Metric] = {
     "goodness_p": Metric(
         "1",
         "none",
-        "Chance that an honest decoder fits its law no better (Pearson's chi-square over all draws); only for "
-        "independent draws of what claims a law. The audit fails below 0.001, corrected by Holm for all of its run.",
+        "Chance that an honest decoder fits its law no better (Pearson's test, rare outcomes by the binomial one), of "
+        "independent draws of what claims a law. The audit fails below 0.001, corrected by Holm for its whole run.",
+        "context",
+    ),
+    "own_law": Metric(
+        "1",
+        "none",
+        "1 where a decoder has no definition besides its own code and was held against the law that it computes "
+        "itself: then only its drawing is checked, not its law.",
         "context",
     ),
     "visible_tvd": Metric(
         "1",
         "none",
-        "The smallest total variation distance that this test sees with 90 % power at a false alarm in 1,000.",
+        "The smallest total variation distance that this test by itself sees with 90 % power at a false alarm in "
+        "1,000; Holm's correction for many decoders raises it by up to a seventh.",
         "context",
     ),
     "energy_excess": Metric(
@@ -148,8 +156,8 @@ METRICS: dict[str, Metric] = {
     "spectral_gap": Metric(
         "1",
         "higher",
-        "1 less the second largest eigenvalue of the chain's transition matrix, from 4,000 moves of each state (some "
-        "0.01 exact): 1 forgets everything in a step.",
+        "1 less the second largest modulus of the eigenvalues of the transition matrix, from 4,000 moves of each state "
+        "(exact to some 0.01): 1 forgets everything in a step.",
         "exactness",
     ),
     "target_calls": Metric(

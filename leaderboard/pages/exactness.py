@@ -15,14 +15,15 @@ st.markdown(
     "against the law that it claims. **fail**: an honest decoder would hardly ever fit so badly (Pearson's test, one "
     "false alarm in 1,000, corrected for all decoders of its run by Holm). **pass**: nothing was found, and a total "
     "variation distance of 0.05 would have been seen with 90 % power. **weak**: nothing was found, but only a larger "
-    "one would have been seen. What fails has its speed and quality greyed on every page."
+    "one would have been seen. **self**: a law without a definition besides the decoder's own code, held against what "
+    "that code computes: only the drawing was checked. What fails has its speed and quality greyed on every page."
 )
 audits = parts.ask(found, audit_queries.audits)
 if not audits:
     st.info("Nobody was audited yet: `pytest suites/ --benchmark --suite audit --decoder all`")
     st.stop()
 
-LOOKS = {"pass": "pass", "weak": "unsure", "fail": "fail"}
+LOOKS = {"pass": "pass", "weak": "unsure", "self": "unsure", "fail": "fail"}
 
 
 def verdict(row: dict[str, Any]) -> Field:
@@ -77,7 +78,10 @@ targets = parts.ask(found, audit_queries.targets)
 if targets:
     st.subheader("How fast the distance falls")
     target = parts.choose("Target", targets, "spins", first=targets.index("ring-8") if "ring-8" in targets else 0)
-    curves = parts.ask(found, audit_queries.curves, target)
+    everywhere = parts.ask(found, audit_queries.curves, target)
+    places = list(dict.fromkeys(row["place"] for row in everywhere))
+    place = parts.choose("Measured", places, "place")
+    curves = [row for row in everywhere if row["place"] == place]
     names = list(dict.fromkeys(row["decoder"] for row in curves))
     chosen = st.multiselect("Decoders", names, default=names[:6], key="chains", bind="query-params")
     across = parts.choose("Over", ["draws", "seconds"], "over")
@@ -87,7 +91,6 @@ if targets:
         st.altair_chart(charts.distances(shown, across), width="stretch", alt=words)
         st.caption(
             "Total variation distance of all draws so far, mean over trials; dashed: as many independent exact draws. "
-            "Seconds are those of one trial where all run side by side, on the machine of its row: "
-            + ", ".join(sorted({parts.plain(row["hardware"]) for row in shown}))
+            "Seconds are those of one trial where all run side by side, a burn-in included."
         )
         parts.download(shown, f"distances-{target}")

@@ -70,7 +70,7 @@ def test_of_several_labels_one_is_named(folder, target):
     good = rewards.build(f"model:{where}@good")(answers(target))
     bad = rewards.build(f"model:{where}@bad")(answers(target))
     assert torch.allclose(good.exp() + bad.exp(), torch.ones(3, dtype=torch.float64), atol=1e-6)
-    with pytest.raises(SpecError, match="several labels; name one"):
+    with pytest.raises(SpecError, match="labels bad, good; name one"):
         rewards.build(f"model:{where}")(answers(target))
 
 
@@ -103,3 +103,35 @@ def test_rewards_are_listed(capsys):
     out = capsys.readouterr().out
     for name in ("log-power", "length:", "model:"):
         assert name in out
+
+
+def test_a_reward_is_checked_when_it_registers():
+    with pytest.raises(SpecError, match="takes answers, argument"):
+        rewards.reward("test-too-few", argument=int)(lambda answers: [])
+    with pytest.raises(SpecError, match="takes answers"):
+        rewards.reward("test-too-many")(lambda answers, more: [])
+    with pytest.raises(SpecError, match="list of capabilities"):
+        rewards.reward("test-needs", needs="text")(lambda answers: [])
+
+
+def test_a_decoder_is_told_apart_by_what_its_reward_rests_on(folder, tmp_path):
+    """Its source is also the reward's: another judge in the same folder makes another decoder."""
+    from decodathlon.harness.bench import describe
+
+    where = judge(folder, ["reward"])
+    spec = f"qalign[reward=model:{where}]"
+    before = describe(decoders.build(spec))["source_sha256"]
+    assert before == describe(decoders.build(spec))["source_sha256"]
+    assert before != describe(decoders.build("qalign"))["source_sha256"]
+    file = where / "config.json"
+    text = file.read_text()
+    file.write_text(text.replace("{", "{\n", 1))
+    assert describe(decoders.build(spec))["source_sha256"] != before
+    file.write_text(text)
+    quest = {p.name for p in decoders.build("quest").sources()}
+    assert {"suffix.py", "writing.py", "rewards.py"} <= quest
+
+
+def test_a_label_that_is_not_there_is_no_label(folder, target):
+    with pytest.raises(SpecError, match="labels reward"):
+        rewards.build(f"model:{judge(folder, ['reward'])}@nonsense")(answers(target))

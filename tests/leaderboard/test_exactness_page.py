@@ -18,10 +18,11 @@ def number(name, value):
             "ci_high": None, "n": 1000, "baseline": None, "units": None}  # fmt: skip
 
 
-def audit(run, decoder, p, visible=0.04, source="one", **more):
+def audit(run, decoder, p, visible=0.04, source="one", own=0.0, **more):
+    draws = more.pop("draws", 12_000)
     metrics = [number("tvd", 0.02), number("tvd_floor", 0.02), number("tvd_floor_ratio", 1.0)]
     if p is not None:
-        metrics += [number("goodness_p", p), number("visible_tvd", visible)]
+        metrics += [number("goodness_p", p) | {"n": draws}, number("visible_tvd", visible), number("own_law", own)]
     found = cell(run, "audit", decoder, metrics, started=day(20), slice="lm", sizes={"draws": 6000}, data={}, **more)
     found.decoder["source_sha256"] = source
     found.samples = [{"row": "counts", "data": LAW}]
@@ -44,9 +45,10 @@ def results(tmp_path):
     ]
     cells = [
         audit("r-1", "wrong", 1e-9),
-        audit("r-1", "nearly", 4e-4),  # below 0.001, but one of four tests
+        audit("r-1", "nearly", 4e-4),  # below 0.001, but one of five tests
         audit("r-1", "honest", 0.4),
         audit("r-1", "hasty", 0.5, visible=0.2),
+        audit("r-1", "selfish", 0.5, own=1.0),
         audit("r-1", "free", None, claim="heuristic"),
         audit("r-1", "absent", None, status="unsupported", reason="needs a law that can be enumerated"),
         *(timed("r-1", d) for d in ("wrong", "honest", "free")),
@@ -61,7 +63,7 @@ def results(tmp_path):
 
 def test_sql_and_python_agree_on_the_verdict(results):
     path, cells = results
-    expected = {"wrong": "fail", "nearly": "pass", "honest": "pass", "hasty": "weak"}
+    expected = {"wrong": "fail", "nearly": "pass", "honest": "pass", "hasty": "weak", "selfish": "self"}
     assert audited.verdicts(cells) == expected
     with store.connect(path) as connection:
         found = dict(connection.execute("SELECT decoder, audit FROM audited").fetchall())
@@ -97,6 +99,27 @@ def test_a_verdict_goes_with_the_source_and_the_newest_counts(tmp_path):
             "SELECT run_id[8:8], audit FROM results WHERE metric = 'ratio_to_greedy' ORDER BY run_id"
         ).fetchall()
     assert found == [("1", "fail"), ("2", "pass")], "the old numbers stay red, the mended decoder's are not"
+
+
+def test_a_fail_is_not_washed_off(tmp_path):
+    """Neither by an audit of fewer draws nor by one of changed code; by one as large of the same source it is."""
+    folder, path = tmp_path / "runs", tmp_path / "results.duckdb"
+
+    def add(number, p, *, dirty=False, **more):
+        run = f"2026110{number}T000000-x"
+        cells = [audit(run, "mine", p, **more), timed(run, "mine")]
+        for c in cells:
+            c.started = day(number)
+        store.ingest(path, [write_run(folder, run, cells, started=day(number), dirty=dirty)])
+        with store.connect(path) as connection:
+            return connection.execute("SELECT audit FROM verdict WHERE decoder = 'mine'").fetchone()[0]
+
+    assert add(1, 0.5, dirty=True) == "pass", "there is no other"
+    assert add(2, 1e-9) == "fail"
+    assert add(3, 0.5, draws=500, visible=0.2) == "fail"
+    assert add(4, 0.5, dirty=True) == "fail"
+    assert add(5, 0.5) == "pass"
+    assert add(6, 0.5, draws=500, visible=0.2) == "pass", "what was shown stays shown"
 
 
 def test_what_failed_is_greyed_and_does_not_lead(results, opened):

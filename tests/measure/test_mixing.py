@@ -93,4 +93,41 @@ def test_operations_are_counted_forward_and_backward():
 
 
 def test_the_machine_multiplies():
-    assert mixing.peak_flops("cpu", torch.float32, size=128, repeats=1) > 1e8
+    assert mixing.peak_flops("cpu", torch.float32, repeats=1) > 1e8
+
+
+def test_a_chain_with_a_burn_in_has_no_kernel_of_single_moves():
+    with pytest.raises(ValueError, match="burn-in"):
+        mixing.kernel(decoders.build("pncg[burn_in=20]"), toy.Ising(4, 0.21), 4, 10)
+
+
+def test_the_interval_of_the_excess_covers_as_it_says():
+    """Two samples of one law, 8 against 64: 95 % of the intervals hold 0."""
+    rng = np.random.default_rng(0)
+    found = [mixing.excess(rng.normal(size=8), rng.normal(size=64), 20) for _ in range(2000)]
+    assert np.mean([f.low <= 0 <= f.high for f in found]) == pytest.approx(0.95, abs=0.02)
+    assert mixing.excess(np.array([41.0, 43.0]), np.array([2.0, 2.0]), 20).value == 2.0
+
+
+def test_what_does_not_run_is_not_measured(monkeypatch):
+    """Independent draws are those of the decoder itself, by its own code."""
+    lm = toy.enumerable_lm()
+    one = decoders.build("temperature")
+    log_probs, seconds = mixing.drawn(one, lm, 500, 3, 0)
+    reference, _ = mixing.ancestral(lm, 500, 3, 0)
+    assert seconds > 0
+    assert log_probs.mean() == pytest.approx(reference.mean(), abs=0.2)
+
+    class Broken(type(one)):
+        def generate(self, *args):
+            raise RuntimeError("it never runs")
+
+    with pytest.raises(RuntimeError, match="never runs"):
+        mixing.drawn(Broken(), lm, 5, 3, 0)
+
+
+def test_a_frozen_chain_has_no_effective_draws():
+    still = np.repeat([[40.123456], [41.654321]], 100, 1)
+    assert np.isnan(mixing.ess(still))
+    assert mixing.split_rhat(still) == float("inf")
+    assert np.isnan(mixing.split_rhat(np.ones((2, 3))))
