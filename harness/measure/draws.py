@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Target
 
 
+#: Laws, and tokens of each, on which a shape is compared with its definition.
+LAWS, TOKENS = 200, 64
+
+
 class Mark(NamedTuple):
     """How far a trial was after some draws."""
 
@@ -77,6 +81,26 @@ def is_defined(decoder: Decoder) -> bool:
     if decoder.claim == "shaped" and isinstance(decoder, Sampler):
         return type(decoder).definition is not Sampler.definition
     return True
+
+
+@torch.no_grad()
+def definition_gap(decoder: Decoder) -> float | None:
+    """Largest difference of a probability between a shaped sampler's `shape` and its definition; None without one.
+
+    Over laws of 64 tokens from flat to spiky, because on the four tokens of the audit's target a nucleus or the fifty
+    likeliest tokens may cut nothing.
+    """
+    if (
+        not isinstance(decoder, Sampler)
+        or decoder.claim != "shaped"
+        or not decoder.stateless
+        or not is_defined(decoder)
+    ):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.linspace(0.2, 6.0, LAWS, dtype=torch.float64)[:, None]
+    logits = spread * torch.randn(LAWS, TOKENS, generator=generator, dtype=torch.float64)
+    return float((decoder.shape(logits).exp() - _defined(decoder)(logits).exp()).abs().max())
 
 
 def _defined(decoder: Sampler) -> Callable[[Tensor], Tensor]:

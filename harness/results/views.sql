@@ -2,21 +2,23 @@
 
 -- The verdict of every audited cell: Holm's correction over all of its run, at a false alarm in 1,000; `weak` where only
 -- a total variation distance above 0.05 would have been seen, `self` where the decoder was held against the law that it
--- computes itself. The same as harness/results/audited.py.
+-- computes itself; `fail` also where a shaped law is not its definition. The same as harness/results/audited.py.
 CREATE OR REPLACE VIEW audited AS
 WITH tested AS (
     SELECT c.run_id, c.cell_id, c.started, c.decoder, c.decoder_sha256, p.value AS p, p.n AS draws, v.value AS visible,
-           coalesce(o.value, 0) AS own,
+           coalesce(o.value, 0) AS own, coalesce(g.value, 0) AS gap,
            row_number() OVER (PARTITION BY c.run_id ORDER BY p.value, c.cell_id) AS rank,
            count(*) OVER (PARTITION BY c.run_id) AS tests
     FROM cell c
     JOIN metric p ON (p.run_id, p.cell_id, p.metric) = (c.run_id, c.cell_id, 'goodness_p')
     JOIN metric v ON (v.run_id, v.cell_id, v.metric) = (c.run_id, c.cell_id, 'visible_tvd')
     LEFT JOIN metric o ON (o.run_id, o.cell_id, o.metric) = (c.run_id, c.cell_id, 'own_law')
+    LEFT JOIN metric g ON (g.run_id, g.cell_id, g.metric) = (c.run_id, c.cell_id, 'definition_gap')
     WHERE c.suite = 'audit' AND c.status = 'ok'
 )
 SELECT run_id, cell_id, started, decoder, decoder_sha256, draws,
-       CASE WHEN bool_and(p <= 1e-3 / (tests - rank + 1)) OVER (PARTITION BY run_id ORDER BY rank) THEN 'fail'
+       CASE WHEN gap > 1e-6
+                 OR bool_and(p <= 1e-3 / (tests - rank + 1)) OVER (PARTITION BY run_id ORDER BY rank) THEN 'fail'
             WHEN visible > 0.05 THEN 'weak' WHEN own = 1 THEN 'self' ELSE 'pass' END AS audit
 FROM tested;
 

@@ -29,6 +29,12 @@ def audit(run, decoder, p, visible=0.04, source="one", own=0.0, **more):
     return found
 
 
+def gap(found, value):
+    """An audit whose shape and definition differ by so much."""
+    found.metrics.append(number("definition_gap", value))
+    return found
+
+
 def timed(run, decoder, source="one"):
     found = cell(run, "throughput", decoder, speed_metrics(1, 1.2), started=day(20), slice="batch-1")
     found.decoder["source_sha256"] = source
@@ -45,10 +51,12 @@ def results(tmp_path):
     ]
     cells = [
         audit("r-1", "wrong", 1e-9),
-        audit("r-1", "nearly", 4e-4),  # below 0.001, but one of five tests
+        audit("r-1", "nearly", 4e-4),  # below 0.001, but one of seven tests
         audit("r-1", "honest", 0.4),
         audit("r-1", "hasty", 0.5, visible=0.2),
         audit("r-1", "selfish", 0.5, own=1.0),
+        gap(audit("r-1", "defined", 0.5), 1e-12),
+        gap(audit("r-1", "other-law", 0.5), 1e-3),
         audit("r-1", "free", None, claim="heuristic"),
         audit("r-1", "absent", None, status="unsupported", reason="needs a law that can be enumerated"),
         *(timed("r-1", d) for d in ("wrong", "honest", "free")),
@@ -64,6 +72,7 @@ def results(tmp_path):
 def test_sql_and_python_agree_on_the_verdict(results):
     path, cells = results
     expected = {"wrong": "fail", "nearly": "pass", "honest": "pass", "hasty": "weak", "selfish": "self"}
+    expected |= {"defined": "pass", "other-law": "fail"}
     assert audited.verdicts(cells) == expected
     with store.connect(path) as connection:
         found = dict(connection.execute("SELECT decoder, audit FROM audited").fetchall())

@@ -156,6 +156,15 @@ def test_every_dishonest_decoder_is_caught(lm, dishonest):
             assert max(found) < exactness.ALPHA, (name, found)
 
 
+def test_a_law_is_held_against_its_definition_where_the_target_is_too_small(lm, dishonest):
+    """Fifty likeliest of four tokens cut nothing; on laws of 64 tokens the comparison sees one token too few."""
+    assert draws.definition_gap(decoders.build("top-k")) < 1e-12
+    assert draws.definition_gap(decoders.build("top-p")) < 1e-12
+    assert draws.definition_gap(decoders.build("dishonest-top-p")) > 0.01
+    assert draws.definition_gap(decoders.build("temperature")) is None
+    assert draws.definition_gap(decoders.build("qalign")) is None
+
+
 def test_a_random_number_used_twice_leaves_each_token_right(lm, dishonest):
     firsts = [a[:1] for a in draws.answers(decoders.build("dishonest-random-number"), lm, DRAWS, LENGTH, 0)]
     assert exactness.p_value(*exactness.counted(firsts, toy.law_of(lm, [lm.start_token], 1))) > exactness.ALPHA
