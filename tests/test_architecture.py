@@ -76,7 +76,7 @@ def test_heavy_modules_are_not_imported_at_the_top():
             place = str(path.relative_to(ROOT).parent)
             found = heavy & {name.split(".")[0] for name in imports(path, top_level_only=True)}
             allowed = {"torch", "transformers"} if place in TORCH_AT_TOP else set()
-            if str(path.relative_to(ROOT)) in STREAMLIT or place == "leaderboard/pages":
+            if str(path.relative_to(ROOT)) in STREAMLIT or place == "leaderboard/views":
                 allowed = {"streamlit"}
             assert found <= allowed, f"{path} imports {found} at its top"
 
@@ -85,7 +85,7 @@ def test_on_the_board_streamlit_sql_and_drawing_are_kept_apart():
     """Pages show; `queries`, `audit_queries` and `source` know DuckDB; `charts` knows neither it nor Streamlit."""
     for path in files("leaderboard"):
         name, known = str(path.relative_to(ROOT)), {n.split(".")[0] for n in imports(path)}
-        shows = name in STREAMLIT or name.startswith("leaderboard/pages/")
+        shows = name in STREAMLIT or name.startswith("leaderboard/views/")
         assert ("streamlit" in known) <= shows, f"{name} knows Streamlit"
         asks = name in ("leaderboard/queries.py", "leaderboard/audit_queries.py", "leaderboard/source.py")
         assert ("duckdb" in known) <= asks, f"{name} knows DuckDB"

@@ -75,7 +75,7 @@ def test_the_tutorial_leads_from_an_empty_folder_to_a_row_on_the_board(model, tm
     at = AppTest.from_file(str(ROOT / "leaderboard" / "app.py"), default_timeout=60).run()
     assert not at.exception
     assert ">epsilon<" in at.get("html")[0].proto.body + at.get("html")[1].proto.body
-    at.switch_page("pages/decoder.py")
+    at.switch_page("views/decoder.py")
     at.query_params["decoder"] = "epsilon"
     at.run()
     assert not at.exception

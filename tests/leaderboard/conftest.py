@@ -43,7 +43,7 @@ def opened(monkeypatch):
         for name, value in parameters.items():
             at.query_params[name] = value
         if page != "overview":
-            at.switch_page(f"pages/{page}.py")
+            at.switch_page(f"views/{page}.py")
         return at.run()
 
     st.cache_data.clear()

@@ -19,7 +19,8 @@ from decodathlon.harness.results import shards
 ROOT = Path(__file__).parents[2]
 #: Where the screenshots are kept; DECODATHLON_SCREENSHOTS names another folder.
 VARIABLE = "DECODATHLON_SCREENSHOTS"
-PAGES = {"overview": "", "trade-off": "trade-off", "decoder": "decoder?decoder=top-p", "run": "run", "about": "about"}
+PAGES = {"overview": "", "trade-off": "trade-off", "exactness": "exactness", "decoder": "decoder?decoder=top-p",
+         "run": "run", "about": "about"}  # fmt: skip
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(chromium is None, reason="there is no chromium: apt-get install chromium")
@@ -152,6 +153,16 @@ def test_a_link_in_the_table_leads_to_the_decoder_and_can_be_reached_by_keyboard
         page.wait_for_url("**/decoder?decoder=turbo&*scale=quick*", timeout=10_000)
         _ready(page)
         assert page.get_by_role("heading", name="turbo", exact=True).count() == 1
+
+
+def test_who_comes_by_a_link_first_sees_the_whole_frame(browser, tmp_path):
+    """The first request to a new server is for a page that is not the first: it has the navigation, and our tables."""
+    with _served(demo(tmp_path / "r.duckdb")) as address, _page(browser, DESK) as page:
+        page.goto(f"{address}/decoder?decoder=turbo")
+        _ready(page)
+        assert page.get_by_role("link", name="Trade-off").count() == 1
+        border = "getComputedStyle(document.querySelector('.board table')).borderCollapse"
+        assert page.evaluate(border) == "collapse"
 
 
 def test_charts_have_words_for_those_who_do_not_see_them(browser, board):

@@ -46,15 +46,15 @@ rows = [
         Field(row["decoder"], href=link("decoder", decoder=row["decoder"].partition("[")[0])),
         row["claim"] or "–",
         verdict(row),
-        *(number(row[key]) for key in ("ratio", "tvd", "floor", "p", "visible")),
+        *(number(row[key]) for key in ("ratio", "p", "visible", "tvd", "floor")),
         Field(row["draws"] or "–", number=True),
         Field(row["run_id"], href=link("run", run=row["run_id"])),
     ]
     for row in audits
 ]
 head = ["decoder", "claims", "verdict", Field("distance", small="over that of independent exact draws"),
-        Field("distance", small="total variation"), Field("floor", small="of independent exact draws"),
         Field("p", small="an honest decoder fits no better"), Field("power", small="smallest distance seen"),
+        Field("distance", small="total variation"), Field("floor", small="of independent exact draws"),
         "draws", "run"]  # fmt: skip
 st.html(table(head, rows[: parts.MOST_LINES], "The newest audit of each decoder"))
 parts.download(audits, "audits")
