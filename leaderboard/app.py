@@ -1,7 +1,7 @@
 """The board: `decodathlon board`, or `streamlit run leaderboard/app.py`. This is the frame.
 
-The pages are in views/. In a folder called pages/ Streamlit would find them itself, and show a page without its frame to
-whom a link leads there first.
+The pages are in views/. In a folder called pages/ Streamlit would find them itself, and show a page without its frame
+to whom a link leads there first.
 """
 
 from pathlib import Path
