@@ -90,7 +90,8 @@ class SuffixChain(Tilted, Chain):
     def log_tilt(self, answers: Sequence[Answer]) -> Tensor:
         """The reward over beta; less log p where the law is to have no factor p."""
         tilt = rewards.build(self.reward)(answers) / self.beta
-        return tilt if self.law == "aligned" else tilt - torch.tensor([a.log_prob for a in answers]).double()
+        own = torch.tensor([a.log_prob for a in answers], dtype=torch.float64)
+        return tilt if self.law == "aligned" else tilt - own
 
     def uniforms(self, length: int) -> int:
         # where to cut, which try, whether; the codes of the tries, the place of the present answer in its own code
