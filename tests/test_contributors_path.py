@@ -128,7 +128,8 @@ def test_a_template_works_as_it_is_on_every_suite(model, tmp_path, form):
             connection.execute("SELECT DISTINCT suite, status FROM latest WHERE decoder = 'my-own'").fetchall()
         )
     by_law = "ok" if form == "sampler" else "unsupported"
-    assert found == {"throughput": "ok", "wikitext2": by_law, "audit": by_law, "ising": by_law}
+    expected = {"throughput": "ok", "wikitext2": by_law, "audit": by_law, "ising": by_law, "mixing": "unsupported"}
+    assert found == expected
     assert "TODO" not in (tmp_path / "mine.py").read_text()
 
 

@@ -152,7 +152,7 @@ def test_every_dishonest_decoder_is_caught(lm, dishonest):
             assert p_value(decoders.build(name), lm, 0, 200) < 1e-9, name
         else:
             chain = isinstance(decoders.build(name), Chain)
-            found = p_values(f"{name}[steps=20]" if chain else name, lm, 600)
+            found = p_values(f"{name}[steps=20]" if chain else name, lm, 600 if chain else 2000)
             assert max(found) < exactness.ALPHA, (name, found)
 
 
