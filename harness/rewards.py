@@ -58,8 +58,15 @@ class Reward:
     function: Callable[[Sequence[Answer]], Sequence[float]]
     #: What the target must have, such as `text`.
     needs: frozenset[str]
-    #: What its values follow from: the file that defines it, and those of a folder that it names.
-    sources: tuple[Path, ...] = ()
+    #: The file that defines it, and what stood behind the colon.
+    defined: Path
+    argument: Any = None
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """What its values follow from: the file that defines it, and those of a folder that it names."""
+        folder = Path(str(self.argument).rpartition("@")[0] or str(self.argument))
+        return (self.defined, *(sorted(f for f in folder.glob("*") if f.is_file()) if folder.is_dir() else ()))
 
     def check(self, target: Target) -> None:
         """
@@ -104,8 +111,8 @@ class Registered:
     needs: frozenset[str]
 
     @property
-    def sources(self) -> tuple[Path, ...]:
-        return (Path(inspect.getfile(self.function)).resolve(),)
+    def source(self) -> Path:
+        return Path(inspect.getfile(self.function)).resolve()
 
     @property
     def argument_name(self) -> str:
@@ -148,16 +155,14 @@ def build(text: str) -> Reward:
     if found.argument is None:
         if colon:
             raise SpecError(f"reward {name!r} takes no argument, and got {argument!r}")
-        return Reward(text, found.function, found.needs, found.sources)
+        return Reward(text, found.function, found.needs, found.source)
     if not argument:
         raise SpecError(f"reward {name!r} takes an argument: {name}:VALUE")
     try:
         bound = found.argument(argument)
     except ValueError as error:
         raise SpecError(f"reward {text}: {error}") from None
-    folder = Path(str(bound).rpartition("@")[0] or str(bound))
-    inside = tuple(sorted(f for f in folder.glob("*") if f.is_file())) if folder.is_dir() else ()
-    return Reward(text, lambda answers: found.function(answers, bound), found.needs, found.sources + inside)
+    return Reward(text, lambda answers: found.function(answers, bound), found.needs, found.source, bound)
 
 
 class Tilted(Decoder):

@@ -23,7 +23,7 @@ def audits(connection: duckdb.DuckDBPyConnection) -> list[Row]:
             FROM cell WHERE suite = '{AUDIT}'
             QUALIFY row_number() OVER (PARTITION BY decoder ORDER BY started DESC, run_id DESC) = 1
         ), numbers AS (
-            FROM (SELECT run_id, cell_id, metric, value FROM metric)
+            FROM (SELECT run_id, cell_id, metric, value FROM metric SEMI JOIN newest USING (run_id, cell_id))
             PIVOT (any_value(value)
                    FOR metric IN ('tvd', 'tvd_floor', 'tvd_floor_ratio', 'goodness_p', 'visible_tvd')
                    GROUP BY run_id, cell_id)

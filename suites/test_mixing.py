@@ -43,7 +43,8 @@ def test_mixing(cell):
         for _ in cell.until_late(range(cell.sizes["steps"])):
             step = next(walked)
             log_probs.append(step.log_prob.numpy())
-            accepted, times = step.accepted, [*times, step.seconds]
+            times.append(step.seconds)
+            accepted = step.accepted
         energies = -np.stack(log_probs, 1)
         for row, trace in enumerate(energies):
             cell.sample(f"chain-{row}", energies=[float(f"{x:.6g}") for x in trace])

@@ -75,10 +75,9 @@ def visible_tvd(law: Array, draws: int, *, alpha: float = ALPHA, power: float = 
         critical = _bisected(lambda x: _above(x, freedom) - level, 0.0, 10.0 * freedom + 200.0)
         noncentral = _bisected(lambda x: power - _above_noncentral(critical, freedom, x), 0.0, 20.0 * freedom + 400.0)
         seen = math.sqrt(noncentral / (4 * draws))
-    most = int(draws * rare)
-    while rare > 0 and 2 * float(_tail(draws, rare)[most]) > level and most < draws:
-        most += 1  # so many rare outcomes are too many; where the law has none, one is
-    most = max(1, most)
+    # So many rare outcomes are too many; where the law has none, one is.
+    too_many = np.flatnonzero(2 * _tail(draws, rare) <= level) if rare > 0 else np.array([1])
+    most = int(too_many[0]) if len(too_many) else draws
     more = _bisected(lambda x: power - float(_tail(draws, min(1.0, rare + x))[most]), 0.0, 1.0)
     return min(1.0, max(seen, more) + rare)
 
