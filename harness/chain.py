@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from decodathlon.harness.randomness import RowRandom
     from decodathlon.harness.targets.base import Target
 
+#: One entry per step, of whatever is worth a look at it.
+Trace = Sequence[Mapping[str, Any]]
 #: Uniform numbers per chain that are drawn in one go.
 _UNIFORMS_AHEAD = 4096
 
@@ -127,20 +129,13 @@ class Chain(Decoder):
         self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
     ) -> list[Completion]:
         """One chain per prompt; what stands behind a stop token is left out, which leaves the law of the rest alone."""
-        if limits.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}: a text has a token")
         heads = self.heads(target, prompts)
-        answers: dict[int, Completion] = {}
-        for size in sorted({len(h) for h in heads}):
-            rows = [b for b, h in enumerate(heads) if len(h) == size]
-            before = dataclasses.replace(target.spent)
+
+        def last(rows: Sequence[int]) -> tuple[Tensor, Sequence[Trace]]:
             walk = self.walk(target, [heads[b] for b in rows], limits, rng, rows)
-            state = next(itertools.islice(walk, self.steps, None))
-            spent = target.spent.since(before)
-            cost = Cost(target_calls=spent.calls, target_positions=round(spent.positions / len(rows)))
-            for b, tokens in zip(rows, state.tokens.tolist(), strict=True):
-                answers[b] = _completion(tokens, target, limits, cost)
-        return [answers[b] for b in range(len(prompts))]
+            return next(itertools.islice(walk, self.steps, None)).tokens, [()] * len(rows)
+
+        return side_by_side(target, heads, limits, last)
 
     def heads(self, target: Target, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """What stands before the first free token: the prompt, or where it is empty the start token."""
@@ -153,8 +148,38 @@ def by_start(chain: Any) -> Claim:
     return "exact" if chain.bos else "heuristic"
 
 
-def _completion(tokens: list[int], target: Target, limits: Limits, cost: Cost) -> Completion:
+def side_by_side(
+    target: Target,
+    heads: Sequence[Sequence[int]],
+    limits: Limits,
+    run: Callable[[Sequence[int]], tuple[Tensor, Sequence[Trace]]],
+) -> list[Completion]:
+    """Completions of prompts of any length by something that takes many of equal length at once.
+
+    Args:
+        heads: what stands before each answer.
+        run: numbers of b heads of equal length to their answers (b, N), in which what stands behind a stop token means
+            nothing, and a trace of each.
+
+    Raises:
+        ValueError: an answer is to have no token.
+    """
+    if limits.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}: a text has a token")
+    answers: dict[int, Completion] = {}
+    for size in sorted({len(h) for h in heads}):
+        rows = [b for b, h in enumerate(heads) if len(h) == size]
+        before = dataclasses.replace(target.spent)
+        tokens, traces = run(rows)
+        spent = target.spent.since(before)
+        cost = Cost(target_calls=spent.calls, target_positions=round(spent.positions / len(rows)))
+        for b, answer, trace in zip(rows, tokens.tolist(), traces, strict=True):
+            answers[b] = _completion(answer, target, limits, cost, trace)
+    return [answers[b] for b in range(len(heads))]
+
+
+def _completion(tokens: list[int], target: Target, limits: Limits, cost: Cost, trace: Trace) -> Completion:
     stops = [] if limits.ignore_eos else [i for i, t in enumerate(tokens) if t in target.stop_tokens]
     kept = tokens[: stops[0] + 1] if stops else tokens
     text = target.decode(kept) if "text" in target.capabilities else ""
-    return Completion(kept, "stop" if stops else "length", text=text, cost=cost)
+    return Completion(kept, "stop" if stops else "length", text=text, cost=cost, trace=[dict(entry) for entry in trace])

@@ -82,16 +82,10 @@ class MultipleTryPNCG(AllAtOnce):
             return pi if self.weight == "pi" else 0.5 * (pi - state.score[:, None])
         mine = state.tokens[:, None].expand(B, k, N).reshape(B * k, N)
         at_once = max(1, MOST_NUMBERS // (N * table.shape[-1]))
-        found = [
-            self._way_back(target, state, *some)
-            for some in zip(
-                sequences.split(at_once),
-                mine.split(at_once),
-                state.alpha.repeat_interleave(k).split(at_once),
-                strict=True,
-            )
-        ]
-        pi, back = (torch.cat(parts).view(B, k) for parts in zip(*found, strict=True))
+        parts = (part.split(at_once) for part in (sequences, mine, state.alpha.repeat_interleave(k)))
+        with target.spent.one_call():
+            found = [self._way_back(target, state, *some) for some in zip(*parts, strict=True)]
+        pi, back = (torch.cat(values).view(B, k) for values in zip(*found, strict=True))
         if self.weight == "lam1":
             return pi + back
         forth = log_density(table[:, None].expand(B, k, -1, -1), tries)

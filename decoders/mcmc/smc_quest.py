@@ -10,7 +10,6 @@ therefore claims nothing; with more the audit says how near it is.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING
 from decodathlon.decoders.mcmc.gradient import metropolis
 from decodathlon.decoders.mcmc.proposals import drawn, log_density
 from decodathlon.decoders.mcmc.suffix import QAlign, Written
-from decodathlon.harness.decoder import Completion, Cost, Limits, decoder
+from decodathlon.harness.chain import Trace, side_by_side
+from decodathlon.harness.decoder import Completion, Limits, decoder
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.rewards import Answer, Tilted
@@ -82,23 +82,17 @@ class SMCQuest(Tilted):
     def generate(
         self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
     ) -> list[Completion]:
-        if limits.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}: a text has a token")
         heads = self.chain.heads(target, prompts)
-        found: dict[int, Completion] = {}
-        for size in sorted({len(h) for h in heads}):
-            rows = [b for b, h in enumerate(heads) if len(h) == size]
-            before = dataclasses.replace(target.spent)
-            answers = self._run(target, torch.tensor([heads[b] for b in rows]).view(len(rows), -1), limits, rng, rows)
-            spent = target.spent.since(before)
-            cost = Cost(target_calls=spent.calls, target_positions=round(spent.positions / len(rows)))
-            found |= {b: replace(answer, cost=cost) for b, answer in zip(rows, answers, strict=True)}
-        return [found[b] for b in range(len(prompts))]
 
-    def _run(
+        def bridge(rows: Sequence[int]) -> tuple[Tensor, Sequence[Trace]]:
+            return self._bridge(target, torch.tensor([heads[b] for b in rows]).view(len(rows), -1), limits, rng, rows)
+
+        return side_by_side(target, heads, limits, bridge)
+
+    def _bridge(
         self, target: Target, heads: Tensor, limits: Limits, rng: RowRandom, rows: Sequence[int]
-    ) -> list[Completion]:
-        """One answer per head (P, H); of each the particles are M rows beside one another."""
+    ) -> tuple[Tensor, Sequence[Trace]]:
+        """One answer (P, N) per head (P, H), and a trace; the particles of a head are M rows beside one another."""
         (P, H), M, N = heads.shape, self.particles, limits.max_new_tokens
         stops = frozenset() if limits.ignore_eos else target.stop_tokens
         heads = heads.repeat_interleave(M, 0)
@@ -119,13 +113,8 @@ class SMCQuest(Tilted):
             state = self._resampled(state, weights, level, going, u[:, 0, 0])
             state = self._moved(target, state, mine, u.view(P * M, -1)[:, 1:])
             going = going & (level < 1.0)
-        last = (rng.uniforms(1, rows=rows).to(target.device)[:, 0] * M).long() + torch.arange(
-            P, device=target.device
-        ) * M
-        tokens, lengths = state.pages.tokens[last].tolist(), state.pages.lengths[last].tolist()
-        return [
-            _completion(target, row[:n], stops, trace) for row, n, trace in zip(tokens, lengths, traces, strict=True)
-        ]
+        one = (rng.uniforms(1, rows=rows).to(target.device)[:, 0] * M).long()
+        return state.tokens[torch.arange(P, device=target.device) * M + one], traces
 
     def _uniforms_per_level(self, length: int) -> int:
         return 1 + self.moves * self.chain.uniforms(length) + self.gradient_moves * (length + 1)
@@ -186,8 +175,3 @@ class SMCQuest(Tilted):
         ended = state.desk.is_stop(state.tokens)
         fixed = (place >= state.pages.lengths[:, None]) | ended
         return table.masked_fill(torch.where(fixed[..., None], ~own, stop), float("-inf")).log_softmax(-1)
-
-
-def _completion(target: Target, tokens: list[int], stops: frozenset[int], trace: list[dict[str, float]]) -> Completion:
-    text = target.decode(tokens) if "text" in target.capabilities else ""
-    return Completion(tokens, "stop" if tokens[-1] in stops else "length", text=text, trace=list(trace))

@@ -9,7 +9,8 @@ Dimensions: B rows, Q new tokens per row, V vocabulary, E embedding width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -36,6 +37,13 @@ class Spent:
         self.calls += 1
         self.positions += positions
         self.backward += positions if backward else 0
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """What is computed inside counts as one call, into however many parts it is split for the sake of memory."""
+        before = self.calls
+        yield
+        self.calls = min(self.calls, before + 1)
 
     def since(self, before: Spent) -> Spent:
         return Spent(self.calls - before.calls, self.positions - before.positions, self.backward - before.backward)

@@ -347,7 +347,8 @@ class TransformersTarget(Target):
             return torch.zeros(len(sequences), dtype=torch.float64, device=self.device)
         at, sequences = torch.arange(given - 1, L - 1, device=self.device), sequences.to(self.device)
         at_once = max(1, MOST_LOGITS // (len(at) * self.vocab_size))
-        return torch.cat([self._scored(some, given, at) for some in sequences.split(at_once)])
+        with self.spent.one_call():
+            return torch.cat([self._scored(some, given, at) for some in sequences.split(at_once)])
 
     def _scored(self, sequences: Tensor, given: int, at: Tensor) -> Tensor:
         law = self.logits(sequences[:, :-1], at).log_softmax(-1)

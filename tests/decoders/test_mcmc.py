@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from decodathlon import Limits, RowRandom
+from decodathlon.decoders.mcmc import multiple_try
 from decodathlon.decoders.mcmc.proposals import Distances, log_density
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.errors import SpecError, UnsupportedError
-from decodathlon.harness.targets import toy
+from decodathlon.harness.targets import toy, transformers
 
 WEIGHTS = ("lam1", "iw", "lb", "sqrt-pi", "pi")
 TOLERANCE = 1e-12
@@ -334,3 +335,19 @@ def test_no_table_of_all_embeddings_is_ever_held(spec):
     if before is None or peak is None:
         pytest.skip("this system does not say how much memory is in use")
     assert peak - before < 1e9
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_what_is_split_for_memory_is_the_same_and_one_call(weight, lm, monkeypatch):
+    chain = decoders.build(f"mt-pncg[tries=3,weight={weight},steps=4]")
+
+    def answered():
+        before = lm.spent.calls
+        (answer,) = chain.generate(lm, [[0]], Limits(3), RowRandom(5, [0]))
+        return answer.tokens, answer.cost, lm.spent.calls - before
+
+    whole = answered()
+    monkeypatch.setattr(multiple_try, "MOST_NUMBERS", 1)
+    monkeypatch.setattr(transformers, "MOST_LOGITS", 1)
+    assert answered() == whole
+    assert whole[1].target_calls == whole[2] > 4
