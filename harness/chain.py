@@ -56,6 +56,12 @@ class State:
                 taken[f.name] = torch.where(accept.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
         return dataclasses.replace(self, **taken | {"accepted": self.accepted + accept})
 
+    def rows(self, chosen: Tensor) -> Self:
+        """Some of its rows, in this order; one may come several times."""
+        every = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        taken: dict[str, Any] = {name: v[chosen] for name, v in every if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **taken)
+
 
 class Chain(Decoder):
     """A Markov chain over whole sequences, on any target with an energy.
@@ -87,6 +93,14 @@ class Chain(Decoder):
         """
         score = target.score(sequences, free)
         return State(sequences, free, score, torch.zeros_like(score))
+
+    def transitions(self, target: Target, state: Any) -> Tensor | None:
+        """(M, M) probabilities of a step from each of M texts to each, where they can be worked out; None where not.
+
+        Args:
+            state: of all texts of one length behind one head, in the order of their tokens read as digits.
+        """
+        return None
 
     def initial(self, target: Target, heads: Tensor, u: Tensor, *, stops: frozenset[int] = frozenset()) -> Tensor:
         """(B, N) tokens to start from behind the heads, by default uniform over the vocabulary; `u` is (B, N)."""

@@ -2,7 +2,7 @@
 
 from decodathlon import Chain, suite
 
-#: States of a target whose transition matrix is estimated.
+#: States of a target over which a transition matrix is worked out.
 MOST_STATES = 16
 
 
@@ -44,7 +44,8 @@ def test_ising(cell):
     from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
 
-    law = draws.claimed_law(cell.decoder, cell.target, cell.target.context_length)
+    length = cell.target.context_length
+    law = draws.claimed_law(cell.decoder, cell.target, length)
     count, each = cell.sizes["trials"], cell.sizes["draws"]
     _, p = exactness.counted([], law)
     floor = exactness.floor(p, each, repeats=400)
@@ -70,8 +71,7 @@ def test_ising(cell):
         cell.report("tvd_floor_ratio", Observations(rows, [x / floor.mean for x in found], [1] * len(found)))
     if isinstance(cell.decoder, Chain):
         if len(law) <= MOST_STATES and not cell.decoder.burn_in:
-            moves = mixing.kernel(cell.decoder, cell.target, cell.target.context_length, 4000, cell.seed)
-            cell.report("spectral_gap", Estimate(mixing.gap(moves), n=4000 * len(law)))
+            cell.report("spectral_gap", mixing.spectral_gap(cell.decoder, cell.target, length, cell.seed))
         cell.report("accept_rate", Observations(rows, [t.accepted for t in trials], [1] * len(trials), share=True))
     elif cell.decoder.independent:
         total = sum(t.counts for t in trials)

@@ -54,3 +54,13 @@ class Gibbs(Chain):
             sequences = others[rows, drawn]
         score = scores.gather(1, drawn[:, None])[:, 0]
         return replace(state, sequences=sequences, score=score, accepted=state.accepted + 1)
+
+    def transitions(self, target: Target, state: State) -> Tensor:
+        M, V, N = len(state.score), target.vocab_size, state.tokens.shape[1]
+        here, there = torch.arange(M)[:, None], torch.arange(M)
+        log_p = torch.zeros(M, M, dtype=torch.float64)
+        for place in range(N):
+            behind = V ** (N - 1 - place)  # texts that begin alike up to and with this place
+            conditional = state.score.view(-1, V, behind).log_softmax(1).flatten()
+            log_p += conditional[there // behind * behind + here % behind]
+        return log_p.exp()

@@ -6,6 +6,7 @@ Sources: Du, Amini, Torroba Hennigen, Yu, Eisner, Lee and Cotterell 2023 (arXiv 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -66,6 +67,27 @@ def metropolis(state: Any, proposed: Any, log_ratio: Tensor, u: Tensor) -> Any:
     return state.where(accept, proposed)
 
 
+def rest_stays(moves: Tensor) -> Tensor:
+    """The transition matrix (M, M) of a chain that stays where it is unless it moves to another state."""
+    moves = moves.clone().fill_diagonal_(0.0)
+    return moves + torch.diag(1.0 - moves.sum(1))
+
+
+def by_one_token(state: Point, log_q: Tensor) -> Tensor:
+    """The transition matrix (M, M) of a chain that changes one token and tests that; see `Chain.transitions`.
+
+    Args:
+        log_q: (M, N, V) log-probability of proposing that place and token; -inf for the present one.
+    """
+    (M, N, V), tokens = log_q.shape, state.tokens[..., None]
+    weight = V ** torch.arange(N - 1, -1, -1)[:, None]
+    there = torch.arange(M)[:, None, None] + (torch.arange(V) - tokens) * weight
+    back = log_q[there, torch.arange(N)[:, None], tokens]
+    ratio = state.score[there] - state.score[:, None, None] + back - log_q
+    p = torch.where(torch.arange(V) == tokens, 0.0, (log_q + ratio.clamp(max=0.0)).exp())
+    return rest_stays(p.new_zeros(M, M).scatter_add_(1, there.flatten(1), p.flatten(1)))
+
+
 class AllAtOnce(GradientChain):
     """One proposal for all positions, and one test.
 
@@ -116,6 +138,16 @@ class AllAtOnce(GradientChain):
         back = log_density(self.log_proposal(proposed), state.tokens)
         return proposed.score - state.score + back - there
 
+    def proposals(self, state: Point) -> Tensor:
+        """(M, M) log-probability of proposing each text from each; see `transitions`."""
+        M, table = len(state.score), self.log_proposal(state)
+        return torch.stack([log_density(one.expand(M, -1, -1), state.tokens) for one in table])
+
+    def transitions(self, target: Target, state: Point) -> Tensor | None:
+        log_q = self.proposals(state)
+        ratio = state.score - state.score[:, None] + log_q.T - log_q
+        return rest_stays((log_q + ratio.clamp(max=0.0)).exp())
+
 
 @decoder(
     "pncg",
@@ -153,6 +185,11 @@ class PNCG(AllAtOnce):
         tokens = state.tokens
         scores = state.change - state.distances(tokens) / state.alpha.to(state.change)[:, None, None]
         return scores.scatter(-1, tokens[..., None], float("-inf")).log_softmax(-1)
+
+    def transitions(self, target: Target, state: Point) -> Tensor | None:
+        if self.scan == "all":
+            return super().transitions(target, state)
+        return by_one_token(state, self.log_single(state).double() - math.log(state.tokens.shape[1]))
 
     def _single(self, target: Target, state: Point, u: Tensor) -> Point:
         table, tokens = self.log_single(state), state.tokens
@@ -205,6 +242,9 @@ class DULA(AllAtOnce):
         moved = self.at(target, state, drawn(self.log_proposal(state), u[:, :-1]))
         return replace(moved, accepted=state.accepted + 1)
 
+    def transitions(self, target: Target, state: Point) -> Tensor:
+        return self.proposals(state).exp()
+
 
 @decoder(
     "gwg",
@@ -239,3 +279,6 @@ class GWG(GradientChain):
         back = self.log_flips(proposed)[rows, turn * V + tokens[rows, turn]].double()
         ratio = proposed.score - state.score + back - there[rows, flip].double()
         return metropolis(state, proposed, ratio, u[:, 1])
+
+    def transitions(self, target: Target, state: Point) -> Tensor:
+        return by_one_token(state, self.log_flips(state).double().view_as(state.change))

@@ -9,14 +9,18 @@ with tries y_1..y_k from T(x, .), y one of them drawn by weight, references z_1.
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
-from decodathlon.decoders.mcmc.gradient import SIZES, AllAtOnce, Point, metropolis
+from decodathlon.decoders.mcmc.gradient import SIZES, AllAtOnce, Point, metropolis, rest_stays
 from decodathlon.decoders.mcmc.proposals import log_density
 from decodathlon.harness import law
 from decodathlon.harness.chain import by_start
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
+from decodathlon.harness.randomness import RowRandom
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 Weight = Literal["lam1", "iw", "lb", "sqrt-pi", "pi"]
 #: Entries of tables over the vocabulary that are held at once, where every try has one of its own.
 MOST_NUMBERS = 1 << 22
+#: Sums of the other tries' weights that are told apart in a transition matrix.
+MOST_SUMS = 1 << 13
 #: Weights that ask how likely the way back is, and so take a gradient at every try and every reference.
 _LOOKS_BACK = ("lam1", "lb")
 
@@ -120,6 +126,51 @@ class MultipleTryPNCG(AllAtOnce):
         away = self.log_weights(target, y, back, z)
         forth = x.score + log_density(table, y.tokens) + weights.gather(1, chosen[:, None])[:, 0] - weights.logsumexp(1)
         return y.score + log_density(back, x.tokens) + away[:, -1] - away.logsumexp(1) - forth
+
+    def transitions(self, target: Target, state: Point) -> Tensor:
+        """See `Chain.transitions`. A try y is taken up with probability
+
+            k T(x, y) E[w(y | x) / A min(1, C A / B)],   A = w(y | x) + others,   B = w(x | y) + others' weights from y,
+
+        and only the sums of k - 1 other weights are random. Up to `MOST_SUMS` of them are enumerated; for more tries as
+        many are drawn, which leaves the balance exact and the gap known to about one in a hundred.
+        """
+        M, k, log_q = len(state.score), self.tries, self.proposals(state)
+        log_w = self.log_weights(target, state, self.log_proposal(state), state.tokens.expand(M, -1, -1))
+        top = log_w.max(1).values
+        w = (log_w - top[:, None]).exp()
+        sums, chances = _sums_of_others(log_q, w, k - 1)
+        flow = state.score[:, None] + log_q + log_w
+        scale = (flow.T - flow + top[:, None] - top).clamp(max=700.0).exp()
+        moves = torch.zeros(M, M, dtype=torch.float64)
+        for y in range(M):
+            here, there = 1 / (w[:, y, None] + sums), scale[:, y, None] / (w[y, :, None] + sums[y])
+            moves[:, y] = k * log_q[:, y].exp() * w[:, y] * _mean_of_smaller(here, chances, there, chances[y])
+        return rest_stays(moves)
+
+
+def _sums_of_others(log_q: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(M, S) sums of `count` independent weights, row x of w (M, M) by row x of q, and their probabilities (M, S)."""
+    M = len(w)
+    if math.comb(M + count - 1, count) > MOST_SUMS:
+        u = RowRandom(0, [f"sums-{x}" for x in range(M)]).uniforms(MOST_SUMS * count)
+        sums = w.gather(1, law.draw_several(log_q, u)).view(M, MOST_SUMS, count).sum(-1)
+        return sums, torch.full_like(sums, 1 / MOST_SUMS)
+    kinds = [Counter(chosen) for chosen in itertools.combinations_with_replacement(range(M), count)]
+    times = torch.tensor([[kind[y] for y in range(M)] for kind in kinds], dtype=torch.float64)
+    ways = math.lgamma(count + 1) - torch.lgamma(times + 1).sum(1)
+    return w @ times.T, (ways + torch.special.xlogy(times, log_q.exp()[:, None]).sum(-1)).exp()
+
+
+def _mean_of_smaller(a: Tensor, p: Tensor, b: Tensor, q: Tensor) -> Tensor:
+    """(R,) E min(A, B) of independent A and B: row by row A is a (R, S) with probability p (R, S), B is b by q (S,)."""
+    b, order = b.sort(1)
+    q = q[order]
+    nothing = torch.zeros_like(b[:, :1])
+    below = torch.cat([nothing, (q * b).cumsum(1)], 1)
+    above = 1.0 - torch.cat([nothing, q.cumsum(1)], 1)
+    place = torch.searchsorted(b, a.contiguous(), right=True)
+    return (p * (below.gather(1, place) + a * above.gather(1, place))).sum(1)
 
 
 def several(table: Tensor, u: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class SMCQuest(Tilted):
         parents = torch.where(going[:, None], parents, torch.arange(M, device=u.device))
         rows = (parents + torch.arange(P, device=u.device)[:, None] * M).view(-1)
         state.desk.select(rows)
-        taken = state.rows(rows, state.accepted[rows])
+        taken = state.rows(rows)
         levels = level.repeat_interleave(M)
         return replace(taken, level=levels, score=taken.log_prob + levels * taken.tilt)
 

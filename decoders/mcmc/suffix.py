@@ -60,10 +60,8 @@ class Written(State):
         assert isinstance(other, Written)
         return replace(super().where(accept, other), pages=_merged(accept, self.pages, other.pages))
 
-    def rows(self, chosen: Tensor, accepted: Tensor) -> Written:
-        """Some of its rows, with counts of their own."""
-        taken = {name: getattr(self, name)[chosen] for name in ("sequences", "score", "tilt", "level")}
-        return replace(self, **taken, pages=_taken(self.pages, chosen), accepted=accepted)
+    def rows(self, chosen: Tensor) -> Written:
+        return replace(super().rows(chosen), pages=_taken(self.pages, chosen))
 
 
 def _merged(accept: Tensor, mine: Pages, theirs: Pages) -> Pages:
@@ -131,7 +129,7 @@ class SuffixChain(Tilted, Chain):
         ratio = weights.logsumexp(1) - stay.logsumexp(1)
         rows = torch.arange(B, device=u.device) * k + chosen
         state.desk.select(rows)
-        return metropolis(state, tries.rows(rows, state.accepted), ratio, u[:, 2])
+        return metropolis(state, tries.rows(rows), ratio, u[:, 2])
 
     def log_weight(self, state: Written, cut: Tensor) -> Tensor:
         """(B,) W(y) of answers whose first `cut` (B,) tokens stay."""

@@ -42,7 +42,9 @@ class Walked(NamedTuple):
 
 #: Share of the mean square below which a variance is rounding.
 _STILL = 1e-20
-#: Rows that one call of a transition gets, at most, where kernels are estimated.
+#: Moves from every text where a transition matrix has to be estimated.
+MOVES = 4000
+#: Rows that one call of a transition gets, at most, there.
 ROWS_AT_ONCE = 1 << 16
 
 
@@ -133,29 +135,51 @@ def split_rhat(values: Array) -> float:
     return float(np.sqrt((half - 1) / half + between / (half * within)))
 
 
+def spectral_gap(chain: Chain, target: Target, length: int, seed: int = 0) -> Estimate:
+    """Of the chain over all texts of so many tokens: from its transition matrix where the chain states it, else from
+    `MOVES` moves of each text, which tell it to about 0.02."""
+    matrix = transitions(chain, target, length)
+    if matrix is not None:
+        return Estimate(gap(matrix), n=len(matrix))
+    return Estimate(gap(kernel(chain, target, length, MOVES, seed)), n=MOVES * target.vocab_size**length)
+
+
+@torch.no_grad()
+def transitions(chain: Chain, target: Target, length: int) -> Tensor | None:
+    """(M, M) transition matrix over all M texts of so many tokens, in the order of their digits; None where the chain
+    cannot state it.
+
+    Raises:
+        ValueError: the chain has a burn-in, before which it is another chain.
+    """
+    sequences, free = _all_texts(chain, target, length)
+    return chain.transitions(target, chain.begin(target, sequences, free))
+
+
 @torch.no_grad()
 def kernel(chain: Chain, target: Target, length: int, moves: int, seed: int = 0) -> Tensor:
-    """(M, M) estimated transition matrix over all M texts of so many tokens: `moves` single moves from each.
-
-    Only for targets without stop tokens, and chains that have no burn-in: its first moves are not the chain's.
-    """
-    if chain.burn_in:
-        raise ValueError(f"{chain.spec} is another chain after its burn-in")
-    (head,) = chain.heads(target, [[]])
-    V, place = target.vocab_size, target.vocab_size ** torch.arange(length - 1, -1, -1)
-    M = V**length
-    tokens = torch.arange(M)[:, None] // place % V
-    heads = torch.tensor([head], dtype=torch.long).view(1, -1)
+    """The same (M, M) estimated: `moves` single moves from each text. Only for targets without stop tokens."""
+    sequences, free = _all_texts(chain, target, length)
+    M, place = len(sequences), target.vocab_size ** torch.arange(length - 1, -1, -1)
     counts = torch.zeros(M * M, dtype=torch.float64)
     each = max(1, min(moves, ROWS_AT_ONCE // M))
     for start in range(0, moves, each):
         rows = torch.arange(M).repeat_interleave(min(each, moves - start))
-        sequences = torch.cat([heads.expand(len(rows), -1), tokens[rows]], 1)
-        state = chain.begin(target, sequences, len(head))
+        state = chain.begin(target, sequences[rows], free)
         u = RowRandom(seed, [start]).uniforms(len(rows), chain.uniforms(length))[0]
         moved = (chain.step(target, state, u).tokens * place).sum(1)
         counts += torch.bincount(rows * M + moved, minlength=M * M)
     return counts.view(M, M) / moves
+
+
+def _all_texts(chain: Chain, target: Target, length: int) -> tuple[Tensor, int]:
+    """(M, L) all texts of so many free tokens, and where those begin."""
+    if chain.burn_in:
+        raise ValueError(f"{chain.spec} is another chain after its burn-in")
+    (head,) = chain.heads(target, [[]])
+    V, place = target.vocab_size, target.vocab_size ** torch.arange(length - 1, -1, -1)
+    tokens = torch.arange(V**length)[:, None] // place % V
+    return torch.cat([torch.tensor([head], dtype=torch.long).view(1, -1).expand(len(tokens), -1), tokens], 1), len(head)
 
 
 def gap(matrix: Tensor, stationary: Tensor | None = None) -> float:

@@ -12,6 +12,7 @@ from decodathlon.decoders.mcmc import multiple_try
 from decodathlon.decoders.mcmc.proposals import Distances, log_density
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.errors import SpecError, UnsupportedError
+from decodathlon.harness.measure import mixing
 from decodathlon.harness.targets import toy, transformers
 
 WEIGHTS = ("lam1", "iw", "lb", "sqrt-pi", "pi")
@@ -85,6 +86,7 @@ def test_all_at_once_is_in_detailed_balance(target_and_length, spec):
     target, length = target_and_length
     chain = decoders.build(spec)
     kernel, proposal = all_at_once_kernel(chain, target, length)
+    assert torch.allclose(mixing.transitions(chain, target, length), kernel, rtol=0, atol=TOLERANCE)
     assert torch.allclose(proposal.sum(1), torch.ones(len(proposal), dtype=torch.float64), atol=1e-6)
     assert kernel.min() >= -1e-6
     assert imbalance(kernel, law_of(target, length)) < TOLERANCE
@@ -107,6 +109,7 @@ def test_single_scan_is_in_detailed_balance(target_and_length):
         ratio = state.score[y] - state.score[x] + back - there
         kernel[x, y] = (there + ratio.clamp(max=0)).exp() / length
     assert imbalance(with_rest(kernel), law_of(target, length)) < TOLERANCE
+    assert torch.allclose(mixing.transitions(chain, target, length), with_rest(kernel), rtol=0, atol=TOLERANCE)
 
 
 def one_row_each(chain, target, length, rows=24_000, start=3):
@@ -213,10 +216,42 @@ def test_two_tries_are_in_detailed_balance(weight, make):
     log_path = log_path + weights.log_softmax(1).gather(1, c[:, None])[:, 0] + ratio.clamp(max=0)
     kernel = torch.zeros(M, M, dtype=torch.float64).index_put_((x, y), log_path.exp(), accumulate=True)
     assert imbalance(with_rest(kernel), law_of(target, 3)) < TOLERANCE
+    assert torch.allclose(mixing.transitions(chain, target, 3), with_rest(kernel), rtol=0, atol=TOLERANCE)
     forgotten = (log_path - ratio.clamp(max=0)).exp()
     naive = torch.zeros(M, M, dtype=torch.float64).index_put_((x, y), forgotten, accumulate=True)
     assert torch.allclose(naive.sum(1), torch.ones(M, dtype=torch.float64)), "every path was enumerated"
     assert imbalance(with_rest(naive), law_of(target, 3)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["gibbs", "gwg", "dula", "dlp", "pncg[scan=single]", *(f"mt-pncg[weight={w},tries=3,alpha=8]" for w in WEIGHTS)],
+)
+def test_a_step_draws_from_the_matrix_that_the_chain_states(spec, lm):
+    for target, length in ((toy.Ising(4, 0.42, 0.2), 4), (lm, 2)):
+        chain, law = decoders.build(spec), law_of(target, length)
+        matrix = mixing.transitions(chain, target, length)
+        assert torch.allclose(matrix.sum(1), torch.ones(len(law), dtype=torch.float64))
+        counts = one_row_each(chain, target, length)
+        assert agrees(counts, matrix[3])
+        assert not agrees(counts, matrix[2]), "it would see another row"
+        if spec == "dula":
+            assert float((law @ matrix - law).abs().max()) > 1e-3
+        else:
+            assert torch.allclose(law @ matrix, law, rtol=0, atol=TOLERANCE)
+        if spec not in ("dula", "gibbs"):  # a sweep leaves the law alone and is not in detailed balance
+            assert imbalance(matrix, law) < TOLERANCE
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_drawn_sums_of_tries_stand_for_all_of_them(weight, monkeypatch):
+    target, chain = toy.Ising(4, 0.5), decoders.build(f"mt-pncg[weight={weight},tries=4,alpha=8]")
+    exact = mixing.transitions(chain, target, 4)
+    monkeypatch.setattr(multiple_try, "MOST_SUMS", 800)
+    drawn = mixing.transitions(chain, target, 4)
+    assert not torch.equal(exact, drawn), "816 sums are more than 800"
+    assert mixing.gap(drawn) == pytest.approx(mixing.gap(exact), rel=0.03)
+    assert imbalance(drawn, law_of(target, 4)) < TOLERANCE
 
 
 def test_without_a_test_the_law_is_another(lm):

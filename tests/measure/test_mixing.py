@@ -65,12 +65,15 @@ def test_gap_of_a_chain_of_two_states():
 
 @pytest.mark.parametrize(("spec", "exact"), [("pncg[p=1,alpha=64]", 0.392), ("pncg[p=1,alpha=0.25]", None)])
 def test_gaps_of_p_ncg_on_the_ring_of_four(spec, exact):
-    """0.392 at alpha 64 by enumeration, as algorithms tables have it; 40,000 moves from each state tell it to 0.01."""
+    """0.392 at alpha 64; 40,000 moves from each state tell it to 0.01."""
     target, chain = toy.Ising(4, 0.21), decoders.build(spec)
     law = target.log_law.exp()
     found = mixing.gap(mixing.kernel(chain, target, 4, 40_000), law)
+    stated = mixing.spectral_gap(chain, target, 4)
+    assert found == pytest.approx(stated.value, abs=0.01)
+    assert stated.n == 16
     if exact is not None:
-        assert found == pytest.approx(exact, abs=0.01)
+        assert stated.value == pytest.approx(exact, abs=0.0005)
     else:
         assert found < 0.15, "nearly frozen"
 
@@ -83,6 +86,16 @@ def test_a_kernel_of_gibbs_forgets_in_a_sweep_what_single_sites_do_not():
     assert torch.allclose(sweep.sum(1), torch.ones(16, dtype=torch.float64))
     assert float((law @ sweep - law).abs().max()) < 0.01, "it leaves the law alone"
     assert mixing.gap(sweep) > mixing.gap(single, law)
+    assert float((sweep - mixing.transitions(decoders.build("gibbs"), target, 4)).abs().max()) < 0.015
+
+
+def test_a_chain_that_states_no_matrix_is_tried():
+    target = toy.Ising(2, 0.21)
+    chain = decoders.build("qalign[reward=length:2]")
+    assert mixing.transitions(chain, target, 2) is None
+    tried = mixing.spectral_gap(chain, target, 2)
+    assert tried.n == mixing.MOVES * 4
+    assert 0 < tried.value < 1
 
 
 def test_operations_are_counted_forward_and_backward():
