@@ -16,7 +16,8 @@ LENGTH = 3
         "draws": "independent: a chain's last state, one answer per call of what is spread over equal prompts",
         "law": "greedy-exact: the one text; exact: the target's; shaped: by the decoder's definition where it has one, "
         "else by its own shape; sharpened: the proposals' times the tilt that it states",
-        "definition": "of a shaped law, also compared with its shape on 200 laws of 64 tokens",
+        "definition": "of a shaped law, also compared with its shape on 200 laws of 64 tokens; of a chain that states "
+        "its transition matrix, the law of all texts with the same law after a step",
     },
     targets={"lm": "enumerable-lm[vocabulary=4]"},
     sizes={
@@ -42,9 +43,9 @@ def test_audit(cell):
     if cell.decoder.claim != "heuristic":  # which promises no law: the distance is for information
         cell.report("goodness_p", Estimate(exactness.p_value(counts, p), n=count))
         cell.report("visible_tvd", Estimate(exactness.visible_tvd(p, count), n=count))
-        gap = draws.definition_gap(cell.decoder)
+        gap = draws.definition_gap(cell.decoder, cell.target, LENGTH)
         if gap is not None:
-            cell.report("definition_gap", Estimate(gap, n=draws.LAWS))
+            cell.report("definition_gap", gap)
         cell.report("own_law", Estimate(float(not draws.is_defined(cell.decoder)), n=1))
         if not draws.is_defined(cell.decoder):
             cell.note("audit: without a definition, it was held against the law that it computes itself")

@@ -16,7 +16,8 @@ from decodathlon.harness.chain import Chain
 from decodathlon.harness.decoder import Decoder, Limits, Sampler
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
-from decodathlon.harness.measure import exactness
+from decodathlon.harness.measure import exactness, mixing
+from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.rewards import Answer, Tilted
 from decodathlon.harness.targets import toy
@@ -84,12 +85,15 @@ def is_defined(decoder: Decoder) -> bool:
 
 
 @torch.no_grad()
-def definition_gap(decoder: Decoder) -> float | None:
-    """Largest difference of a probability between a shaped sampler's `shape` and its definition; None without one.
+def definition_gap(decoder: Decoder, target: Target, length: int) -> Estimate | None:
+    """What can be said without a draw: the largest difference of a probability, over how many laws or texts.
 
-    Over laws of 64 tokens from flat to spiky, because on the four tokens of the audit's target a nucleus or the fifty
-    likeliest tokens may cut nothing.
+    Of a shaped sampler between its `shape` and its definition, over laws of 64 tokens from flat to spiky, because on
+    the four tokens of the audit's target a nucleus or the fifty likeliest tokens may cut nothing. Of a chain that
+    states its transition matrix between the target's law of all texts and the same law after a step.
     """
+    if isinstance(decoder, Chain):
+        return _step_gap(decoder, target, length)
     if (
         not isinstance(decoder, Sampler)
         or decoder.claim != "shaped"
@@ -100,7 +104,17 @@ def definition_gap(decoder: Decoder) -> float | None:
     generator = torch.Generator().manual_seed(0)
     spread = torch.linspace(0.2, 6.0, LAWS, dtype=torch.float64)[:, None]
     logits = spread * torch.randn(LAWS, TOKENS, generator=generator, dtype=torch.float64)
-    return float((decoder.shape(logits).exp() - _defined(decoder)(logits).exp()).abs().max())
+    return Estimate(float((decoder.shape(logits).exp() - _defined(decoder)(logits).exp()).abs().max()), n=LAWS)
+
+
+def _step_gap(chain: Chain, target: Target, length: int) -> Estimate | None:
+    if chain.claim != "exact" or chain.burn_in:
+        return None
+    matrix = mixing.transitions(chain, target, length)
+    if matrix is None:
+        return None
+    law = target.score(*mixing.all_texts(chain, target, length)).softmax(0)
+    return Estimate(float((law @ matrix - law).abs().max()), n=len(law))
 
 
 def _defined(decoder: Sampler) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ for R-hat and the effective sample size; Geyer 1992 for where its sum ends.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,19 +148,24 @@ def spectral_gap(chain: Chain, target: Target, length: int, seed: int = 0) -> Es
 @torch.no_grad()
 def transitions(chain: Chain, target: Target, length: int) -> Tensor | None:
     """(M, M) transition matrix over all M texts of so many tokens, in the order of their digits; None where the chain
-    cannot state it.
+    cannot state it, or overrides what the statement may rest on.
 
     Raises:
         ValueError: the chain has a burn-in, before which it is another chain.
     """
-    sequences, free = _all_texts(chain, target, length)
+    sequences, free = all_texts(chain, target, length)
+    line = type(chain).__mro__
+    stated = next(i for i, kind in enumerate(line) if "transitions" in vars(kind))
+    changed = {name for kind in line[:stated] for name, it in vars(kind).items() if inspect.isfunction(it)}
+    if any(name in dir(line[stated]) and not name.startswith("__") for name in changed):
+        return None
     return chain.transitions(target, chain.begin(target, sequences, free))
 
 
 @torch.no_grad()
 def kernel(chain: Chain, target: Target, length: int, moves: int, seed: int = 0) -> Tensor:
     """The same (M, M) estimated: `moves` single moves from each text. Only for targets without stop tokens."""
-    sequences, free = _all_texts(chain, target, length)
+    sequences, free = all_texts(chain, target, length)
     M, place = len(sequences), target.vocab_size ** torch.arange(length - 1, -1, -1)
     counts = torch.zeros(M * M, dtype=torch.float64)
     each = max(1, min(moves, ROWS_AT_ONCE // M))
@@ -172,7 +178,7 @@ def kernel(chain: Chain, target: Target, length: int, moves: int, seed: int = 0)
     return counts.view(M, M) / moves
 
 
-def _all_texts(chain: Chain, target: Target, length: int) -> tuple[Tensor, int]:
+def all_texts(chain: Chain, target: Target, length: int) -> tuple[Tensor, int]:
     """(M, L) all texts of so many free tokens, and where those begin."""
     if chain.burn_in:
         raise ValueError(f"{chain.spec} is another chain after its burn-in")

@@ -116,8 +116,9 @@ METRICS: dict[str, Metric] = {
     "definition_gap": Metric(
         "1",
         "lower",
-        "Largest difference of a token's probability between a shaped law and its definition in plain Python, over 200 "
-        "laws of 64 tokens; above 0.000001 the audit fails.",
+        "What an audit says without a draw; above 0.000001 it fails. Largest difference of a token's probability "
+        "between a shaped law and its definition in plain Python, over 200 laws of 64 tokens; or of a text's "
+        "probability between the law of a chain and the same law after a step, by the matrix that the chain states.",
         "exactness",
     ),
     "own_law": Metric(

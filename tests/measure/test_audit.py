@@ -158,11 +158,33 @@ def test_every_dishonest_decoder_is_caught(lm, dishonest):
 
 def test_a_law_is_held_against_its_definition_where_the_target_is_too_small(lm, dishonest):
     """Fifty likeliest of four tokens cut nothing; on laws of 64 tokens the comparison sees one token too few."""
-    assert draws.definition_gap(decoders.build("top-k")) < 1e-12
-    assert draws.definition_gap(decoders.build("top-p")) < 1e-12
-    assert draws.definition_gap(decoders.build("dishonest-top-p")) > 0.01
-    assert draws.definition_gap(decoders.build("temperature")) is None
-    assert draws.definition_gap(decoders.build("qalign")) is None
+
+    def gap(spec):
+        found = draws.definition_gap(decoders.build(spec), lm, LENGTH)
+        return None if found is None else found.value
+
+    assert gap("top-k") < 1e-12
+    assert gap("top-p") < 1e-12
+    assert gap("dishonest-top-p") > 0.01
+    assert gap("temperature") is None
+    assert gap("qalign") is None
+
+
+def test_a_chain_is_held_against_its_own_transition_matrix(lm, dishonest):
+    for spec in ("gibbs", "gwg", "pncg", "pncg[scan=single]", "dlp", "mt-pncg"):
+        found = draws.definition_gap(decoders.build(spec), lm, LENGTH)
+        assert found.value < 1e-12, spec
+        assert found.n == 64
+    assert draws.definition_gap(decoders.build("dishonest-chain"), lm, LENGTH).value > 1e-3, "no Metropolis test"
+    assert draws.definition_gap(decoders.build("dula"), lm, LENGTH) is None, "it claims nothing"
+    assert draws.definition_gap(decoders.build("pncg[burn_in=20]"), lm, LENGTH) is None
+
+
+def test_a_matrix_that_an_heir_has_made_untrue_is_not_used(lm, dishonest):
+    """`PerPosition` overrides the step of p-NCG, whose matrix therefore is not its own."""
+    heir = decoders.build("dishonest-positions")
+    assert heir.transitions.__qualname__.startswith("PNCG")
+    assert draws.definition_gap(heir, lm, LENGTH) is None
 
 
 def test_a_random_number_used_twice_leaves_each_token_right(lm, dishonest):
