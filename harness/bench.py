@@ -20,6 +20,8 @@ from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import journal, shards
 from decodathlon.harness.results.journal import Journal
+from decodathlon.harness.results.lines import Lines
+from decodathlon.harness.results.lines import path_of as path_of_lines
 from decodathlon.harness.suite import Cell, LateError, Suite
 
 #: Bytes of a file beyond which only its ends are hashed.
@@ -60,11 +62,12 @@ class Bench:
             expected: what the run began with; other weights or data are an error.
         """
         path = journal.path_of(folder, spec.cell_id)
-        notebook = Journal(path)
-        outcome = self.measure(spec, run_id, timeout=timeout, notebook=notebook, expected=expected)
+        notebook, lines = Journal(path), Lines(path_of_lines(folder, spec.cell_id))
+        outcome = self.measure(spec, run_id, timeout=timeout, notebook=notebook, lines=lines, expected=expected)
         if os.getpid() != self._process:  # a child that a decoder forked has come back as if it were us
             os._exit(1)
         notebook.close()
+        lines.close()
         outcome.attempts = list(attempts)
         if outcome.status not in ("ok", "unsupported"):
             outcome.log = log()
@@ -79,6 +82,7 @@ class Bench:
         *,
         timeout: float | None = None,
         notebook: Journal | None = None,
+        lines: Lines | None = None,
         expected: Mapping[str, str] | None = None,
     ) -> Outcome:
         """Run one cell to its end, whatever that is; only a dying process is not turned into an outcome."""
@@ -89,7 +93,7 @@ class Bench:
         try:
             if spec.broken is not None:
                 raise _BrokenPluginError(spec.broken)
-            cell = self._prepare(spec, outcome, timeout, notebook)
+            cell = self._prepare(spec, outcome, timeout, notebook, lines or Lines(None))
             _refuse_other(outcome, expected or {})
             outcome.seconds["prepare"] = time.perf_counter() - begin
             for part in ("decoder", "model", "data", "sizes", "protocol", "seconds"):
@@ -120,7 +124,9 @@ class Bench:
             outcome.arrays = {name: [float(f"{x:.7g}") for x in values] for name, values in cell.arrays.items()}
         return outcome
 
-    def _prepare(self, spec: CellSpec, outcome: Outcome, timeout: float | None, notebook: Journal) -> Cell:
+    def _prepare(
+        self, spec: CellSpec, outcome: Outcome, timeout: float | None, notebook: Journal, lines: Lines
+    ) -> Cell:
         """Everything that can be wrong is looked at before the model is loaded."""
         load_builtins()
         registry.load_entry_points()
@@ -133,9 +139,12 @@ class Bench:
         source = Path(inspect.getfile(suite.function)).read_bytes()
         outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
         texts = {}
-        if suite.data is not None:
-            texts = {split: self._text(suite.data, split, spec.data) for split in ("test", "validation")}
-            outcome.data = texts["test"].record() | {"validation_sha256": texts["validation"].sha256}
+        name = suite.data_of(spec.slice)
+        if name is not None:
+            texts = {split: self._text(name, split, spec.data) for split in datasets.splits(name)}
+            outcome.data = texts["test"].record()
+            if "validation" in texts:
+                outcome.data |= {"validation_sha256": texts["validation"].sha256}
         target = self._load(spec)
         from decodathlon.harness.measure import identity  # needs torch, which the controller does not load
 
@@ -155,6 +164,8 @@ class Bench:
             texts=texts,
             timeout=timeout,
             notebook=notebook,
+            lines=lines,
+            say=self._say,
         )
         cell.notes += left_out
         return cell

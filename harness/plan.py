@@ -54,7 +54,7 @@ def cells(options: Options) -> list[CellSpec]:
     if options.data is not None:
         if not Path(options.data).is_dir():
             raise MissingError(f"--data {options.data}: there is no such folder")
-        for name in sorted({s.data for s in suites if s.data}):
+        for name in sorted(set().union(*(s.data_sets for s in suites))):
             datasets.check_folder(name, options.data)
     common: dict[str, Any] = {
         "model": model.name,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results.journal import Journal
+from decodathlon.harness.results.lines import Lines
 from decodathlon.harness.results.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Target
 
 SCALES = ("smoke", "quick", "full")
+#: Seconds after which a long cell says how far it is.
+SAY_EVERY = 30.0
 T = TypeVar("T")
 
 
@@ -37,7 +40,7 @@ class Suite:
     Args:
         version: raised when the measurement changes, so that old and new rows never share a line.
         asks: the question that it answers, in one line.
-        data: the data set that it reads, or None.
+        data: the data set that it reads, one per slice where it is a mapping; or None.
         sizes: per scale, the fixed sample sizes; a list under `slices` makes one cell per element.
         rivals: decoders that every cell of the suite is compared with, side by side in the same worker.
         table: the metrics that the summary shows, most telling first.
@@ -47,7 +50,7 @@ class Suite:
     name: str
     version: int
     asks: str
-    data: str | None
+    data: str | Mapping[str, str] | None
     sizes: Mapping[str, Mapping[str, Any]]
     rivals: Sequence[str]
     table: Sequence[str]
@@ -61,6 +64,15 @@ class Suite:
     def slices(self, scale: str) -> Sequence[str]:
         return tuple(self.sizes[scale].get("slices", ("all",)))
 
+    def data_of(self, part: str) -> str | None:
+        """The data set of a slice."""
+        return self.data if self.data is None or isinstance(self.data, str) else self.data[part]
+
+    @property
+    def data_sets(self) -> set[str]:
+        """All data sets that it reads."""
+        return set() if self.data is None else {self.data} if isinstance(self.data, str) else set(self.data.values())
+
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -71,7 +83,7 @@ def suite(
     version: int,
     asks: str,
     sizes: Mapping[str, Mapping[str, Any]],
-    data: str | None = None,
+    data: str | Mapping[str, str] | None = None,
     rivals: Sequence[str] = (),
     table: Sequence[str] = (),
     protocol: Mapping[str, str] | None = None,
@@ -138,6 +150,8 @@ class Cell:
         texts: Mapping[Split, Text],
         timeout: float | None = None,
         notebook: Journal | None = None,
+        lines: Lines | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.suite = suite
         self.decoder = decoder
@@ -155,6 +169,9 @@ class Cell:
         self.late = ""
         self._timeout, self._deadline = timeout, float("inf")
         self._notebook = notebook or Journal(None)
+        #: What is kept of every unit of a long cell, and what an earlier attempt has kept.
+        self.lines = lines or Lines(None)
+        self._say = say
 
     def begin(self) -> None:
         """Start the clock of --cell-timeout."""
@@ -167,8 +184,14 @@ class Cell:
         Raises:
             LateError: nothing had been measured.
         """
+        began = said = time.monotonic()
         for done, unit in enumerate(units):
-            if time.monotonic() > self._deadline:
+            now = time.monotonic()
+            if done and now - said > SAY_EVERY:
+                left = (now - began) / done * (len(units) - done)
+                self._say(f"  {self.suite.name} {self.decoder.spec}: {done} of {len(units)}, about {left:.0f} s left")
+                said = now
+            if now > self._deadline:
                 self.late = f"after {self._timeout:.4g} s {done} of {len(units)} units were measured"
                 if done == 0:
                     raise LateError(f"--cell-timeout {self._timeout:.4g}: nothing was measured in time")

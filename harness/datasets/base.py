@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -60,26 +60,26 @@ class DataSet:
 
     Args:
         file: name of a split's file in a `--data` folder; beside it the same name with .jsonl is read too.
-        parse: rows of such a file.
-        field: what a row is called in JSON lines, as `Dataset.to_json` writes them.
+        parse: rows of a split from the text of such a file, which may hold all splits.
         hub: rows and revision of a split from the hub, `offline` from its cache only; raises MissingError.
         stand_in: text of the project's own where nothing else can be had.
     """
 
     name: str
     file: Callable[[Split], str]
-    parse: Callable[[str], tuple[str, ...]]
+    parse: Callable[[str, Path, Split], tuple[str, ...]]
     hub: Callable[[Split, bool], tuple[tuple[str, ...], str]]
     stand_in: Callable[[Split], Text]
     joint: str
-    field: str
-    #: sha256 of each joined split; text that differs does not carry the data set's name.
-    sha256: Mapping[Split, str]
+    #: sha256 of each joined split, one or more; text that differs does not carry the data set's name.
+    sha256: Mapping[Split, str | Sequence[str]]
+    splits: tuple[Split, ...] = ("test", "validation")
 
     def text(self, split: Split, source: Source, rows: tuple[str, ...], revision: str) -> Text:
         """The rows under their name, or as unverified where they are not the known ones."""
         found = Text(self.name, revision, split, source, rows, self.joint)
-        if found.sha256 != self.sha256[split]:
+        known = self.sha256[split]
+        if found.sha256 not in ([known] if isinstance(known, str) else known):
             found = replace(found, name=f"unverified-{self.name}-{found.sha256[:8]}")
         return found
 
@@ -103,13 +103,19 @@ def find(name: str, split: Split, folder: str | None, say: Callable[[str], None]
     return data.stand_in(split)
 
 
+def splits(name: str) -> tuple[Split, ...]:
+    """The splits that a data set has."""
+    data: DataSet = registry.get("dataset", name)
+    return data.splits
+
+
 def check_folder(name: str, folder: str) -> None:
     """
     Raises:
         MissingError: `folder` lacks a file of the data set.
     """
     data: DataSet = registry.get("dataset", name)
-    for split in ("test", "validation"):
+    for split in data.splits:
         _file(data, split, Path(folder))
 
 
@@ -118,8 +124,9 @@ def _file(data: DataSet, split: Split, folder: Path) -> Path:
     path = folder / data.file(split)
     lines = path.with_suffix(".jsonl")
     if not path.is_file() and not lines.is_file():
+        either = path.name if path == lines else f"{path.name}, nor {lines.name}"
         raise MissingError(
-            f"--data {folder} has no {path.name} ({data.name}, {split}), nor {lines.name}; add it or leave --data out"
+            f"--data {folder} has no {either} ({data.name}, {split}); add it, leave --data out, or name other suites"
         )
     return path if path.is_file() else lines
 
@@ -148,10 +155,10 @@ def _from_folder(data: DataSet, split: Split, folder: Path) -> Text:
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")
-        rows = json_lines(text, data.field, path) if path.suffix == ".jsonl" else data.parse(text)
+        rows = data.parse(text, path, split)
     except UnicodeDecodeError as error:
         raise MissingError(f"{path} is not UTF-8 (byte {error.start}); convert it and run again") from None
     if not any(row.strip() for row in rows):
-        raise MissingError(f"{path} has no text")
+        raise MissingError(f"{path} has no text" + ("" if split == "test" else f" for {split}"))
     revision = f"file-{hashlib.sha256(raw).hexdigest()[:12]}"
     return data.text(split, "folder", rows, revision)

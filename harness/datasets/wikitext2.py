@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
-from decodathlon.harness.datasets import prose
-from decodathlon.harness.datasets.base import DataSet, Split
-from decodathlon.harness.errors import MissingError
+from decodathlon.harness.datasets import hub, prose
+from decodathlon.harness.datasets.base import DataSet, Split, json_lines
 from decodathlon.harness.registry import registry
 
 #: Of the splits' rows joined by "\\n\\n".
@@ -23,8 +20,10 @@ def file_name(split: Split) -> str:
     return f"{CONFIG}.{'valid' if split == 'validation' else split}.txt"
 
 
-def rows_of_file(text: str) -> tuple[str, ...]:
-    """The hub's rows: one per line, with its line feed, and an empty string for a blank line."""
+def rows_of_file(text: str, path: Path, split: Split) -> tuple[str, ...]:
+    """The hub's rows: one per line, with its line feed, an empty string for a blank line; or those of JSON lines."""
+    if path.suffix == ".jsonl":
+        return json_lines(text, "text", path)
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     return tuple(line + "\n" if line.strip() else "" for line in lines)
 
@@ -35,44 +34,13 @@ def rows_of_hub(split: Split, offline: bool) -> tuple[tuple[str, ...], str]:
     Raises:
         MissingError: they cannot be had.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise MissingError("the hub's data sets need the package datasets: pip install datasets") from None
-    if not offline:
-        from decodathlon.harness.models import check_hub
-
-        check_hub(f"data set {HUB_ID}")
-    try:
-        with _hub_offline() if offline else contextlib.nullcontext():
-            table = datasets.load_dataset(HUB_ID, CONFIG, split=split)
-    except Exception as error:
-        raise MissingError(f"data set {HUB_ID}: {str(error).splitlines()[0] if str(error) else error!r}") from error
-    checksums = sorted(getattr(table.info, "download_checksums", None) or {})
-    revision = checksums[0].partition("@")[2].partition("/")[0] if checksums else table._fingerprint
+    table, revision = hub.table(HUB_ID, CONFIG, split, offline=offline)
     return tuple(table["text"]), revision
-
-
-@contextlib.contextmanager
-def _hub_offline() -> Iterator[None]:
-    """Look into the cache only. The libraries read their switch at import; without it they retry for a minute."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    holders: list[Any] = [m for m in (datasets.config, huggingface_hub.constants) if hasattr(m, "HF_HUB_OFFLINE")]
-    before = [m.HF_HUB_OFFLINE for m in holders]
-    try:
-        for module in holders:
-            module.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for module, value in zip(holders, before, strict=True):
-            module.HF_HUB_OFFLINE = value
 
 
 registry.add(
     "dataset",
     "wikitext-2-raw-v1",
-    DataSet("wikitext-2-raw-v1", file_name, rows_of_file, rows_of_hub, prose.stand_in, "\n\n", "text", SHA256),
+    DataSet("wikitext-2-raw-v1", file_name, rows_of_file, rows_of_hub, prose.stand_in, "\n\n", SHA256),
     source=__file__,
 )

@@ -274,6 +274,133 @@ METRICS: dict[str, Metric] = {
         "New tokens that the cell's timed runs of the decoder made.",
         "context",
     ),
+    "pass_at_1": Metric(
+        "1",
+        "higher",
+        "Share of right answers, averaged over several to each problem where there are several (avg@k), with an "
+        "interval over problems.",
+        "quality",
+    ),
+    "maj_at_k": Metric(
+        "1",
+        "higher",
+        "Share of problems whose most frequent answer is right (self-consistency); of equally frequent ones the share.",
+        "quality",
+    ),
+    "best_of_k": Metric(
+        "1",
+        "higher",
+        "Share of problems whose answer with the greatest log-probability per token under the model is right.",
+        "quality",
+    ),
+    "pass_at_k": Metric(
+        "1",
+        "higher",
+        "Share of problems of which at least one of k answers is right, unbiased (Chen et al. 2021); k is `samples`.",
+        "quality",
+    ),
+    "mc1": Metric(
+        "1",
+        "higher",
+        "TruthfulQA: share of questions whose best answer has more probability than every false one under the "
+        "decoder's own law; where several are equal, the share of them that is right.",
+        "quality",
+    ),
+    "mc2": Metric(
+        "1",
+        "higher",
+        "TruthfulQA: probability of the true answers among all that are offered, under the decoder's own law; where it "
+        "gives none to any of them, the share of true ones.",
+        "quality",
+    ),
+    "bleu_acc": Metric(
+        "1",
+        "higher",
+        "TruthfulQA: share of answers that are nearer to a true reference than to any false one, by BLEU. Short and "
+        "evasive answers do well by it.",
+        "quality",
+    ),
+    "rouge1_acc": Metric(
+        "1",
+        "higher",
+        "The same by ROUGE-1.",
+        "quality",
+    ),
+    "rouge_l_acc": Metric(
+        "1",
+        "higher",
+        "The same by ROUGE-L.",
+        "quality",
+    ),
+    "bleu_diff": Metric(
+        "1",
+        "higher",
+        "TruthfulQA: BLEU (0 to 100) to the nearest true reference less that to the nearest false one.",
+        "quality",
+    ),
+    "decided": Metric(
+        "1",
+        "higher",
+        "Share of questions of which the decoder's own law gives some probability to at least one answer; the others "
+        "are guesses.",
+        "context",
+    ),
+    "answered": Metric(
+        "1",
+        "higher",
+        "Share of answers in which something could be graded: a box with readable mathematics.",
+        "context",
+    ),
+    "samples": Metric(
+        "1",
+        "none",
+        "Answers to each question: the k of the others. Greedy search gives one, as all would be the same.",
+        "context",
+    ),
+    "oracle": Metric(
+        "1",
+        "none",
+        "Share of right answers, written by the model's tokenizer, that the cell's own grading finds right; empty "
+        "answers must all be wrong. Anything but 1 fails the cell.",
+        "context",
+    ),
+    "grader_timeouts": Metric(
+        "1",
+        "lower",
+        "Answers over which the grader hung; they count as wrong.",
+        "context",
+    ),
+    "answer_tokens": Metric(
+        "1",
+        "none",
+        "New tokens of an answer, on average.",
+        "context",
+    ),
+    "answer_seconds": Metric(
+        "s",
+        "lower",
+        "Seconds of an answer, on average: its share of the batch in which it was drawn. Cells run one after another, "
+        "so differences hold the noise of the machine.",
+        "context",
+    ),
+    "answer_calls": Metric(
+        "1",
+        "none",
+        "Forward passes that an answer took, on average, as its decoder counts them.",
+        "context",
+    ),
+    "answer_positions": Metric(
+        "1",
+        "none",
+        "Tokens that these passes read for this answer, on average.",
+        "context",
+    ),
+    "answer_flops": Metric(
+        "1",
+        "none",
+        "Floating-point operations of an answer, estimated: 2 per parameter and token read.",
+        "context",
+    ),
     "overhead_s": Metric(
         "s",
         "lower",

@@ -170,6 +170,11 @@ class Target(ABC):
         """Text of `tokens`, special tokens left out."""
         raise UnsupportedError("text", f"{self.name} has no tokenizer")
 
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+        """Tokens of a talk (role and content by turn) up to where the assistant's answer begins, by the model's own
+        template; None where it has none."""
+        return None
+
     def log_prob(self, sequences: Sequence[Sequence[int]], given: int | Sequence[int] = 1) -> Tensor:
         """(B,) float64 natural log-probability of each sequence, given its first `given` tokens."""
         heads = [given] * len(sequences) if isinstance(given, int) else list(given)

@@ -8,7 +8,7 @@ its window, and a model that disagrees is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -208,6 +208,12 @@ class TransformersTarget(Target):
         if self.tokenizer is None:
             return super().decode(tokens)
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        found = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return list(found["input_ids"])
 
     @torch.no_grad()
     def open(

@@ -1,0 +1,88 @@
+"""How often answers are right, where every question got several: means, pass@k, majority and best of k, by question.
+
+Chen et al. 2021 for the unbiased pass@k; Wang et al. 2022 for the majority (self-consistency).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Graded:
+    """An answer and what a grader made of it."""
+
+    question: str
+    correct: bool
+    #: What was graded; None where nothing could be.
+    extracted: str | None
+    #: Natural-log probability per token under the model, where it is known.
+    confidence: float | None = None
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n answers, drawn without replacement, hold a right one, if `correct` of the n are right."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(answers: Sequence[Graded], same: Callable[[str, str], bool]) -> float:
+    """1 if the answer that most gave is right; where several are equally frequent, the share of them that are.
+
+    Args:
+        same: whether two extracted answers say the same.
+    """
+    classes: list[list[Graded]] = []
+    for one in answers:
+        if one.extracted is None:
+            continue
+        for members in classes:
+            first = members[0].extracted
+            if first == one.extracted or (first is not None and same(first, one.extracted)):
+                members.append(one)
+                break
+        else:
+            classes.append([one])
+    if not classes:
+        return 0.0
+    most = max(map(len, classes))
+    leading = [members for members in classes if len(members) == most]
+    return sum(members[0].correct for members in leading) / len(leading)
+
+
+def best(answers: Sequence[Graded]) -> float | None:
+    """1 if the answer that the model itself finds likeliest per token is right; None where it cannot be asked."""
+    if any(a.confidence is None for a in answers):
+        return None
+    return float(max(answers, key=lambda a: a.confidence or -math.inf).correct)
+
+
+def metrics(graded: Sequence[Graded], same: Callable[[str, str], bool]) -> dict[str, Estimate | Observations]:
+    """Every metric of a set of questions, with intervals over questions: several answers to one are no new evidence."""
+    answers: dict[str, list[Graded]] = {}
+    for one in graded:
+        answers.setdefault(one.question, []).append(one)
+    names = list(answers)
+    right = [float(sum(a.correct for a in answers[n])) for n in names]
+    counts = [len(answers[n]) for n in names]
+    readable = [float(sum(a.extracted is not None for a in answers[n])) for n in names]
+    found: dict[str, Estimate | Observations] = {
+        "pass_at_1": Observations(names, right, counts, share=True),
+        "answered": Observations(names, readable, counts, share=True),
+        "samples": Estimate(min(counts), n=len(names)),
+    }
+    k = min(counts)
+    if k > 1:
+        ones = [1.0] * len(names)
+        some = [pass_at_k(len(answers[n]), int(r), k) for n, r in zip(names, right, strict=True)]
+        found["pass_at_k"] = Observations(names, some, ones, share=True)
+        agreed = [majority(answers[n], same) for n in names]
+        found["maj_at_k"] = Observations(names, agreed, ones, share=True)
+        chosen = [best(answers[n]) for n in names]
+        if all(c is not None for c in chosen):
+            found["best_of_k"] = Observations(names, [c or 0.0 for c in chosen], ones, share=True)
+    return found

@@ -1,0 +1,161 @@
+"""One protocol for all answers: how a question becomes a prompt, how many answers it gets, and what they cost.
+
+It is the same for all decoders: the model's chat template, or where it has none the plain form below; the same greatest
+length; and every answer draws from a random stream of its own, so that batches and resumed runs change nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from decodathlon.harness.decoder import Cost, Limits
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.randomness import RowRandom
+
+if TYPE_CHECKING:
+    from decodathlon.harness.suite import Cell
+    from decodathlon.harness.targets.base import Target
+
+#: How a model without a chat template is asked; what it writes behind the next "Question:" is not its answer.
+PLAIN = "Question: {}\n\nAnswer:"
+NEXT = "\n\nQuestion:"
+#: Tokens without which there is no answer worth grading.
+FEWEST_TOKENS = 16
+#: A turn: who speaks (user or assistant), and what.
+Turn = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one question, as it is kept."""
+
+    question: str
+    sample: int
+    text: str
+    tokens: int
+    stop_reason: str
+    #: Of the whole answer under the model, where the decoder knows it.
+    log_prob: float | None
+    #: Its share of the time of its batch.
+    seconds: float
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def row(self) -> str:
+        return f"{self.question}/{self.sample}"
+
+    def as_line(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Answer:
+        return cls(**{k: v for k, v in line.items() if k in cls.__dataclass_fields__} | {"cost": Cost(**line["cost"])})
+
+
+def prompt(target: Target, turns: Sequence[Turn]) -> list[int]:
+    """The tokens before the answer to a talk that ends with the user's turn.
+
+    Raises:
+        UnsupportedError: the target reads no text.
+    """
+    if "text" not in target.capabilities:
+        raise UnsupportedError("text", f"{target.name} has no tokenizer")
+    tokens = target.chat([{"role": who, "content": text} for who, text in turns])
+    if tokens is not None:
+        return tokens
+    parts = [PLAIN.format(text) if who == "user" else f" {text.strip()}\n\n" for who, text in turns]
+    return target.encode("".join(parts))
+
+
+def protocol(target: Target) -> str:
+    """How prompts were made, for the record."""
+    return "plain" if target.chat([{"role": "user", "content": "?"}]) is None else "chat template"
+
+
+def ask(
+    cell: Cell, prompts: Mapping[str, Sequence[int]], *, tokens: int, samples: int = 1, rows: int = 8
+) -> Iterator[list[Answer]]:
+    """All answers to one question after the other, in the order of the prompts.
+
+    Args:
+        prompts: by the name of the question.
+        tokens: the most that an answer may have.
+        samples: answers per question; greedy search gives one, the others would be the same.
+        rows: answers that are drawn side by side.
+
+    Raises:
+        UnsupportedError: the model's context is too short for the prompts.
+    """
+    room = cell.target.context_length - max(map(len, prompts.values()), default=0)
+    if room < FEWEST_TOKENS:
+        raise UnsupportedError(
+            f"a context of {cell.target.context_length - room + FEWEST_TOKENS} tokens",
+            f"{cell.target.name} reads {cell.target.context_length}",
+        )
+    if room < tokens:
+        cell.note(f"answers end after {room} tokens, not {tokens}: the model reads {cell.target.context_length}")
+    limits = Limits(min(tokens, room))
+    if cell.decoder.claim == "greedy-exact":
+        samples = 1
+    names = list(prompts)
+    each = max(1, rows // samples)
+    batches = [names[i : i + each] for i in range(0, len(names), each)]
+    for batch in cell.until_late(batches):
+        found = _known(cell, batch, samples) or _drawn(cell, prompts, batch, limits, samples)
+        for name in batch:
+            yield [a for a in found if a.question == name]
+
+
+def _known(cell: Cell, batch: Sequence[str], samples: int) -> list[Answer]:
+    """What an earlier attempt at this cell has drawn of a batch; nothing if any of it is missing."""
+    lines = [cell.lines.earlier.get(f"{name}/{i}") for name in batch for i in range(samples)]
+    return [Answer.from_line(line) for line in lines if line is not None] if all(lines) else []
+
+
+def _drawn(
+    cell: Cell, prompts: Mapping[str, Sequence[int]], batch: Sequence[str], limits: Limits, samples: int
+) -> list[Answer]:
+    keys = [f"{name}/{i}" for name in batch for i in range(samples)]
+    begun = time.perf_counter()
+    drawn = cell.decoder.generate(
+        cell.target,
+        [list(prompts[name]) for name in batch for _ in range(samples)],
+        limits,
+        RowRandom(cell.seed, keys),
+    )
+    each = (time.perf_counter() - begun) / len(keys)
+    found = []
+    for key, one in zip(keys, drawn, strict=True):
+        name, _, number = key.rpartition("/")
+        text = one.text.partition(NEXT)[0]
+        found.append(Answer(name, int(number), text, len(one.tokens), one.stop_reason, one.log_prob, each, one.cost))
+        cell.lines.write(key, **found[-1].as_line(), prompt=cell.target.decode(prompts[name]))
+    return found
+
+
+def costs(answers: Sequence[Answer], target: Target) -> dict[str, Observations]:
+    """What an answer cost, so that decoders can be compared at equal any-of-these; drafts are counted apart."""
+    names = list(dict.fromkeys(a.question for a in answers))
+
+    def per_question(values: Sequence[float]) -> Observations:
+        sums = dict.fromkeys(names, 0.0)
+        counts = dict.fromkeys(names, 0)
+        for answer, value in zip(answers, values, strict=True):
+            sums[answer.question] += value
+            counts[answer.question] += 1
+        return Observations(names, [sums[n] for n in names], [counts[n] for n in names])
+
+    found = {
+        "answer_tokens": per_question([a.tokens for a in answers]),
+        "answer_seconds": per_question([a.seconds for a in answers]),
+    }
+    if all(a.cost.target_calls for a in answers):  # a decoder that does not tell has not computed for nothing
+        found["answer_calls"] = per_question([a.cost.target_calls for a in answers])
+        found["answer_positions"] = per_question([a.cost.target_positions for a in answers])
+        each = 2.0 * target.parameters
+        found["answer_flops"] = per_question([each * a.cost.target_positions for a in answers])
+    return found

@@ -1,0 +1,114 @@
+"""lm-eval's own tasks on a cell's decoder: its prompts, its metrics, its aggregation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lm_eval
+import torch
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager, get_task_dict
+from tqdm import tqdm
+
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Estimate
+
+#: Where lm-eval keeps the tasks that it ships.
+SHIPPED = Path(lm_eval.__file__).parent / "tasks"
+
+
+class Result(NamedTuple):
+    """What lm-eval found of one task."""
+
+    #: By metric and filter, such as "acc,none".
+    metrics: dict[str, Estimate | Observations]
+    higher_is_better: Mapping[str, bool | None]
+    #: Per document, with lm-eval's own fields.
+    samples: list[dict[str, Any]]
+    version: str
+
+
+def redirect(folder: Path, name: str, file: str, data: Path, split: str = "validation") -> None:
+    """Put a task that lm-eval ships into a folder, as it is but for its name and its data, which are a local file's."""
+    task = {
+        "include": str(SHIPPED / file),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(data)}},
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+
+
+def run(model: LM, tasks: Sequence[str], *, limit: int | None = None, folder: Path | None = None) -> dict[str, Result]:
+    """Evaluate tasks, of each the first `limit` documents.
+
+    Args:
+        folder: where the tasks are; by default those that lm-eval ships.
+    """
+    with _quiet(), _own_seeds():
+        where: dict[str, Any] = {} if folder is None else {"include_path": str(folder), "include_defaults": False}
+        made = get_task_dict(list(tasks), TaskManager(**where))
+        found = evaluate(lm=model, task_dict=made, limit=limit, bootstrap_iters=1000, log_samples=True)
+    return {
+        name: Result(
+            _metrics(found["results"][name], found["samples"].get(name, [])),
+            found["higher_is_better"].get(name, {}),
+            found["samples"].get(name, []),
+            str(found["versions"].get(name)),
+        )
+        for name in found["results"]
+        if name in found["samples"]
+    }
+
+
+def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Estimate | Observations]:
+    """Per metric its units where it is their mean, else the value with the interval of lm-eval's standard error."""
+    found: dict[str, Estimate | Observations] = {}
+    for key, value in results.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        each = [s[metric] for s in samples if s.get("filter", "none") == kind and metric in s]
+        plain = all(isinstance(x, (bool, int, float)) or hasattr(x, "item") for x in each)
+        numbers = [float(x) for x in each] if plain else []
+        if numbers and math.isclose(sum(numbers) / len(numbers), float(value), rel_tol=1e-9, abs_tol=1e-12):
+            rows = [f"doc-{s['doc_id']}" for s in samples if s.get("filter", "none") == kind and metric in s]
+            found[key] = Observations(rows, numbers, [1.0] * len(numbers))
+            continue
+        error = results.get(f"{metric}_stderr,{kind}")
+        half = 1.96 * float(error) if isinstance(error, (int, float)) and math.isfinite(float(error)) else None
+        low, high = (None, None) if half is None else (float(value) - half, float(value) + half)
+        found[key] = Estimate(float(value), low, high, len({s["doc_id"] for s in samples}))
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval logs and draws bars, which leave threads behind; a cell has its own lines."""
+    before, interval = logging.root.manager.disable, tqdm.monitor_interval
+    logging.disable(logging.WARNING)
+    tqdm.monitor_interval = 0
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        tqdm.monitor_interval = interval
+
+
+@contextlib.contextmanager
+def _own_seeds() -> Iterator[None]:
+    """lm-eval may seed the global generators; nobody else's draws shall depend on that."""
+    with torch.random.fork_rng(devices=[]):
+        yield

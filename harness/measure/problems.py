@@ -1,0 +1,78 @@
+"""Mathematical problems: asked, answered, graded, and the grading itself proved in every cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from decodathlon.harness.measure import accuracy, asking
+from decodathlon.harness.measure.accuracy import Graded
+from decodathlon.harness.measure.asking import Answer
+from decodathlon.harness.measure.grading import TIMEOUT, Grader
+from decodathlon.harness.measure.statistics import Estimate
+
+if TYPE_CHECKING:
+    from decodathlon.harness.suite import Cell
+
+#: What every problem is followed by.
+INSTRUCTION = "\n\nReason step by step, and put your final answer within \\boxed{}."
+
+
+def measure(cell: Cell, problems: Sequence[Mapping[str, Any]]) -> None:
+    """Report how many of the problems (id, problem, answer) the cell's decoder solves."""
+    with Grader() as grader:
+        prove(cell, problems, grader)
+        prompts = {p["id"]: asking.prompt(cell.target, [("user", p["problem"] + INSTRUCTION)]) for p in problems}
+        by_id = {p["id"]: p for p in problems}
+        numbers = {p["id"]: i for i, p in enumerate(problems)}
+        graded: list[Graded] = []
+        answers: list[Answer] = []
+        hung = 0
+        sizes = cell.sizes
+        for batch in asking.ask(cell, prompts, tokens=sizes["tokens"], samples=sizes["samples"]):
+            for answer in batch:
+                problem = by_id[answer.question]
+                began = time.perf_counter()
+                verdict = grader.grade(problem["answer"], answer.text)
+                scoring = time.perf_counter() - began
+                hung += verdict.trouble == TIMEOUT
+                confidence = None if answer.log_prob is None else answer.log_prob / max(1, answer.tokens)
+                readable = verdict.extracted if not verdict.trouble else None
+                graded.append(Graded(answer.question, verdict.correct, readable, confidence))
+                answers.append(answer)
+                cell.sample(
+                    answer.row,
+                    problem_idx=numbers[answer.question],
+                    ground_truth=problem["answer"],
+                    response=answer.text,
+                    extracted_answer=verdict.extracted,
+                    correct=verdict.correct,
+                    trouble=verdict.trouble,
+                    tokens=answer.tokens,
+                    stop_reason=answer.stop_reason,
+                    timing={"total": answer.seconds + scoring, "generation": answer.seconds, "scoring": scoring},
+                )
+        for metric, found in accuracy.metrics(graded, lambda a, b: grader.same(a, b).correct).items():
+            cell.report(metric, found)
+    cell.report("grader_timeouts", Estimate(hung, n=len(graded)))
+    for metric, found in asking.costs(answers, cell.target).items():
+        cell.report(metric, found)
+
+
+def prove(cell: Cell, problems: Sequence[Mapping[str, Any]], grader: Grader) -> None:
+    """The right answers, written by the model's tokenizer, must all be right, and empty ones wrong.
+
+    Raises:
+        RuntimeError: they are not: then no number of this cell would mean anything.
+    """
+    target, wrong = cell.target, []
+    for problem in problems:
+        box = f"\\boxed{{{problem['answer']}}}"
+        if not grader.grade(problem["answer"], target.decode(target.encode(box, special=False))).correct:
+            wrong.append(problem["id"])
+        if grader.grade(problem["answer"], "").correct:
+            raise RuntimeError(f"an empty answer to {problem['id']} was graded as right")
+    cell.report("oracle", Estimate(1 - len(wrong) / len(problems), n=len(problems)))
+    if wrong:
+        raise RuntimeError(f"the right answer to {wrong[0]} ({len(wrong)} of {len(problems)}) was graded as wrong")

@@ -1,0 +1,142 @@
+"""TruthfulQA through lm-eval: its tasks as they are shipped, the decoder behind them, ties and zeros told apart.
+
+lm-eval takes the first of several equally likely choices, and in this set the first one is right. A law that cuts all
+choices would score 100 %. So mc1 and mc2 are worked out here from lm-eval's own likelihoods; without ties they are its.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.model import LM
+
+from decodathlon.harness.measure import lm_eval_tasks
+from decodathlon.harness.measure.lm_eval_model import DecoderLM
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Estimate
+
+if TYPE_CHECKING:
+    from decodathlon.harness.suite import Cell
+
+#: What lm-eval ships, by the name that it gets here.
+MC1, MC2, GENERATION = "decodathlon_mc1", "decodathlon_mc2", "decodathlon_generation"
+FILES = {MC1: "truthfulqa_mc1.yaml", MC2: "truthfulqa_mc2.yaml", GENERATION: "truthfulqa_gen.yaml"}
+#: Questions of which true and empty answers prove the scoring of free answers.
+PROVED = 8
+LABELS = {MC1: "mc1_targets", MC2: "mc2_targets"}
+
+
+class Told(LM):  # type: ignore[misc]
+    """A model that was told the answers and says the true ones, or else the false ones and nothing at all."""
+
+    def __init__(self, *, truth: bool) -> None:
+        super().__init__()
+        self.truth = truth
+
+    def loglikelihood(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        right = [r.doc[LABELS[r.task_name]]["labels"][r.idx] == 1 for r in requests]
+        return [(0.0 if r is self.truth else -1000.0, False) for r in right]
+
+    def loglikelihood_rolling(self, requests: list[Any], **kwargs: Any) -> list[float]:
+        raise NotImplementedError("no task of TruthfulQA asks for it")
+
+    def generate_until(self, requests: list[Any], **kwargs: Any) -> list[str]:
+        return [r.doc["correct_answers"][0] if self.truth else "" for r in requests]
+
+
+def choices(cell: Cell) -> None:
+    """Report mc1 and mc2 of the cell's questions."""
+    with _tasks(cell, names := (MC1, MC2)) as folder:
+        for truth in (True, False):
+            told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder)
+            _prove(cell, [score for name, result in told.items() for score in _scores(result, name)], truth)
+        found = lm_eval_tasks.run(DecoderLM(cell), names, folder=folder)
+    for name, metric in ((MC1, "mc1"), (MC2, "mc2")):
+        rows = [s["doc"]["id"] for s in found[name].samples]
+        cell.report(metric, Observations(rows, _scores(found[name], name), [1.0] * len(rows), share=True))
+        for sample, score in zip(found[name].samples, _scores(found[name], name), strict=True):
+            cell.sample(
+                f"{sample['doc']['id']}/{metric}",
+                score=score,
+                log_probs=_likelihoods(sample),
+                labels=sample["doc"][LABELS[name]]["labels"],
+            )
+    decided = [any(x > -math.inf for x in _likelihoods(s)) for s in found[MC1].samples]
+    rows = [s["doc"]["id"] for s in found[MC1].samples]
+    cell.report("decided", Observations(rows, [float(d) for d in decided], [1.0] * len(rows), share=True))
+
+
+def generation(cell: Cell) -> None:
+    """Report how near free answers are to true and to false references."""
+    with _tasks(cell, names := (GENERATION,)) as folder:
+        for truth in (True, False):
+            # its scoring takes a third of a second per answer; BLEU of a short answer is not 100 even where it is equal
+            told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder, limit=PROVED)[GENERATION]
+            _prove(cell, [float(s["rouge1_acc"]) for s in told.samples], truth)
+        found = lm_eval_tasks.run(DecoderLM(cell, cell.sizes["tokens"]), names, folder=folder)[GENERATION]
+    rows = [s["doc"]["id"] for s in found.samples]
+    for metric, its in (("bleu_acc",) * 2, ("rouge1_acc",) * 2, ("rouge_l_acc", "rougeL_acc"), ("bleu_diff",) * 2):
+        values = [float(s[its]) for s in found.samples]
+        cell.report(metric, Observations(rows, values, [1.0] * len(rows), share=metric.endswith("acc")))
+    for sample in found.samples:
+        cell.sample(
+            f"{sample['doc']['id']}/generation",
+            response=sample["filtered_resps"][0],
+            bleu_acc=float(sample["bleu_acc"]),
+            rouge1_acc=float(sample["rouge1_acc"]),
+        )
+
+
+def _likelihoods(sample: Mapping[str, Any]) -> list[float]:
+    return [float(reply[0]) for reply in sample["filtered_resps"]]
+
+
+def _scores(result: lm_eval_tasks.Result, name: str) -> list[float]:
+    score = mc1 if name == MC1 else mc2
+    return [score(_likelihoods(s), s["doc"][LABELS[name]]["labels"]) for s in result.samples]
+
+
+def mc1(log_probs: Sequence[float], labels: Sequence[int]) -> float:
+    """1 if the likeliest choice is right; of equally likely ones the share that is."""
+    best = max(log_probs)
+    tied = [label for x, label in zip(log_probs, labels, strict=True) if x == best]
+    return sum(tied) / len(tied)
+
+
+def mc2(log_probs: Sequence[float], labels: Sequence[int]) -> float:
+    """What the right choices have of the probability of all; where all have none, the share of right ones."""
+    best = max(log_probs)
+    if best == -math.inf:
+        return sum(labels) / len(labels)
+    masses = [math.exp(x - best) for x in log_probs]
+    return sum(m for m, label in zip(masses, labels, strict=True) if label) / sum(masses)
+
+
+def _prove(cell: Cell, scores: Sequence[float], truth: bool) -> None:
+    """
+    Raises:
+        RuntimeError: the true answers do not score 1, or the false ones do not score 0.
+    """
+    mean = sum(scores) / len(scores)
+    if truth:
+        cell.report("oracle", Estimate(mean, n=len(scores)))
+    if mean != float(truth):
+        raise RuntimeError(f"{'true' if truth else 'false or empty'} answers score {mean:.3f}, not {float(truth):.0f}")
+
+
+@contextmanager
+def _tasks(cell: Cell, names: Sequence[str]) -> Iterator[Path]:
+    """A folder with lm-eval's tasks over the cell's questions, which go through a file."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        data = folder / "questions.jsonl"
+        rows = cell.text().rows[: cell.sizes["questions"]]
+        data.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        for name in names:
+            lm_eval_tasks.redirect(folder, name, f"truthfulqa/{FILES[name]}", data)
+        yield folder

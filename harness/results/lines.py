@@ -1,0 +1,54 @@
+"""What a long cell has finished, one JSON line per unit, written as it comes; a resumed run goes on behind it.
+
+The lines stay beside the shards when the cell is done: they hold what is too long, or not ours, to be published.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from decodathlon.harness.results import shards
+
+
+def path_of(folder: Path, cell_id: str) -> Path:
+    return folder / f"{cell_id}.lines.jsonl"
+
+
+class Lines:
+    """The lines of one cell."""
+
+    def __init__(self, path: Path | None) -> None:
+        """
+        Args:
+            path: where; None keeps nothing.
+        """
+        self._path = path
+        self._file: IO[str] | None = None
+        #: By row, what an earlier attempt at this cell left; a torn last line is not among it.
+        self.earlier: dict[str, dict[str, Any]] = {}
+        whole = 0
+        if path is not None and path.is_file():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                self.earlier[entry["row"]] = entry
+                whole += len(line)
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def write(self, row: str, **values: Any) -> None:
+        """Add the line of a unit. The system keeps it when the process dies."""
+        if self._path is None:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8", errors="replace", buffering=1)
+        self._file.write(json.dumps(shards.plain({"row": row, **values}), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
