@@ -97,6 +97,8 @@ class Chain(Decoder):
     def transitions(self, target: Target, state: Any) -> Tensor | None:
         """(M, M) probabilities of a step from each of M texts to each, where they can be worked out; None where not.
 
+        They give exact spectral gaps and an audit without draws; some moves are held against them.
+
         Args:
             state: of all texts of one length behind one head, in the order of their tokens read as digits.
         """
@@ -125,12 +127,18 @@ class Chain(Decoder):
         state = self.begin(target, sequences, heads.shape[1], stops=stops)
         noise = self._noise(length, rng, rows)
         for u in itertools.islice(noise, self.burn_in):
-            state = self.step(target, state, u.to(target.device))
+            state = self._stepped(target, state, u.to(target.device))
         state = dataclasses.replace(state, accepted=torch.zeros_like(state.accepted))
         yield state
         for u in noise:
-            state = self.step(target, state, u.to(target.device))
+            state = self._stepped(target, state, u.to(target.device))
             yield state
+
+    def _stepped(self, target: Target, state: Any, u: Tensor) -> Any:
+        moved = self.step(target, state, u)
+        if not isinstance(moved, State):
+            raise TypeError(f"{self.spec}: step() gave {type(moved).__name__}, not the State that it moved to")
+        return moved
 
     def _noise(self, length: int, rng: RowRandom, rows: Sequence[int]) -> Iterator[Tensor]:
         """(B, uniforms) numbers for one transition after the other."""

@@ -246,7 +246,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     if run.measured_nothing:
         session.exitstatus = gates.EXIT_NOTHING_MEASURED
-    elif run.failed_to_ingest:
+    elif run.failed_to_ingest or run.dishonest:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     else:
         # A default rule that speaks of nothing in this run is no verdict on it.
@@ -269,6 +269,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     silent = len({v.gate.text for v in run.verdicts if v.cell is None})
     if silent:
         judged.append(f"{silent} rules speak of nothing that this run measured")
+    judged = [f"FAIL audit: {one} does not draw from the law that it claims" for one in run.dishonest] + judged
     for line in [*table.tables(run.outcomes)[1:], *(["", "gates:", *judged] if judged else []), "", *run.closing]:
         terminalreporter.write_line(line)
 

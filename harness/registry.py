@@ -80,7 +80,7 @@ class Registry:
             SpecError: nothing of this kind has the name; the nearest one is named.
         """
         if (kind, name) not in self.entries:
-            own = "; one in a file of its own needs --decoder-file FILE" if kind == "decoder" else ""
+            own = "; one in a file of its own needs --decoder-file FILE" if kind in ("decoder", "reward") else ""
             raise SpecError(f"there is no {kind} {name!r}{near_miss(name, self.names(kind))}{own}")
         return self.entries[kind, name].value
 

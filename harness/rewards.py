@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -83,7 +83,10 @@ class Reward:
             RewardError: the reward raised, or gave another number of values, or one that is not finite.
         """
         try:
-            values = [float(x) for x in self.function(answers)]
+            found = self.function(answers)
+            if not isinstance(found, Iterable):
+                raise TypeError(f"it gave {type(found).__name__}; it must give one number per answer")
+            values = [float(x) for x in found]
         except DecodathlonError:
             raise
         except Exception as error:
@@ -203,10 +206,9 @@ def log_power(answers: Sequence[Answer]) -> list[float]:
 
 
 def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a whole number") from None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 @reward("length", argument=_whole)

@@ -23,7 +23,7 @@ from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.plan import Options, cells
 from decodathlon.harness.registry import load_builtins, registry
-from decodathlon.harness.results import environment, gates, journal, measured, shards, store, table
+from decodathlon.harness.results import audited, environment, gates, journal, measured, shards, store, table
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.workers.local import EXECUTORS
 
@@ -319,6 +319,12 @@ class Run:
         mean = {suite: sum(times) / len(times) for suite, times in past.items()}
         overall = sum(mean.values()) / len(mean)
         return f" (about {_duration(sum(mean.get(s.suite, overall) for s in self.waiting.values()))} left)"
+
+    @property
+    def dishonest(self) -> list[str]:
+        """Who failed an audit of this run; nobody where no rules are asked for."""
+        found = audited.verdicts(self.outcomes) if self.settings.gates is not None else {}
+        return [decoder for decoder, verdict in found.items() if verdict == "fail"]
 
     @property
     def measured_nothing(self) -> bool:

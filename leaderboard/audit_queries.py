@@ -25,12 +25,14 @@ def audits(connection: duckdb.DuckDBPyConnection) -> list[Row]:
         ), numbers AS (
             FROM (SELECT run_id, cell_id, metric, value FROM metric SEMI JOIN newest USING (run_id, cell_id))
             PIVOT (any_value(value)
-                   FOR metric IN ('tvd', 'tvd_floor', 'tvd_floor_ratio', 'goodness_p', 'visible_tvd')
+                   FOR metric IN ('tvd', 'tvd_floor', 'tvd_floor_ratio', 'goodness_p', 'visible_tvd',
+                                  'definition_gap')
                    GROUP BY run_id, cell_id)
         )
         SELECT c.run_id, c.cell_id, c.decoder, c.claim, c.status, c.reason, c.scale, c.started, r.hardware,
                r.git_commit, r.git_dirty, v.audit AS verdict, c.sizes->>'draws' AS draws, n.tvd, n.tvd_floor AS floor,
-               n.tvd_floor_ratio AS ratio, n.goodness_p AS p, n.visible_tvd AS visible
+               n.tvd_floor_ratio AS ratio, n.goodness_p AS p, n.visible_tvd AS visible,
+               n.definition_gap AS gap
         FROM newest c
         JOIN run r USING (run_id)
         LEFT JOIN audited v USING (run_id, cell_id)

@@ -39,7 +39,7 @@ def test_audit(cell):
     cell.report("tvd", Estimate(found, n=count))
     cell.report("tvd_floor", Estimate(floor.mean, n=count))
     if floor.mean > 0:  # else there is one right answer
-        cell.report("tvd_floor_ratio", Estimate(found / floor.mean, n=count))
+        cell.report("tvd_floor_ratio", floor.ratio(found, count))
     if cell.decoder.claim != "heuristic":  # which promises no law: the distance is for information
         cell.report("goodness_p", Estimate(exactness.p_value(counts, p), n=count))
         cell.report("visible_tvd", Estimate(exactness.visible_tvd(p, count), n=count))

@@ -7,12 +7,24 @@ from decodathlon import Chain, suite
     "mixing",
     version=1,
     asks="How fast does a chain reach the model's own law, against drawing texts token by token?",
-    table=["energy_excess", "ess_per_s", "ess_per_call", "split_rhat", "accept_rate", "target_calls", "flops", "mfu"],
+    table=[
+        "energy_excess",
+        "reward",
+        "reward_independent",
+        "ess_per_s",
+        "ess_per_call",
+        "split_rhat",
+        "accept_rate",
+        "target_calls",
+        "flops",
+        "mfu",
+    ],
     protocol={
         "texts": "behind the start token, all of one length, stop tokens like any other",
         "chains": "side by side in one batch; a step's clock includes everything that the chain does",
         "reference": "independent draws of the model's own law, in the same cell",
         "energy": "minus the log-probability under the model; the excess is that of the second half of all steps",
+        "reward": "of a decoder that has one: of the texts on which the chains end, and of the independent draws",
     },
     sizes={
         "smoke": {"chains": 2, "steps": 6, "tokens": 8, "independent": 8},
@@ -29,13 +41,15 @@ def test_mixing(cell):
     from decodathlon.harness.measure import mixing
     from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
+    from decodathlon.harness.rewards import Tilted
 
     chains, tokens, target = cell.sizes["chains"], cell.sizes["tokens"], cell.target
     claim, is_chain = cell.decoder.claim, isinstance(cell.decoder, Chain)
     if not is_chain and (claim != "exact" or not cell.decoder.independent):
         raise UnsupportedError("a chain, or independent draws of the model's own law", f"it claims to be {claim}")
-    reference, seconds = mixing.ancestral(target, cell.sizes["independent"], tokens, cell.seed)
-    cell.sample("reference", energies=[float(f"{-x:.6g}") for x in reference], seconds=seconds)
+    independent = mixing.ancestral(target, cell.sizes["independent"], tokens, cell.seed)
+    reference = independent.log_prob
+    cell.sample("reference", energies=[float(f"{-x:.6g}") for x in reference], seconds=independent.seconds)
     before = dataclasses.replace(target.spent)
     if is_chain:
         log_probs, accepted, times = [], None, []
@@ -52,6 +66,13 @@ def test_mixing(cell):
         later, taken, moves = energies[:, energies.shape[1] // 2 :], sum(times), max(1, energies.shape[1] - 1)
         rows = [f"chain-{i}" for i in range(chains)]
         cell.report("accept_rate", Observations(rows, [float(a) / moves for a in accepted], [1] * chains, share=True))
+        if isinstance(cell.decoder, Tilted):
+            found = mixing.rewards(cell.decoder, target, step.sequences, step.log_prob.numpy())
+            cell.report("reward", Observations(rows, found, [1] * chains))
+            usual = mixing.rewards(cell.decoder, target, independent.sequences, reference)
+            cell.report(
+                "reward_independent", Observations([f"draw-{i}" for i in range(len(usual))], usual, [1] * len(usual))
+            )
         rhat = mixing.split_rhat(later)
         if rhat == rhat:
             cell.report("split_rhat", Estimate(rhat, n=later.size))

@@ -133,6 +133,19 @@ def test_a_template_works_as_it_is_on_every_suite(model, tmp_path, form):
     assert "TODO" not in (tmp_path / "mine.py").read_text()
 
 
+def test_the_chain_template_draws_what_it_claims(tmp_path):
+    out = shell("decodathlon new decoder my-chain --form chain", tmp_path)
+    (command,) = re.findall(r"^  (pytest .*)$", out, re.MULTILINE)
+    assert command.endswith("--decoder my-chain --suite audit")
+    results = tmp_path / "r.duckdb"
+    said = shell(f"{command} --suite ising --scale smoke --results {results}", tmp_path)
+    with store.connect(results) as connection:
+        found = dict(connection.execute("SELECT metric, value FROM latest WHERE suite = 'audit'").fetchall())
+    assert found["goodness_p"] > 1e-3
+    assert "definition_gap" not in found, "it states no matrix"
+    assert "! weak: so few draws would not have shown a distance of 0.05: my-chain" in said
+
+
 def test_the_general_template_keeps_the_more_probable_of_its_tries(tmp_path, monkeypatch):
     """Against its own draws: by one row's stream, the answer is the best of so many."""
     import torch

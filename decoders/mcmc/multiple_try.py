@@ -20,7 +20,6 @@ from decodathlon.harness import law
 from decodathlon.harness.chain import by_start
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
-from decodathlon.harness.randomness import RowRandom
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 Weight = Literal["lam1", "iw", "lb", "sqrt-pi", "pi"]
 #: Entries of tables over the vocabulary that are held at once, where every try has one of its own.
 MOST_NUMBERS = 1 << 22
-#: Sums of the other tries' weights that are told apart in a transition matrix.
-MOST_SUMS = 1 << 13
+#: Sums of the other tries' weights that are told apart in a transition matrix; beyond, one in so much is no difference.
+MOST_SUMS, FINENESS = 1 << 13, 300
 #: Weights that ask how likely the way back is, and so take a gradient at every try and every reference.
 _LOOKS_BACK = ("lam1", "lb")
 
@@ -132,8 +131,8 @@ class MultipleTryPNCG(AllAtOnce):
 
             k T(x, y) E[w(y | x) / A min(1, C A / B)],   A = w(y | x) + others,   B = w(x | y) + others' weights from y,
 
-        and only the sums of k - 1 other weights are random. Up to `MOST_SUMS` of them are enumerated; for more tries as
-        many are drawn, which leaves the balance exact and the gap known to about one in a hundred.
+        and only the sums of k - 1 other weights are random. Up to `MOST_SUMS` of them are enumerated; of more, those
+        that are nearly equal are merged, which leaves the balance exact and the gap known to one in ten thousand.
         """
         M, k, log_q = len(state.score), self.tries, self.proposals(state)
         log_w = self.log_weights(target, state, self.log_proposal(state), state.tokens.expand(M, -1, -1))
@@ -153,13 +152,26 @@ def _sums_of_others(log_q: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tenso
     """(M, S) sums of `count` independent weights, row x of w (M, M) by row x of q, and their probabilities (M, S)."""
     M = len(w)
     if math.comb(M + count - 1, count) > MOST_SUMS:
-        u = RowRandom(0, [f"sums-{x}" for x in range(M)]).uniforms(MOST_SUMS * count)
-        sums = w.gather(1, law.draw_several(log_q, u)).view(M, MOST_SUMS, count).sum(-1)
-        return sums, torch.full_like(sums, 1 / MOST_SUMS)
+        every = [_merged_sums(q, row, count) for q, row in zip(log_q.exp(), w, strict=True)]
+        sums, chances = (torch.nn.utils.rnn.pad_sequence(list(part), True) for part in zip(*every, strict=True))
+        return sums + (chances == 0), chances  # a sum without a chance must only not be 0
     kinds = [Counter(chosen) for chosen in itertools.combinations_with_replacement(range(M), count)]
     times = torch.tensor([[kind[y] for y in range(M)] for kind in kinds], dtype=torch.float64)
     ways = math.lgamma(count + 1) - torch.lgamma(times + 1).sum(1)
     return w @ times.T, (ways + torch.special.xlogy(times, log_q.exp()[:, None]).sum(-1)).exp()
+
+
+def _merged_sums(q: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same for one row, one weight after the other; sums that differ by less than one in `FINENESS` are merged."""
+    w = w.clamp(min=1e-300)
+    sums, chances = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for _ in range(count):
+        sums, chances = (sums[:, None] + w).flatten(), (chances[:, None] * q).flatten()
+        place = ((sums.log() - w.min().log()) * FINENESS).long()
+        together, weighted = place.bincount(chances), place.bincount(chances * sums)
+        some = together > 0
+        sums, chances = weighted[some] / together[some], together[some]
+    return sums, chances
 
 
 def _mean_of_smaller(a: Tensor, p: Tensor, b: Tensor, q: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ _HERE = Path(__file__).parent / "templates"
 FORMS = {
     "sampler": "draws each token from a law of its own (most methods)",
     "general": "sees whole prompts and answers (search, best-of-n, speculation)",
+    "chain": "moves whole texts step by step (Markov chains)",
 }
 
 
@@ -59,7 +60,8 @@ def _run(options: argparse.Namespace) -> int:
     shown = shlex.quote(str(path))
     say(f"wrote {path}. It works as it is; try it (about two minutes):")
     suites = "suites/" if Path("suites").is_dir() else shlex.quote(str(environment.ROOT / "suites"))
-    say(f"  pytest {suites} --benchmark --decoder-file {shown} --decoder {name} --decoder top-p --scale smoke")
+    rest = "--suite audit" if options.form == "chain" else "--decoder top-p --scale smoke"
+    say(f"  pytest {suites} --benchmark --decoder-file {shown} --decoder {name} {rest}")
     say("  decodathlon board")
     say("Then make it yours: docs/add-a-decoder.md")
     return 0

@@ -14,7 +14,7 @@ import numpy as np
 from decodathlon.harness import law
 from decodathlon.harness.chain import Chain
 from decodathlon.harness.decoder import Decoder, Limits, Sampler
-from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.errors import RewardError, UnsupportedError
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.measure import exactness, mixing
 from decodathlon.harness.measure.statistics import Estimate
@@ -129,7 +129,12 @@ def _tilted(decoder: Tilted, target: Target, length: int) -> Mapping[tuple[int, 
     head = beginning(target)
     base = toy.law_of(target, head, length, decoder.shape)
     possible = {text: p for text, p in base.items() if p > 0}
-    tilt = decoder.log_tilt([Answer(head, text, math.log(p), target) for text, p in possible.items()])
+    answers = [Answer(head, text, math.log(p), target) for text, p in possible.items()]
+    tilt = decoder.log_tilt(answers)
+    if not torch.allclose(tilt, decoder.log_tilt(answers)):
+        raise RewardError(
+            f"{decoder.spec}: the reward gave equal answers different values; it must depend on them alone"
+        )
     log_law = torch.tensor([math.log(p) for p in possible.values()], dtype=torch.float64) + tilt
     return dict.fromkeys(base, 0.0) | dict(zip(possible, log_law.softmax(0).tolist(), strict=True))
 

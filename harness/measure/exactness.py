@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from decodathlon.harness.lazy import torch
+from decodathlon.harness.measure.statistics import Estimate
 
 Array = np.ndarray[Any, Any]
 #: How often a test may call an honest decoder dishonest.
@@ -25,6 +26,14 @@ class Floor(NamedTuple):
 
     mean: float
     spread: float
+    #: Between these lie 95 % of them.
+    low: float
+    high: float
+
+    def ratio(self, distance: float, draws: int) -> Estimate:
+        """A distance over the floor. Of an exact sampler 95 % of the intervals hold 1."""
+        low, high = (distance / x if x > 0 else None for x in (self.high, self.low))
+        return Estimate(distance / self.mean, low, high, draws)
 
 
 def tvd(counts: Array, law: Array) -> float:
@@ -32,11 +41,12 @@ def tvd(counts: Array, law: Array) -> float:
     return float(0.5 * np.abs(counts / counts.sum() - law).sum())
 
 
-def floor(law: Array, draws: int, *, repeats: int = 1000, seed: int = 0) -> Floor:
+def floor(law: Array, draws: int, *, repeats: int = 4000, seed: int = 0) -> Floor:
     """What an exact sampler would measure: a distance is never zero, and at few draws it says nothing else."""
     rng = np.random.default_rng(seed)
     found = 0.5 * np.abs(rng.multinomial(draws, law, size=repeats) / draws - law).sum(-1)
-    return Floor(float(found.mean()), float(found.std(ddof=1)))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Floor(float(found.mean()), float(found.std(ddof=1)), float(low), float(high))
 
 
 def p_value(counts: Array, law: Array) -> float:

@@ -19,10 +19,12 @@ from decodathlon.harness import law
 from decodathlon.harness.chain import Chain
 from decodathlon.harness.decoder import Decoder, Limits
 from decodathlon.harness.errors import UnsupportedError
-from decodathlon.harness.measure import statistics
+from decodathlon.harness.measure import exactness, statistics
 from decodathlon.harness.measure.speed import timed
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.rewards import Answer, Tilted
+from decodathlon.harness.rewards import build as build_reward
 
 if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Spent, Target
@@ -33,7 +35,8 @@ Array = np.ndarray[Any, Any]
 class Walked(NamedTuple):
     """What one step of all chains left."""
 
-    #: (B,) log-probability of each text under the target.
+    #: (B, L) where the chains stand, and (B,) the log-probability of each text under the target.
+    sequences: Tensor
     log_prob: Tensor
     #: (B,) moves accepted so far.
     accepted: Tensor
@@ -43,8 +46,10 @@ class Walked(NamedTuple):
 
 #: Share of the mean square below which a variance is rounding.
 _STILL = 1e-20
-#: Moves from every text where a transition matrix has to be estimated.
-MOVES = 4000
+#: Moves from every text where a transition matrix has to be estimated, and where a stated one is held against them.
+MOVES, TRIED = 4000, 400
+#: Chance that a true matrix is taken for a wrong one.
+FALSE_ALARM = 1e-6
 #: Rows that one call of a transition gets, at most, there.
 ROWS_AT_ONCE = 1 << 16
 
@@ -56,29 +61,50 @@ def walk(chain: Chain, target: Target, chains: int, tokens: int, seed: int) -> I
     states = chain.walk(target, chain.heads(target, [[]] * chains), Limits(tokens, ignore_eos=True), rng, range(chains))
     while True:
         seconds, state = timed(target, lambda: next(states))
-        yield Walked(state.log_prob.cpu(), state.accepted.cpu(), seconds)
+        yield Walked(state.sequences, state.log_prob.cpu(), state.accepted.cpu(), seconds)
+
+
+class Independent(NamedTuple):
+    """Texts of the target's own law, drawn token by token."""
+
+    #: (B, L), the start token included, and (B,).
+    sequences: Tensor
+    log_prob: Array
+    #: That drawing them took.
+    seconds: float
+
+
+def rewards(chain: Tilted, target: Target, sequences: Tensor, log_prob: Array) -> list[float]:
+    """What the decoder's reward makes of texts (B, L) behind the start token."""
+    free = 0 if target.start_token is None else 1
+    texts = zip(sequences.tolist(), log_prob.tolist(), strict=True)
+    answers = [Answer(text[:free], text[free:], p, target) for text, p in texts]
+    return [float(x) for x in build_reward(chain.reward)(answers)]
 
 
 @torch.no_grad()
-def ancestral(target: Target, rows: int, tokens: int, seed: int) -> tuple[Array, float]:
-    """(rows,) log-probabilities of independent texts of the target's own law, and the seconds that drawing took."""
+def ancestral(target: Target, rows: int, tokens: int, seed: int) -> Independent:
+    """So many independent texts of so many tokens."""
     head = [] if target.start_token is None else [target.start_token]
     u = RowRandom(seed, [f"ancestral-{i}" for i in range(rows)]).uniforms(tokens).to(target.device)
 
-    def draw() -> Tensor:
-        context = target.open([head] * rows, capacity=len(head) + tokens)
+    drawn = torch.tensor([head] * rows, dtype=torch.long, device=target.device).view(rows, -1)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        context, texts = target.open([head] * rows, capacity=len(head) + tokens), drawn
         score = torch.zeros(rows, dtype=torch.float64, device=target.device)
         for t in range(tokens):
             log_probs = context.next_logits.log_softmax(-1)
             token = law.draw(log_probs, u[:, t])
+            texts = torch.cat([texts, token[:, None]], 1)
             score += log_probs.gather(1, token[:, None])[:, 0].double()
             if t + 1 < tokens:
                 context.extend(token[:, None])
                 context.keep(1)
-        return score
+        return texts, score
 
-    seconds, score = timed(target, draw)
-    return score.cpu().numpy(), seconds
+    seconds, (texts, score) = timed(target, draw)
+    return Independent(texts, score.cpu().numpy(), seconds)
 
 
 def drawn(decoder: Decoder, target: Target, rows: int, tokens: int, seed: int) -> tuple[Array, float]:
@@ -151,7 +177,8 @@ def transitions(chain: Chain, target: Target, length: int) -> Tensor | None:
     cannot state it, or overrides what the statement may rest on.
 
     Raises:
-        ValueError: the chain has a burn-in, before which it is another chain.
+        ValueError: the chain has a burn-in, before which it is another chain; or what it states is no transition
+            matrix, or not that of its steps.
     """
     sequences, free = all_texts(chain, target, length)
     line = type(chain).__mro__
@@ -159,7 +186,24 @@ def transitions(chain: Chain, target: Target, length: int) -> Tensor | None:
     changed = {name for kind in line[:stated] for name, it in vars(kind).items() if inspect.isfunction(it)}
     if any(name in dir(line[stated]) and not name.startswith("__") for name in changed):
         return None
-    return chain.transitions(target, chain.begin(target, sequences, free))
+    matrix = chain.transitions(target, chain.begin(target, sequences, free))
+    if matrix is not None:
+        _check(matrix, kernel(chain, target, length, TRIED), f"{chain.spec}: transitions()")
+    return matrix
+
+
+def _check(matrix: Tensor, moved: Tensor, what: str) -> None:
+    """
+    Raises:
+        ValueError: a matrix is not what `TRIED` moves of each text (M, M) come from.
+    """
+    M = len(moved)
+    if matrix.shape != (M, M) or float((matrix.sum(1) - 1).abs().max()) > 1e-6 or float(matrix.min()) < -1e-9:
+        raise ValueError(f"{what} must give a ({M}, {M}) matrix of probabilities whose rows sum to 1")
+    rows = zip((moved * TRIED).round().numpy(), matrix.clamp(min=0).numpy(), strict=True)
+    least = min(exactness.p_value(np.append(n, 0), np.append(p / p.sum(), 0)) for n, p in rows)
+    if least * M < FALSE_ALARM:
+        raise ValueError(f"{what} is not the matrix of its steps: some moves would come about with p = {least:.1g}")
 
 
 @torch.no_grad()

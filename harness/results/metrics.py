@@ -161,12 +161,24 @@ METRICS: dict[str, Metric] = {
         "Halves of all chains against one another in energy; above 1.05 they have not mixed.",
         "context",
     ),
+    "reward": Metric(
+        "1",
+        "higher",
+        "What the decoder's own reward makes of the texts on which its chains end; compare with `reward_independent`.",
+        "context",
+    ),
+    "reward_independent": Metric(
+        "1",
+        "none",
+        "The same of independent draws of the model.",
+        "context",
+    ),
     "spectral_gap": Metric(
         "1",
         "higher",
         "1 less the second largest modulus of the eigenvalues of the transition matrix: 1 forgets everything in a "
-        "step. Exact where the chain states its matrix (to 1 % for more than four tries), else from 4,000 moves of "
-        "each state (to some 0.02).",
+        "step. Exact where the chain states its matrix and some moves agree with it, else from 4,000 moves of each "
+        "state (to some 0.02).",
         "exactness",
     ),
     "target_calls": Metric(

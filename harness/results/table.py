@@ -12,6 +12,8 @@ from decodathlon.harness.results import audited, measured
 
 DASH = "–"
 #: Beginnings of notes that the reader of a number must see.
+#: How the remark on a busy machine begins, behind the decoder's name.
+CONTENDED = ": contended:"
 LOUD = ("contended", "throttled", "left behind", "the same seed", "the second run", "audit")
 #: Metrics whose interval the table shows; the others have theirs in the results file.
 INTERVALS_OF = ("ratio_", "ppl_epsilon")
@@ -103,16 +105,29 @@ def _one(suite: str, part: str, members: Sequence[Outcome], verdicts: Mapping[st
             rows.append([label, f"{outcome.status}: {outcome.reason}"])
     body = aligned(rows)
     title = f"{suite} {part}" if part != "all" else suite
-    remarks += [f"! {m.decoder}: A/A failed: its speed against itself is not 1" for m in ranked if measured.biased(m)]
-    failed = [m.decoder for m in ranked if verdicts.get(m.decoder) == "fail"]
     what = "it does not draw from the law that it claims" if suite == audited.SUITE else "its numbers do not count"
-    remarks += [f"! {decoder}: audit failed: {what}" for decoder in failed]
+    grave = [f"! {m.decoder}: audit failed: {what}" for m in ranked if verdicts.get(m.decoder) == "fail"]
+    grave += [f"! {m.decoder}: A/A failed: its speed against itself is not 1" for m in ranked if measured.biased(m)]
+    weak = [m.decoder for m in ranked if suite == audited.SUITE and verdicts.get(m.decoder) == "weak"]
+    if weak:
+        grave.append(f"! weak: so few draws would not have shown a distance of {audited.SEEN}: {', '.join(weak)}")
+    remarks = grave + _together(remarks)
     warning = []
     if any(marks.values()):
         warning = ["* best of its column, ~ not told apart from it"]
     elif len([o for o in members if o.status == "ok"]) > 1:
         warning = [f"({'too few observations to rank, or nothing told apart' if trusted else 'nothing is ranked'})"]
     return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:], *warning, *remarks]
+
+
+def _together(remarks: Sequence[str]) -> list[str]:
+    """The same remarks, those of a busy machine in one line."""
+    busy = [r for r in remarks if CONTENDED in r]
+    if len(busy) < 2:
+        return list(remarks)
+    names = ", ".join(r.partition(CONTENDED)[0].removeprefix("! ") for r in busy)
+    most = max((r.partition(CONTENDED)[2] for r in busy), key=lambda r: int("0" + "".join(filter(str.isdigit, r))))
+    return [*(r for r in remarks if CONTENDED not in r), f"! contended:{most} at most, beside {names}"]
 
 
 def _about(members: Sequence[Outcome]) -> str:

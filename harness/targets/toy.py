@@ -178,7 +178,20 @@ def enumerable_lm(vocabulary: int = 4, seed: int = 0) -> Target:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.6)
-    return TransformersTarget(model, name=f"enumerable-lm-{vocabulary}")
+    return TransformersTarget(model, Letters(), name=f"enumerable-lm-{vocabulary}")
+
+
+class Letters:
+    """The words of the tiny transformer are a, b, c, ..., so that rewards that read text can be audited, too."""
+
+    bos_token_id, eos_token_id = 0, 1
+    chat_template = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [0] * add_special_tokens + [ord(letter) - ord("a") + 2 for letter in text]}
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("a") + token - 2) for token in tokens if token > 1)
 
 
 @torch.no_grad()

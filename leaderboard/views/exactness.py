@@ -13,10 +13,12 @@ st.title("Does it draw from the law that it claims?")
 st.markdown(
     "The audit runs a decoder on a tiny transformer in float64 whose every text is enumerated, and holds its draws "
     "against the law that it claims. **fail**: an honest decoder would hardly ever fit so badly (Pearson's test, one "
-    "false alarm in 1,000, corrected for all decoders of its run by Holm). **pass**: nothing was found, and a total "
-    "variation distance of 0.05 would have been seen with 90 % power. **weak**: nothing was found, but only a larger "
-    "one would have been seen. **self**: a law without a definition besides the decoder's own code, held against what "
-    "that code computes: only the drawing was checked. What fails has its speed and quality greyed on every page."
+    "false alarm in 1,000, corrected for all decoders of its run by Holm), or its code was shown to be off without a "
+    "draw: a law against its definition, a chain against its own transition matrix. **pass**: nothing was found, and a "
+    "total variation distance of 0.05 would have been seen with 90 % power. **weak**: nothing was found, but only a "
+    "larger one would have been seen. **self**: a law without a definition besides the decoder's own code, held "
+    "against what that code computes: only the drawing was checked. What fails has its speed and quality greyed on "
+    "every page."
 )
 audits = parts.ask(found, audit_queries.audits)
 if not audits:
@@ -46,7 +48,7 @@ rows = [
         Field(row["decoder"], href=link("decoder", decoder=row["decoder"].partition("[")[0])),
         row["claim"] or "–",
         verdict(row),
-        *(number(row[key]) for key in ("ratio", "p", "visible", "tvd", "floor")),
+        *(number(row[key]) for key in ("ratio", "p", "visible", "gap", "tvd", "floor")),
         Field(row["draws"] or "–", number=True),
         Field(row["run_id"], href=link("run", run=row["run_id"])),
     ]
@@ -54,6 +56,7 @@ rows = [
 ]
 head = ["decoder", "claims", "verdict", Field("distance", small="over that of independent exact draws"),
         Field("p", small="an honest decoder fits no better"), Field("power", small="smallest distance seen"),
+        Field("off by", small="without a draw"),
         Field("distance", small="total variation"), Field("floor", small="of independent exact draws"),
         "draws", "run"]  # fmt: skip
 st.html(table(head, rows[: parts.MOST_LINES], "The newest audit of each decoder"))

@@ -275,3 +275,12 @@ def test_third_party_packages_join_and_a_broken_one_becomes_a_failed_row(model, 
     assert broken["status"] == "failed"
     assert "a_module_that_is_not_there" in broken["reason"]
     assert "broken_plugin" in broken["error"]
+
+
+def test_a_failed_audit_fails_the_run_unless_nobody_asks_for_rules(tmp_path):
+    options = ["--suite", "audit", "--scale", "smoke", "--results", str(tmp_path / "r.duckdb")]
+    options += ["--decoder-file", str(ROOT / "docs/examples/dishonest.py"), "--decoder", "dishonest-random-number"]
+    done = pytest_run("suites/", "--benchmark", *options)
+    assert done.returncode == 1, done.stdout
+    assert "FAIL audit: dishonest-random-number does not draw from the law that it claims" in done.stdout
+    assert pytest_run("suites/", "--benchmark", *options, "--gates", "none").returncode == 0

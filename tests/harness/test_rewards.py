@@ -135,3 +135,44 @@ def test_a_decoder_is_told_apart_by_what_its_reward_rests_on(folder, tmp_path):
 def test_a_label_that_is_not_there_is_no_label(folder, target):
     with pytest.raises(SpecError, match="labels reward"):
         rewards.build(f"model:{judge(folder, ['reward'])}@nonsense")(answers(target))
+
+
+@pytest.mark.parametrize("goal", ["-3", "0", "abc", "2.5", ""])
+def test_a_length_is_a_whole_number_from_one_on(goal):
+    with pytest.raises(SpecError, match="length"):
+        rewards.build(f"length:{goal}")
+
+
+def test_a_reward_that_gives_nothing_is_told_what_it_must_give(target):
+    from decodathlon.harness.errors import RewardError
+
+    nothing = rewards.Reward("mine", lambda answers: None, frozenset(), rewards.Path(__file__))
+    with pytest.raises(RewardError, match="it gave NoneType; it must give one number per answer"):
+        nothing(answers(target))
+
+
+def test_a_reward_with_moods_cannot_be_audited(monkeypatch):
+    import itertools
+
+    from decodathlon.harness.errors import RewardError
+    from decodathlon.harness.measure import draws
+    from decodathlon.harness.targets import toy
+
+    moods = itertools.count()
+    moody = rewards.Registered(lambda answers: [next(moods)] * len(answers), None, frozenset())
+    monkeypatch.setitem(
+        rewards.registry.entries,
+        ("reward", "moody"),
+        type(rewards.registry.entries["reward", "log-power"])("reward", "moody", moody, __file__),
+    )
+    with pytest.raises(RewardError, match="gave equal answers different values"):
+        draws.claimed_law(decoders.build("qalign[reward=moody]"), toy.enumerable_lm(), 2)
+
+
+def test_rewards_may_read_the_letters_of_the_tiny_transformer():
+    from decodathlon.harness.targets import toy
+
+    lm = toy.enumerable_lm()
+    assert lm.encode("ab") == [0, 2, 3]
+    assert lm.decode([0, 2, 3, 1]) == "ab"
+    assert Answer([0], [3, 3, 1], -1.0, lm).text == "bb"

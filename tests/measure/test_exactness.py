@@ -117,3 +117,12 @@ def test_outcomes_are_counted_by_name():
     counts, p = exactness.counted([(1,), (2, 1), (1,), (3,)], law)
     assert counts.tolist() == [2, 1, 0, 1]
     assert p.tolist() == [0.5, 0.25, 0.25, 0.0]
+
+
+def test_the_interval_of_the_ratio_holds_one_for_honest_draws():
+    """95 of 100 times, also where hardly anything but two outcomes ever comes."""
+    law = np.array([0.64, 0.23, 0.09, 0.03, 0.01])
+    floor, rng = exactness.floor(law, 2000), np.random.default_rng(1)
+    ratios = [floor.ratio(exactness.tvd(rng.multinomial(2000, law), law), 2000) for _ in range(1000)]
+    assert np.mean([r.low <= 1 <= r.high for r in ratios]) == pytest.approx(0.95, abs=0.02)
+    assert ratios[0].low < ratios[0].value < ratios[0].high

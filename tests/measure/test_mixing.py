@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from decodathlon import Limits, RowRandom
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.measure import mixing
 from decodathlon.harness.registry import load_builtins
@@ -89,6 +90,28 @@ def test_a_kernel_of_gibbs_forgets_in_a_sweep_what_single_sites_do_not():
     assert float((sweep - mixing.transitions(decoders.build("gibbs"), target, 4)).abs().max()) < 0.015
 
 
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (lambda law: law.expand(4, 4), "is not the matrix of its steps"),
+        (lambda law: torch.ones(3, 3) / 3, r"must give a \(4, 4\) matrix"),
+        (lambda law: torch.ones(4, 4), "rows sum to 1"),
+    ],
+)
+def test_a_matrix_that_is_not_that_of_the_steps_is_refused(stated, message, monkeypatch):
+    target, chain = toy.Ising(2, 1.0), decoders.build("gwg")
+    monkeypatch.setattr(type(chain), "transitions", lambda self, target, state: stated(target.log_law.exp()))
+    with pytest.raises(ValueError, match=message):
+        mixing.spectral_gap(chain, target, 2)
+
+
+def test_a_step_that_gives_nothing_is_named(monkeypatch):
+    chain = decoders.build("gwg")
+    monkeypatch.setattr(type(chain), "step", lambda self, target, state, u: None)
+    with pytest.raises(TypeError, match=r"gwg: step\(\) gave NoneType, not the State"):
+        chain.generate(toy.Ising(2, 1.0), [[]], Limits(2), RowRandom(0, [0]))
+
+
 def test_a_chain_that_states_no_matrix_is_tried():
     target = toy.Ising(2, 0.21)
     chain = decoders.build("qalign[reward=length:2]")
@@ -127,7 +150,7 @@ def test_what_does_not_run_is_not_measured(monkeypatch):
     lm = toy.enumerable_lm()
     one = decoders.build("temperature")
     log_probs, seconds = mixing.drawn(one, lm, 500, 3, 0)
-    reference, _ = mixing.ancestral(lm, 500, 3, 0)
+    reference = mixing.ancestral(lm, 500, 3, 0).log_prob
     assert seconds > 0
     assert log_probs.mean() == pytest.approx(reference.mean(), abs=0.2)
 
@@ -144,3 +167,12 @@ def test_a_frozen_chain_has_no_effective_draws():
     assert np.isnan(mixing.ess(still))
     assert mixing.split_rhat(still) == float("inf")
     assert np.isnan(mixing.split_rhat(np.ones((2, 3))))
+
+
+def test_the_reward_of_texts_is_that_of_the_decoder():
+    lm = toy.enumerable_lm()
+    independent = mixing.ancestral(lm, 50, 3, 0)
+    assert independent.sequences.shape == (50, 4)
+    assert np.allclose(lm.score(independent.sequences, 1).numpy(), independent.log_prob)
+    found = mixing.rewards(decoders.build("qalign"), lm, independent.sequences, independent.log_prob)
+    assert np.allclose(found, independent.log_prob), "log-power"

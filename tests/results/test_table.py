@@ -51,3 +51,12 @@ def test_who_fails_its_a_a_test_is_not_ranked_and_named():
     lines = table.tables([speed("greedy", 1, None), biased, speed("slow", 3, 0.7)])
     assert "*" not in row(lines, "biased")
     assert any(line.startswith("! biased: A/A failed") for line in lines)
+
+
+def test_remarks_on_a_busy_machine_are_one_line_and_do_not_bury_the_others():
+    busy = [f"! {name}: contended: other processes used {share}% of the cores" for name, share in (("a", 5), ("b", 71))]
+    assert table._together(["! c: throttled", *busy]) == [
+        "! c: throttled",
+        "! contended: other processes used 71% of the cores at most, beside a, b",
+    ]
+    assert table._together(busy[:1]) == busy[:1]
