@@ -250,7 +250,7 @@ def found_of(outcome: Outcome) -> dict[str, str]:
     found = {
         # a suite's own targets are made anew in every process, by code that the row names
         "the model's weights": None if outcome.spec.model == TOY else outcome.model.get("weights_fingerprint"),
-        f"the data of {outcome.spec.suite}": outcome.data.get("sha256"),
+        f"the data of {outcome.spec.suite} {outcome.spec.slice}": outcome.data.get("sha256"),
     }
     return {what: value for what, value in found.items() if value is not None}
 

@@ -10,7 +10,7 @@ from typing import Any
 from decodathlon.harness import datasets, embedded, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import TOY, CellSpec
-from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.errors import MissingError, SpecError, near_miss
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.suite import Suite
 
@@ -30,6 +30,11 @@ class Options:
     dtype: str = "auto"
     sweep: bool = False
     decoder_file: Sequence[str] = ()
+    lm_eval_task: Sequence[str] = ()
+
+
+#: The suite whose slices are the tasks of --lm-eval-task.
+LM_EVAL = "lm_eval"
 
 
 def cells(options: Options) -> list[CellSpec]:
@@ -42,9 +47,12 @@ def cells(options: Options) -> list[CellSpec]:
     registry.load_entry_points()
     for path in options.decoder_file:
         registry.load_file(path)
-    suites: list[Suite] = [
-        registry.get("suite", name) for name in dict.fromkeys(options.suite or registry.names("suite"))
-    ]
+    suites: list[Suite] = [registry.get("suite", name) for name in dict.fromkeys(options.suite or _all_suites(options))]
+    if options.lm_eval_task:
+        _check_tasks(options.lm_eval_task)
+        suites += [registry.get("suite", LM_EVAL)] if LM_EVAL not in options.suite else []
+    elif LM_EVAL in options.suite:
+        raise SpecError("--suite lm_eval measures the tasks that --lm-eval-task names; name one, such as arc_easy")
     chosen = _decoders(options, suites)
     baseline = decoders.build(options.baseline).spec
     if not -(2**63) <= options.seed < 2**63:
@@ -74,9 +82,30 @@ def cells(options: Options) -> list[CellSpec]:
     return [
         CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **places(s, part))
         for s in suites
-        for part in s.slices(options.scale)
+        for part in (options.lm_eval_task if s.name == LM_EVAL else s.slices(options.scale))
         for d, error in chosen
     ]
+
+
+def _all_suites(options: Options) -> list[str]:
+    """Who names tasks of lm-eval and no suite wants those alone."""
+    return [] if options.lm_eval_task else registry.names("suite")
+
+
+def _check_tasks(names: Sequence[str]) -> None:
+    """
+    Raises:
+        MissingError: lm-eval is not installed.
+        SpecError: it has no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise MissingError("--lm-eval-task needs lm-eval: pip install 'lm-eval>=0.4.9,<0.5'") from None
+    known = [str(name) for name in TaskManager().all_tasks]
+    for name in names:
+        if name not in known:
+            raise SpecError(f"--lm-eval-task {name}: lm-eval has no such task{near_miss(name, known)}")
 
 
 def _decoders(options: Options, suites: Sequence[Suite]) -> list[tuple[str, str | None]]:

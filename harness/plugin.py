@@ -60,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype, help="of the weights")
     add("--sweep", action="store_true", help="also the sweep values of every decoder, one parameter at a time")
     add("--decoder-file", action="append", default=[], metavar="PATH", help="a Python file with decoders; repeatable")
+    add("--lm-eval-task", action="append", default=[], metavar="NAME", help="a task of lm-eval 0.4; repeatable")
     add("--executor", choices=sorted(EXECUTORS), default="local", help="a worker process, or this one for a debugger")
     add(
         "--cell-timeout",

@@ -208,7 +208,7 @@ class Cell:
         Raises:
             KeyError: the metric is not in the table of results/metrics.py.
         """
-        known = METRICS[metric]
+        known = METRICS[metric.partition("(")[0]]  # what stands in brackets tells several of one kind apart
         units = None if isinstance(found, tuple) else found.as_json()
         estimate = found if isinstance(found, tuple) else found.estimate()
         row = {

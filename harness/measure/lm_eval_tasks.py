@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lm_eval
 import torch
@@ -19,8 +19,12 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 from tqdm import tqdm
 
+from decodathlon.harness.errors import MissingError
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
+
+if TYPE_CHECKING:
+    from decodathlon.harness.suite import Cell
 
 #: Where lm-eval keeps the tasks that it ships.
 SHIPPED = Path(lm_eval.__file__).parent / "tasks"
@@ -54,10 +58,18 @@ def run(model: LM, tasks: Sequence[str], *, limit: int | None = None, folder: Pa
 
     Args:
         folder: where the tasks are; by default those that lm-eval ships.
+
+    Raises:
+        MissingError: a task cannot be made, mostly because its data cannot be had.
     """
     with _quiet(), _own_seeds():
         where: dict[str, Any] = {} if folder is None else {"include_path": str(folder), "include_defaults": False}
-        made = get_task_dict(list(tasks), TaskManager(**where))
+        manager = TaskManager(**where)
+        try:
+            made = get_task_dict(list(tasks), manager)
+        except Exception as error:
+            first = (str(error).strip() or repr(error)).splitlines()[0]
+            raise MissingError(f"lm-eval cannot make {', '.join(tasks)}: {first}") from error
         found = evaluate(lm=model, task_dict=made, limit=limit, bootstrap_iters=1000, log_samples=True)
     return {
         name: Result(
@@ -69,6 +81,27 @@ def run(model: LM, tasks: Sequence[str], *, limit: int | None = None, folder: Pa
         for name in found["results"]
         if name in found["samples"]
     }
+
+
+def measure(cell: Cell, task: str, *, limit: int | None) -> None:
+    """Report every metric of a task, or of each task of a group.
+
+    Raises:
+        MissingError: the data of the task cannot be had.
+    """
+    from decodathlon.harness.measure.lm_eval_model import DecoderLM
+
+    found = run(DecoderLM(cell), [task], limit=limit)
+    for name, result in found.items():
+        prefix = "" if len(found) == 1 else f"{name},"
+        for key, value in result.metrics.items():
+            higher = result.higher_is_better.get(key.partition(",")[0])
+            kind = "lm_eval_loss" if higher is False else "lm_eval"
+            cell.report(f"{kind}({prefix}{key.removesuffix(',none')})", value)
+        cell.note(f"lm-eval: {name} version {result.version}")
+        for sample in result.samples:
+            replies = [str(reply) for reply in sample["filtered_resps"]]
+            cell.sample(f"{name}/{sample.get('filter', 'none')}/{sample['doc_id']}", responses=replies)
 
 
 def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Estimate | Observations]:

@@ -357,6 +357,19 @@ METRICS: dict[str, Metric] = {
         "are guesses.",
         "context",
     ),
+    "lm_eval": Metric(
+        "1",
+        "higher",
+        "A metric of a task of lm-eval, in brackets as lm-eval calls it, with its interval over documents, or "
+        "where it is no mean with lm-eval's own standard error.",
+        "quality",
+    ),
+    "lm_eval_loss": Metric(
+        "1",
+        "lower",
+        "The same of metrics of which less is better, such as perplexities.",
+        "quality",
+    ),
     "answered": Metric(
         "1",
         "higher",

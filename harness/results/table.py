@@ -83,7 +83,9 @@ def _operations(suite: str, members: Sequence[Outcome]) -> list[str]:
 
 
 def _one(suite: str, part: str, members: Sequence[Outcome], verdicts: Mapping[str, audited.Verdict]) -> list[str]:
-    columns = [c for c in registry.get("suite", suite).table if any(_metric(o, c) for o in members)]
+    kinds = registry.get("suite", suite).table
+    names = dict.fromkeys(m["metric"] for o in members for m in o.metrics)
+    columns = [n for kind in kinds for n in names if n.partition("(")[0] == kind]
     ranked = measured.of_outcomes(members)
     trusted = (
         []
