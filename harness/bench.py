@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness import datasets, models
+from decodathlon.harness import datasets, judges, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import TOY, CellSpec, Outcome
 from decodathlon.harness.decoder import Decoder
@@ -40,6 +40,7 @@ class Bench:
         self._say, self._ready, self._process = say, ready, os.getpid()
         self._target: tuple[tuple[str, str, str], Any] | None = None
         self._unloadable: dict[tuple[str, str, str], DecodathlonError] = {}
+        self._judges: dict[tuple[str, str], judges.Judge | None] = {}
         self._texts: dict[tuple[str, str, str | None], datasets.Text] = {}
 
     def run(
@@ -138,6 +139,8 @@ class Bench:
         outcome.sizes = dict(suite.sizes[spec.scale])
         source = Path(inspect.getfile(suite.function)).read_bytes()
         outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
+        if suite.judged:
+            outcome.protocol["judged_by"] = spec.judge
         texts = {}
         name = suite.data_of(spec.slice)
         if name is not None:
@@ -165,6 +168,7 @@ class Bench:
             timeout=timeout,
             notebook=notebook,
             lines=lines,
+            judge=self._judge(spec),
             say=self._say,
         )
         cell.notes += left_out
@@ -175,6 +179,13 @@ class Bench:
         if key not in self._texts:
             self._texts[key] = datasets.find(name, split, folder, self._say)
         return self._texts[key]
+
+    def _judge(self, spec: CellSpec) -> judges.Judge | None:
+        """The judge of a cell; one of our own stays loaded."""
+        key = (spec.judge, spec.judge_url)
+        if key not in self._judges:
+            self._judges[key] = judges.build(*key, device=spec.device, dtype=spec.dtype, say=self._say)
+        return self._judges[key]
 
     def _load(self, spec: CellSpec) -> Any:
         named = spec.model_spec or spec.model

@@ -27,7 +27,9 @@ SHARD_SCHEMA = 2
 
 
 #: Fields of a `CellSpec` that say where something lies, not what is measured.
-_PLACES = ("data", "decoder_files", "model_spec", "broken")
+_PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken")
+#: Fields that came later: where they say what every cell did before, its id stays what it was.
+_LATER = {"judge": "none"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,16 @@ class CellSpec:
     decoder_files: Sequence[str] = ()
     #: How the user named the model, where that is more than its name: a path.
     model_spec: str = ""
+    #: Who grades open answers, and where it is reached.
+    judge: str = "none"
+    judge_url: str = ""
     #: Traceback of a plugin that could not be imported: the cell fails with it, without a measurement.
     broken: str | None = None
 
     @property
     def cell_id(self) -> str:
         """Stable over runs and folders: a hash of what is measured, not of where its files lie."""
-        identity = {k: v for k, v in asdict(self).items() if k not in _PLACES}
+        identity = {k: v for k, v in asdict(self).items() if k not in _PLACES and _LATER.get(k, ...) != v}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.suite}-{digest}"
 
@@ -109,7 +114,7 @@ class Outcome:
         """What is stored. Of the user's folders only the last name: rows are published."""
         spec = asdict(self.spec)
         spec["data"] = Path(self.spec.data).name if self.spec.data else None
-        spec["model_spec"] = ""
+        spec["model_spec"] = spec["judge_url"] = ""
         spec["decoder_files"] = [Path(p).name for p in self.spec.decoder_files]
         shard = {k: v for k, v in vars(self).items() if k != "spec"}
         return {"schema": SHARD_SCHEMA, "cell_id": self.spec.cell_id, "spec": spec, **shard}

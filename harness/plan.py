@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness import datasets, embedded, models
+from decodathlon.harness import datasets, embedded, judges, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import TOY, CellSpec
 from decodathlon.harness.errors import MissingError, SpecError, near_miss
@@ -31,6 +31,8 @@ class Options:
     sweep: bool = False
     decoder_file: Sequence[str] = ()
     lm_eval_task: Sequence[str] = ()
+    judge: str = "none"
+    judge_url: str = ""
 
 
 #: The suite whose slices are the tasks of --lm-eval-task.
@@ -59,6 +61,7 @@ def cells(options: Options) -> list[CellSpec]:
         raise SpecError(f"--seed {options.seed} does not fit into 64 bits")
     model = models.resolve(options.model)
     models.check(model, options.device)
+    judges.check(options.judge, options.judge_url)
     if options.data is not None:
         if not Path(options.data).is_dir():
             raise MissingError(f"--data {options.data}: there is no such folder")
@@ -73,11 +76,13 @@ def cells(options: Options) -> list[CellSpec]:
         "dtype": options.dtype,
         "baseline": baseline,
         "data": str(Path(options.data).resolve()) if options.data else None,
+        "judge_url": options.judge_url,
         "decoder_files": tuple(str(Path(p).resolve()) for p in options.decoder_file),
     }
 
     def places(s: Suite, part: str) -> dict[str, Any]:
-        return common | ({"model": TOY, "model_spec": s.targets[part]} if s.targets else {})
+        judge = {"judge": options.judge} if s.judged else {}
+        return common | judge | ({"model": TOY, "model_spec": s.targets[part]} if s.targets else {})
 
     return [
         CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **places(s, part))

@@ -60,6 +60,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype, help="of the weights")
     add("--sweep", action="store_true", help="also the sweep values of every decoder, one parameter at a time")
     add("--decoder-file", action="append", default=[], metavar="PATH", help="a Python file with decoders; repeatable")
+    add("--judge", default=default.judge, metavar="SPEC", help="none, openai:MODEL or local:MODEL (default none)")
+    add("--judge-url", default=default.judge_url, metavar="URL", help="of a server that speaks the OpenAI protocol")
     add("--lm-eval-task", action="append", default=[], metavar="NAME", help="a task of lm-eval 0.4; repeatable")
     add("--executor", choices=sorted(EXECUTORS), default="local", help="a worker process, or this one for a debugger")
     add(

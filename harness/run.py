@@ -121,6 +121,7 @@ class Run:
             "data": Path(self._options.data).name if self._options.data else None,
             "decoder_file": [Path(p).name for p in self._options.decoder_file],
             "model": self.specs[0].model if self.specs else self._options.model,
+            "judge_url": "given" if self._options.judge_url else "",
         }
         self._record = {
             "run_id": self.run_id,

@@ -19,6 +19,7 @@ from decodathlon.harness.results.metrics import METRICS
 if TYPE_CHECKING:
     from decodathlon.harness.datasets import Split, Text
     from decodathlon.harness.decoder import Decoder
+    from decodathlon.harness.judges import Judge
     from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
     from decodathlon.harness.targets.base import Target
@@ -60,6 +61,8 @@ class Suite:
     #: Whether its rows are operations of the harness that pytest-benchmark timed; it then has no cells.
     timed: bool = False
     targets: Mapping[str, str] = field(default_factory=dict)
+    #: Whether it asks a judge where there is one.
+    judged: bool = False
 
     def slices(self, scale: str) -> Sequence[str]:
         return tuple(self.sizes[scale].get("slices", ("all",)))
@@ -88,6 +91,7 @@ def suite(
     table: Sequence[str] = (),
     protocol: Mapping[str, str] | None = None,
     targets: Mapping[str, str] | None = None,
+    judged: bool = False,
 ) -> Callable[[F], F]:
     """Register the test function below as a suite; it receives one `cell`.
 
@@ -103,7 +107,10 @@ def suite(
         raise ValueError(f"suite {name!r}: {unknown[0]!r} is not a metric")
 
     def register(function: F) -> F:
-        made = Suite(name, version, asks, data, sizes, rivals, table, function, protocol or {}, targets=targets or {})
+        made = Suite(
+            name, version, asks, data, sizes, rivals, table, function, protocol or {},
+            targets=targets or {}, judged=judged,
+        )  # fmt: skip
         registry.add("suite", name, made, inspect.getfile(function))
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]
         return function
@@ -151,6 +158,7 @@ class Cell:
         timeout: float | None = None,
         notebook: Journal | None = None,
         lines: Lines | None = None,
+        judge: Judge | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.suite = suite
@@ -171,6 +179,8 @@ class Cell:
         self._notebook = notebook or Journal(None)
         #: What is kept of every unit of a long cell, and what an earlier attempt has kept.
         self.lines = lines or Lines(None)
+        #: Who grades open answers, or None.
+        self.judge = judge
         self._say = say
 
     def begin(self) -> None:

@@ -170,6 +170,42 @@ def tuned_weight(validation: Scores, *, uniform: bool) -> float:
     return float(grid[np.flatnonzero(totals <= totals.min() * (1 + 1e-12))[-1]])
 
 
+def cross_fitted(scores: Scores, names: Sequence[str]) -> dict[str, Observations]:
+    """Scores of short texts, each a cluster, where there is no validation text: the weight of a mixture is tuned on
+    every other text, for those between them.
+
+    Args:
+        names: of the texts, by the number of their cluster.
+    """
+    places = [int(c) for c in np.unique(scores.cluster)]
+    halves = [_only(scores, [c for i, c in enumerate(places) if i % 2 == half]) for half in (0, 1)]
+    mixed = np.empty(len(scores.decoder))
+    for half in (0, 1):
+        weight = tuned_weight(halves[1 - half], uniform=False)
+        mine = np.isin(scores.cluster, np.unique(halves[half].cluster))
+        mixed[mine] = mixture_nats(halves[half], weight, uniform=False)
+    rows = [names[c] for c in places]
+    counts = [int((scores.cluster == c).sum()) for c in places]
+
+    def per_text(values: Array, *, exp: bool = False, share: bool = False) -> Observations:
+        sums = [float(values[scores.cluster == c].sum()) for c in places]
+        return Observations(rows, sums, counts, scale="exp" if exp else "identity", share=share)
+
+    return {
+        "cross_entropy": per_text(-scores.decoder),
+        "coverage": per_text(np.isfinite(scores.decoder).astype(float), share=True),
+        "sparsemax_score": per_text(np.exp(scores.decoder) + 0.5 * (1.0 - scores.concentration), share=True),
+        "ppl_model": per_text(-scores.model, exp=True),
+        "ppl_mixture": per_text(mixed, exp=True),
+    }
+
+
+def _only(scores: Scores, clusters: Sequence[int]) -> Scores:
+    mine = np.isin(scores.cluster, clusters)
+    decoder, model, concentration = (part[mine] for part in (scores.decoder, scores.model, scores.concentration))
+    return Scores(decoder, model, concentration, scores.cluster[mine], scores.vocabulary)
+
+
 def metrics(test: Scores, validation: Scores) -> dict[str, Estimate | Observations]:
     """Every perplexity of the suite, by metric name."""
     clusters = [test.cluster == c for c in np.unique(test.cluster)]

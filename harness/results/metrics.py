@@ -370,6 +370,62 @@ METRICS: dict[str, Metric] = {
         "The same of metrics of which less is better, such as perplexities.",
         "quality",
     ),
+    "judge_score": Metric(
+        "1",
+        "higher",
+        "Mean grade from 1 to 10 that the judge gave, abstentions left out; compare with what it gives right and empty "
+        "answers.",
+        "quality",
+    ),
+    "judge_abstentions": Metric(
+        "1",
+        "lower",
+        "Share of questions to the judge without a readable verdict.",
+        "context",
+    ),
+    "judge_of_right": Metric(
+        "1",
+        "none",
+        "Mean grade that the judge gave the reference answers of some questions: what its 10 is worth.",
+        "context",
+    ),
+    "judge_of_empty": Metric(
+        "1",
+        "none",
+        "Mean grade that the judge gave empty answers.",
+        "context",
+    ),
+    "cross_entropy": Metric(
+        "nats",
+        "lower",
+        "Nats per token of the reference answers under the decoder's own law, behind their questions; infinite as soon "
+        "as the decoder cuts one of their tokens.",
+        "quality",
+    ),
+    "distinct_2": Metric(
+        "1",
+        "none",
+        "Share of different pairs of words among all of the answers, of each the first 64 words.",
+        "context",
+    ),
+    "self_bleu": Metric(
+        "1",
+        "none",
+        "BLEU-4 of each answer against all others, averaged: how much they say the same.",
+        "context",
+    ),
+    "repetition": Metric(
+        "1",
+        "none",
+        "Share of an answer's runs of four words that came before in it, averaged.",
+        "context",
+    ),
+    "cut_answers": Metric(
+        "1",
+        "none",
+        "Share of answers that ended because they were as long as they may be.",
+        "context",
+    ),
     "answered": Metric(
         "1",
         "higher",

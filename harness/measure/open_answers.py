@@ -1,0 +1,124 @@
+"""Open questions: answers in one turn or two, what the law says of right ones, how they repeat, what a judge says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from decodathlon.harness import judges
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.measure import asking, diversity, perplexity
+from decodathlon.harness.measure.asking import Answer, Turn
+from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Estimate
+
+if TYPE_CHECKING:
+    from decodathlon.harness.suite import Cell
+
+Question = Mapping[str, Any]
+#: Right and empty answers that a judge grades, so that its grades mean something.
+PROVED = 4
+
+
+def measure(cell: Cell, questions: Sequence[Question]) -> None:
+    """Report on the decoder's answers to questions (id, turns, category, reference)."""
+    references(cell, questions)
+    talks: dict[str, list[Turn]] = {q["id"]: [] for q in questions}
+    answers: list[Answer] = []
+    for turn in range(cell.sizes["turns"]):
+        for q in questions:
+            talks[q["id"]].append(("user", q["turns"][turn]))
+        prompts = {f"{q['id']}#{turn + 1}": asking.prompt(cell.target, talks[q["id"]]) for q in questions}
+        for (answer,) in asking.ask(cell, prompts, tokens=cell.sizes["tokens"]):
+            answers.append(answer)
+            talks[answer.question.partition("#")[0]].append(("assistant", answer.text))
+            cell.sample(answer.row, response=answer.text, tokens=answer.tokens, stop_reason=answer.stop_reason)
+        if cell.late:
+            break
+    for metric, found in {**texts(answers), **asking.costs(answers, cell.target)}.items():
+        cell.report(metric, found)
+    if cell.judge is not None:
+        judged(cell, cell.judge, questions, talks)
+
+
+def texts(answers: Sequence[Answer]) -> dict[str, Estimate | Observations]:
+    """How the answers repeat, and how many were cut."""
+    rows, ones = [a.question for a in answers], [1.0] * len(answers)
+    found: dict[str, Estimate | Observations] = {
+        "repetition": Observations(rows, [diversity.repetition(a.text) for a in answers], ones, share=True),
+        "cut_answers": Observations(rows, [float(a.stop_reason == "length") for a in answers], ones, share=True),
+    }
+    if len(answers) > 1:
+        found["self_bleu"] = Observations(rows, diversity.self_bleu([a.text for a in answers]), ones, share=True)
+    different = diversity.distinct([a.text for a in answers])
+    if different is not None:
+        found["distinct_2"] = Estimate(different, n=len(answers))
+    return found
+
+
+@torch.no_grad()
+def references(cell: Cell, questions: Sequence[Question]) -> None:
+    """Report how likely right answers are under the decoder's own law, where it has one and there are some."""
+    known = [q for q in questions if q["reference"]]
+    if len(known) < 2:
+        cell.note(f"{len(known)} of the questions have a reference answer: nothing is said of their likelihood")
+        return
+    try:
+        perplexity.judge_of(cell.decoder)
+    except UnsupportedError as error:
+        cell.note(f"no likelihood of reference answers: {error}")
+        return
+    parts = []
+    for number, q in enumerate(known):
+        head = asking.prompt(cell.target, [("user", q["turns"][0])])
+        tokens = [*head, *cell.target.encode(" " + q["reference"][0].strip(), special=False)]
+        tokens = tokens[: cell.target.context_length]
+        if len(tokens) == len(head):
+            continue
+        at = torch.arange(len(head) - 1, len(tokens) - 1)
+        logits = cell.target.logits(torch.tensor([tokens[:-1]]), at)[0]
+        real = torch.tensor(tokens[len(head) :], device=logits.device)
+        parts.append((*perplexity.judge_of(cell.decoder)(logits, real), np.full(len(real), number)))
+    own, model, concentration, cluster = (np.concatenate(part) for part in zip(*parts, strict=True))
+    scores = perplexity.Scores(own, model, concentration, cluster, cell.target.vocab_size)
+    names = [q["id"] for q in known]
+    for metric, found in perplexity.cross_fitted(scores, names).items():
+        cell.report(metric, found)
+
+
+def judged(cell: Cell, judge: judges.Judge, questions: Sequence[Question], talks: Mapping[str, Sequence[Turn]]) -> None:
+    """Report the grades of a judge, how often it abstained, and what it makes of right and of empty answers."""
+    grades: dict[str, float] = {}
+    abstained, asked = 0, 0
+    for q in cell.until_late(questions):
+        for turn in range(len(talks[q["id"]]) // 2):
+            row = f"{q['id']}#{turn + 1}"
+            guide = q["reference"][: turn + 1] if q["category"] in judges.GUIDED else []
+            reply = judge.ask(judges.single(talks[q["id"]][: 2 * turn + 2], guide))
+            grade, asked = judges.grade(reply.text), asked + 1
+            abstained += grade is None
+            if grade is not None:
+                grades[row] = grade
+            cell.sample(f"{row}/judge", judge=judge.name, grade=grade, verdict=reply.text, reason=reply.reason)
+    cell.report("judge_abstentions", Estimate(abstained / max(1, asked), n=asked))
+    if grades:
+        cell.report("judge_score", Observations(list(grades), list(grades.values()), [1.0] * len(grades)))
+    known = [q for q in questions if q["reference"]][:PROVED]
+    for metric, text in (("judge_of_right", None), ("judge_of_empty", "")):
+        said = [
+            judges.grade(
+                judge.ask(
+                    judges.single(
+                        [("user", q["turns"][0]), ("assistant", q["reference"][0] if text is None else text)],
+                        q["reference"][:1],
+                    )
+                ).text
+            )
+            for q in known
+        ]
+        stated = [s for s in said if s is not None]
+        if stated:
+            cell.report(metric, Estimate(sum(stated) / len(stated), n=len(stated)))

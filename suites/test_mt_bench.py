@@ -1,0 +1,40 @@
+"""MT-Bench: open questions in two turns, with a judge or without."""
+
+from decodathlon import suite
+
+
+@suite(
+    "mt_bench",
+    version=1,
+    asks="What does the decoder answer to open questions, and how likely does it find right answers?",
+    data="mt-bench",
+    judged=True,
+    table=[
+        "judge_score",
+        "judge_abstentions",
+        "cross_entropy",
+        "coverage",
+        "ppl_mixture",
+        "sparsemax_score",
+        "distinct_2",
+        "self_bleu",
+        "repetition",
+        "answer_tokens",
+    ],
+    protocol={
+        "prompt": "the model's chat template, or where it has none 'Question: ... Answer:'",
+        "references": "of the first turn, teacher forcing; the weight of a mixture is tuned on every other reference",
+        "judge": "one answer at a time, temperature 0, prompts of our own; in mathematics, reasoning and coding it "
+        "sees the reference; what cannot be read is an abstention",
+    },
+    sizes={
+        "smoke": {"questions": 4, "turns": 1, "tokens": 16},
+        "quick": {"questions": 16, "turns": 1, "tokens": 32},
+        "full": {"questions": None, "turns": 2, "tokens": 1024},
+    },
+)
+def test_mt_bench(cell):
+    from decodathlon.harness.datasets import questions
+    from decodathlon.harness.measure import open_answers
+
+    open_answers.measure(cell, questions.read(cell.text(), cell.sizes["questions"]))

@@ -1,0 +1,173 @@
+"""Judges: verdicts that can be read, and all the ways in which a server can fail. It is a real one, on loopback."""
+
+import http.server
+import json
+import threading
+import time
+
+import pytest
+
+from decodathlon.harness import judges
+from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.judges import Judge, Server
+
+KEY = "sk-secret-of-the-tests"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves what `replies` says, one after the other, the last for ever; keeps what it was asked."""
+    monkeypatch.delenv("DECODATHLON_JUDGE_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        replies, asked = [], []
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.asked.append((self.path, self.headers.get("Authorization"), body))
+            code, content, wait = self.replies[min(len(self.asked), len(self.replies)) - 1]
+            time.sleep(wait)
+            self.send_response(code)
+            self.end_headers()
+            try:
+                self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+            except BrokenPipeError:
+                return
+
+        def log_message(self, *args):
+            return
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    Handler.url = f"http://127.0.0.1:{made.server_address[1]}/v1"
+    yield Handler
+    made.shutdown()
+    made.server_close()
+
+
+def said(text, **more):
+    return 200, {"choices": [{"message": {"content": text, **more}}]}, 0.0
+
+
+def ask(server, *replies, timeout=5.0):
+    server.replies[:] = replies
+    return Server(server.url, "m", timeout=timeout, pause=0.01).ask("?")
+
+
+def test_a_question_goes_out_as_the_protocol_has_it(server):
+    assert ask(server, said("Grade: [[7]]")) == ("Grade: [[7]]", "")
+    ((path, key, body),) = server.asked
+    assert path == "/v1/chat/completions"
+    assert key == f"Bearer {KEY}"
+    assert body["model"] == "m"
+    assert body["temperature"] == 0
+    assert body["messages"] == [{"role": "user", "content": "?"}]
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_a_busy_server_is_asked_again_and_then_left_alone(server, code):
+    assert ask(server, (code, b"wait", 0), (code, b"wait", 0), said("[[3]]")).text == "[[3]]"
+    assert len(server.asked) == 3
+    server.asked.clear()
+    assert ask(server, (code, b"wait", 0)) == ("", f"HTTP {code}")
+    assert len(server.asked) == judges.TRIES
+
+
+def test_a_refused_key_is_not_tried_again(server):
+    assert ask(server, (401, {"error": f"bad key {KEY}"}, 0)) == ("", "HTTP 401")
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((200, b"<html>sign in</html>", 0), "no JSON"),
+        ((200, {}, 0), "no choice"),
+        ((200, {"choices": []}, 0), "no choice"),
+        ((200, {"choices": [{"message": None}]}, 0), "no choice"),
+        ((200, [], 0), "no choice"),
+        ((200, {"choices": [{"message": {"content": ""}}]}, 0), "empty"),
+        ((200, {"choices": [{"message": {"content": None, "refusal": "no"}}]}, 0), "refusal"),
+        ((200, {"choices": [{"message": {"content": 7}}]}, 0), "empty"),
+    ],
+)
+def test_what_is_no_answer_is_an_abstention_with_its_reason(server, reply, reason):
+    assert ask(server, reply) == ("", reason)
+
+
+def test_a_slow_server_and_one_that_is_down_are_abstentions(server):
+    began = time.monotonic()
+    assert ask(server, (200, {}, 3.0), timeout=0.1).reason in ("TimeoutError", "timeout")
+    assert time.monotonic() - began < 3
+    assert Server("http://127.0.0.1:9/v1", "m", timeout=1, pause=0.01).ask("?").reason == "ConnectionRefusedError"
+
+
+def test_an_echoed_secret_is_not_kept(server):
+    reply = ask(server, said(f"your header was Bearer {KEY} [[4]]"))
+    assert KEY not in reply.text
+    assert judges.grade(reply.text) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [
+        ("Good.\nGrade: [[10]]", 10), ("Grade: [[7.5]]", 7.5), ("[[3]] no, [[ 4 ]]", 4), ("Grade: 7", None),
+        ("Grade: [[11]]", None), ("Grade: [[0]]", None), ("", None), ("[[x]]", None), ("Grade: [[-3]]", None),
+    ],
+)  # fmt: skip
+def test_grades_are_read_or_none(text, grade):
+    assert judges.grade(text) == grade
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [("Verdict: [[A]]", "first"), ("[[A]] no [[b]]", "second"), ("[[tie]]", "tie"), ("[[C]]", "tie"), ("A wins", None)],
+)
+def test_choices_are_read_or_none(text, choice):
+    assert judges.choice(text) == choice
+
+
+def test_a_judge_that_prefers_the_first_place_says_nothing():
+    def by(rule):
+        return Judge("rule", lambda prompt: judges.Reply(rule(prompt)))
+
+    first = by(lambda prompt: "[[A]]")
+    assert judges.compared(first, ["?"], "mine", "other", []) == 0.5
+    better = by(lambda prompt: "[[A]]" if prompt.index("mine") < prompt.index("other") else "[[B]]")
+    assert judges.compared(better, ["?"], "mine", "other", []) == 1.0
+    worse = by(lambda prompt: "[[B]]" if prompt.index("mine") < prompt.index("other") else "[[A]]")
+    assert judges.compared(worse, ["?"], "mine", "other", []) == 0.0
+    assert judges.compared(by(lambda prompt: "hm"), ["?"], "mine", "other", []) is None
+
+
+def test_the_judge_sees_the_talk_and_where_it_helps_the_right_answer():
+    talk = [("user", "What is {1} + 1?"), ("assistant", "3"), ("user", "Sure?"), ("assistant", "Yes")]
+    prompt = judges.single(talk, ["2", "No"])
+    assert "What is {1} + 1?" in prompt
+    assert "### Right answer, for the judge alone\n2\n\nNo" in prompt
+    assert "last answer" in prompt
+    assert "Right answer" not in judges.single(talk[:2], [])
+
+
+@pytest.mark.parametrize(
+    ("spec", "url", "message"),
+    [
+        ("gpt-4", "", "--judge gpt-4: it is none, openai:MODEL or local:MODEL"),
+        ("openai:", "", "it is none, openai:MODEL"),
+        ("none", "http://x", "goes with --judge openai:MODEL"),
+        ("openai:m", "x.org/v1", "begins with http"),
+        ("local:no-such-model", "", "no-such-model"),
+    ],
+)
+def test_a_wrong_judge_is_named_before_anything_is_loaded(spec, url, message):
+    with pytest.raises(SpecError, match=message):
+        judges.check(spec, url)
+
+
+def test_a_missing_key_is_named(monkeypatch):
+    for name in judges.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MissingError, match="set DECODATHLON_JUDGE_KEY or OPENAI_API_KEY"):
+        judges.check("openai:m", "")
+    judges.check("openai:m", "http://127.0.0.1:8000/v1")
