@@ -140,7 +140,7 @@ class Bench:
         source = Path(inspect.getfile(suite.function)).read_bytes()
         outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
         if suite.judged:
-            outcome.protocol["judged_by"] = spec.judge
+            outcome.sizes["judge"] = spec.judge  # rows of different judges share no line and no rank
         texts = {}
         name = suite.data_of(spec.slice)
         if name is not None:
