@@ -29,7 +29,7 @@ SHARD_SCHEMA = 2
 #: Fields of a `CellSpec` that say where something lies, not what is measured.
 _PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken")
 #: Fields that came later: where they say what every cell did before, its id stays what it was.
-_LATER = {"judge": "none"}
+_LATER = {"judge": "none", "split": "test", "limit": 0}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class CellSpec:
     #: Who grades open answers, and where it is reached.
     judge: str = "none"
     judge_url: str = ""
+    #: Which questions: those that are reported, or those that are kept for tuning; and how many (0: as the scale says).
+    split: str = "test"
+    limit: int = 0
     #: Traceback of a plugin that could not be imported: the cell fails with it, without a measurement.
     broken: str | None = None
 

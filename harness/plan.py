@@ -33,6 +33,9 @@ class Options:
     lm_eval_task: Sequence[str] = ()
     judge: str = "none"
     judge_url: str = ""
+    #: Of the command tune, not of pytest.
+    split: str = "test"
+    limit: int = 0
 
 
 #: The suite whose slices are the tasks of --lm-eval-task.
@@ -77,6 +80,8 @@ def cells(options: Options) -> list[CellSpec]:
         "baseline": baseline,
         "data": str(Path(options.data).resolve()) if options.data else None,
         "judge_url": options.judge_url,
+        "split": options.split,
+        "limit": options.limit,
         "decoder_files": tuple(str(Path(p).resolve()) for p in options.decoder_file),
     }
 

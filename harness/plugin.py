@@ -117,7 +117,8 @@ def _run(config: pytest.Config) -> Run:
         cell_timeout=option.decodathlon_cell_timeout,
         gates=rules if wanted else None,
     )
-    given = {f.name: getattr(option, "decodathlon_" + f.name) for f in fields(Options)}
+    own = [f.name for f in fields(Options) if hasattr(option, "decodathlon_" + f.name)]
+    given = {name: getattr(option, "decodathlon_" + name) for name in own}
     resume = option.decodathlon_resume
     if resume is not None:
         for name, value in given.items():

@@ -158,6 +158,7 @@ class Cell:
         timeout: float | None = None,
         notebook: Journal | None = None,
         lines: Lines | None = None,
+        sizes: Mapping[str, Any] | None = None,
         judge: Judge | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -167,7 +168,7 @@ class Cell:
         #: The decoders of paired ratios, by the metric that the ratio to them goes under.
         self.rivals = rivals
         self.scale, self.slice, self.seed = scale, slice, seed
-        self.sizes = suite.sizes[scale]
+        self.sizes = suite.sizes[scale] if sizes is None else sizes
         self._texts = texts
         self.metrics: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []

@@ -15,13 +15,13 @@ from decodathlon import suite
         "interval": "over problems; several answers to one problem are no new evidence",
     },
     sizes={
-        "smoke": {"problems": 2, "samples": 2, "tokens": 24},
-        "quick": {"problems": 4, "samples": 2, "tokens": 96},
-        "full": {"problems": None, "samples": 16, "tokens": 8192},
+        "smoke": {"questions": 2, "samples": 2, "tokens": 24},
+        "quick": {"questions": 4, "samples": 2, "tokens": 96},
+        "full": {"questions": None, "samples": 16, "tokens": 8192},
     },
 )
 def test_aime25(cell):
     from decodathlon.harness.datasets import questions
     from decodathlon.harness.measure import problems
 
-    problems.measure(cell, questions.read(cell.text(), cell.sizes["problems"]))
+    problems.measure(cell, questions.read(cell.text(), cell.sizes["questions"]))

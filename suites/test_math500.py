@@ -16,13 +16,13 @@ from decodathlon import suite
         "interval": "over problems; several answers to one problem are no new evidence",
     },
     sizes={
-        "smoke": {"problems": 2, "samples": 2, "tokens": 24},
-        "quick": {"problems": 8, "samples": 2, "tokens": 96},
-        "full": {"problems": None, "samples": 4, "tokens": 2048},
+        "smoke": {"questions": 2, "samples": 2, "tokens": 24},
+        "quick": {"questions": 8, "samples": 2, "tokens": 96},
+        "full": {"questions": None, "samples": 4, "tokens": 2048},
     },
 )
 def test_math500(cell):
     from decodathlon.harness.datasets import questions
     from decodathlon.harness.measure import problems
 
-    problems.measure(cell, questions.read(cell.text(), cell.sizes["problems"]))
+    problems.measure(cell, questions.read(cell.text(), cell.sizes["questions"]))

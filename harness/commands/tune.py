@@ -1,0 +1,100 @@
+"""`decodathlon tune`: the best parameters of decoders, found on questions that no report uses."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness import tuning
+from decodathlon.harness.cells import CellSpec, Outcome
+from decodathlon.harness.commands.command import Command, say
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.plan import Options, cells
+from decodathlon.harness.registry import registry
+from decodathlon.harness.results import environment
+from decodathlon.harness.results.table import DASH, aligned
+
+#: What a study is called where nobody says otherwise, in the folder where one stands.
+STUDY = "tuning.journal"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    default = Options()
+    parser.add_argument(
+        "--decoder", action="append", required=True, metavar="SPEC",
+        help="what is tuned; repeatable, and every one gets as many trials: name the baseline, too",
+    )  # fmt: skip
+    parser.add_argument("--suite", required=True, metavar="NAME", help="math500 or truthfulqa")
+    parser.add_argument("--slice", metavar="NAME", help="of a suite with several parts (default its first)")
+    parser.add_argument("--metric", metavar="NAME", help="what to tune for (default the suite's first)")
+    parser.add_argument("--method", choices=tuning.METHODS, default="tpe", help="default tpe")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="of every decoder, its default among them")
+    parser.add_argument(
+        "--validation", type=int, default=50, metavar="N", help="questions; at most 50 are kept for this"
+    )
+    parser.add_argument(
+        "--study", type=Path, default=Path(STUDY), metavar="FILE", help=f"default {STUDY}; is gone on with"
+    )
+    parser.add_argument("--scale", choices=["smoke", "quick", "full"], default=default.scale, help="length of answers")
+    parser.add_argument("--model", default=default.model, metavar="SPEC")
+    parser.add_argument("--data", metavar="DIR")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default=default.device)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype)
+    parser.add_argument("--decoder-file", action="append", default=[], metavar="PATH")
+
+
+def _run(options: argparse.Namespace) -> int:
+    for name in ("trials", "validation"):
+        if getattr(options, name) < 1:
+            raise SpecError(f"--{name} {getattr(options, name)}: at least 1")
+    for path in options.decoder_file:
+        registry.load_file(path)
+    metric = tuning.check(options.suite, options.metric)
+    for text in options.decoder:
+        tuning.space(decoders.build(text))
+    planned = cells(
+        Options(
+            scale=options.scale, decoder=options.decoder, suite=[options.suite], model=options.model, seed=options.seed,
+            data=options.data or environment.data_folder(), device=options.device, dtype=options.dtype,
+            decoder_file=options.decoder_file, split="validation", limit=options.validation,
+        )
+    )  # fmt: skip
+    parts = list(dict.fromkeys(c.slice for c in planned))
+    part = options.slice or parts[0]
+    if part not in parts:
+        raise SpecError(f"--slice {part}: {options.suite} has {', '.join(parts)}")
+    from decodathlon.harness.bench import Bench  # needs torch
+
+    bench = Bench(say=lambda text: None)
+
+    def measure(spec: CellSpec) -> Outcome:
+        return bench.measure(spec, "tuning")
+
+    rows = [["decoder", metric, "default", "best less default", "trials"]]
+    for first in (c for c in planned if c.slice == part):
+        found = tuning.tune(
+            first, metric=metric, method=options.method, trials=options.trials, study_file=options.study,
+            measure=measure, say=say,
+        )  # fmt: skip
+        gain = DASH if found.gain is None else _interval(found.gain)
+        scores = [_interval(found.best.score), _interval(found.default.score), gain]
+        rows.append([found.best.decoder, *scores, f"{found.trials}, {found.failed} without a score"])
+    say()
+    for line in aligned(rows):
+        say(line)
+    say()
+    say(f"On {options.validation} questions that no report uses. The best of many is too good by chance; what counts:")
+    best = " ".join(f"--decoder '{row[0]}'" for row in rows[1:])
+    say(f"  pytest suites/ --benchmark --suite {options.suite} --scale {options.scale} {best}")
+    return 0
+
+
+def _interval(found: Estimate) -> str:
+    value, low, high, _ = found
+    return f"{value:.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
+
+
+registry.add("command", "tune", Command("find the best parameters of decoders", _arguments, _run), __file__)
