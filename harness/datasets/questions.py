@@ -27,7 +27,7 @@ def register(
     *,
     file: str,
     fields: Mapping[str, type],
-    hub_table: tuple[str, str | None, str],
+    hub_table: tuple[str, str | None, str] | None,
     of_hub: Callable[[Mapping[str, Any]], Question],
     stand_in: Callable[[], Sequence[Question]],
     held_out: int,
@@ -40,7 +40,7 @@ def register(
     Args:
         file: JSON lines in a `--data` folder; each has an `id` and the fields.
         fields: what a question has, with its type; the first is its text.
-        hub_table: id, config and split on the hub; `of_hub` makes a question of its rows.
+        hub_table: id, config and split on the hub, if it is there; `of_hub` makes a question of its rows.
         stand_in: the project's own questions, where nothing else can be had.
         held_out: how many questions are kept for tuning: the validation split.
         completed: adds to questions what other files of the folder say of them.
@@ -63,6 +63,8 @@ def register(
         return split_up(found, split, held_out)
 
     def from_hub(split: Split, offline: bool) -> tuple[Rows, str]:
+        if hub_table is None:
+            raise MissingError(f"{name} is on no hub")
         table, revision = hub.table(*hub_table, offline=offline)
         return split_up([of_hub(row) for row in table], split, held_out), revision
 

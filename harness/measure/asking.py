@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from decodathlon.harness.decoder import Cost, Limits
+from decodathlon.harness.decoder import Cost, Decoder, Limits
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.randomness import RowRandom
 
 if TYPE_CHECKING:
-    from decodathlon.harness.suite import Cell
+    from decodathlon.harness.results.lines import Lines
     from decodathlon.harness.targets.base import Target
 
 #: How a model without a chat template is asked; what it writes behind the next "Question:" is not its answer.
@@ -76,8 +76,23 @@ def protocol(target: Target) -> str:
     return "plain" if target.chat([{"role": "user", "content": "?"}]) is None else "chat template"
 
 
+class Asker(Protocol):
+    """Who asks: a cell, or the arena."""
+
+    decoder: Decoder
+    target: Target
+    seed: int
+    lines: Lines
+
+    def until_late(self, units: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
+        """The batches, as long as there is time."""
+
+    def note(self, text: str) -> None:
+        """Something that a reader should know."""
+
+
 def ask(
-    cell: Cell, prompts: Mapping[str, Sequence[int]], *, tokens: int, samples: int = 1, rows: int = 8
+    cell: Asker, prompts: Mapping[str, Sequence[int]], *, tokens: int, samples: int = 1, rows: int = 8
 ) -> Iterator[list[Answer]]:
     """All answers to one question after the other, in the order of the prompts.
 
@@ -110,14 +125,14 @@ def ask(
             yield [a for a in found if a.question == name]
 
 
-def _known(cell: Cell, batch: Sequence[str], samples: int) -> list[Answer]:
+def _known(cell: Asker, batch: Sequence[str], samples: int) -> list[Answer]:
     """What an earlier attempt at this cell has drawn of a batch; nothing if any of it is missing."""
     lines = [cell.lines.earlier.get(f"{name}/{i}") for name in batch for i in range(samples)]
     return [Answer.from_line(line) for line in lines if line is not None] if all(lines) else []
 
 
 def _drawn(
-    cell: Cell, prompts: Mapping[str, Sequence[int]], batch: Sequence[str], limits: Limits, samples: int
+    cell: Asker, prompts: Mapping[str, Sequence[int]], batch: Sequence[str], limits: Limits, samples: int
 ) -> list[Answer]:
     keys = [f"{name}/{i}" for name in batch for i in range(samples)]
     begun = time.perf_counter()

@@ -1,0 +1,22 @@
+"""Spec-Bench (Xia et al. 2024): 480 prompts of six kinds, 80 of them MT-Bench's. It is on no hub; `--data` has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from decodathlon.harness.datasets import questions
+from decodathlon.harness.datasets.base import Split
+
+SHA256: Mapping[Split, str] = {"test": "ce768da3e6f553aca5ecd13baf0141b741f4379b8bcf1f514891178d8c5b6573"}
+
+questions.register(
+    "spec-bench",
+    file="spec_bench.questions.jsonl",
+    fields={"turns": list, "category": str},
+    hub_table=None,
+    of_hub=dict,
+    stand_in=list,
+    held_out=0,
+    sha256=SHA256,
+    source=__file__,
+)
