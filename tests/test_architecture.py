@@ -18,6 +18,7 @@ ALLOWED = {
     "kernels": set(),
     "suites": {"decodathlon", "decodathlon.harness"},
     "leaderboard": {
+        "decodathlon.harness.arena",
         "decodathlon.harness.errors",
         "decodathlon.harness.locks",
         "decodathlon.harness.results",

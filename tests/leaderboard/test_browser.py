@@ -19,8 +19,8 @@ from decodathlon.harness.results import shards
 ROOT = Path(__file__).parents[2]
 #: Where the screenshots are kept; DECODATHLON_SCREENSHOTS names another folder.
 VARIABLE = "DECODATHLON_SCREENSHOTS"
-PAGES = {"overview": "", "trade-off": "trade-off", "exactness": "exactness", "decoder": "decoder?decoder=top-p",
-         "run": "run", "about": "about"}  # fmt: skip
+PAGES = {"overview": "", "trade-off": "trade-off", "exactness": "exactness", "arena": "arena",
+         "decoder": "decoder?decoder=top-p", "run": "run", "about": "about"}  # fmt: skip
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(chromium is None, reason="there is no chromium: apt-get install chromium")
@@ -171,6 +171,28 @@ def test_charts_have_words_for_those_who_do_not_see_them(browser, board):
         _ready(page)
         words = page.get_by_label("On the Pareto front").or_(page.locator("[alt*='Pareto front']"))
         words.first.wait_for(state="attached", timeout=20_000)
+
+
+def test_a_blind_vote_by_keyboard(browser, tmp_path):
+    from decodathlon.harness.arena import pairs
+    from decodathlon.harness.arena.pairs import Pair
+
+    results = demo(tmp_path / "r.duckdb")
+    some = [Pair(f"p{i}", f"Why {i}?", "own", "", (f"one-{i}", f"other-{i}")) for i in range(2)]
+    pairs.save(pairs.home(results) / "mine", decoders=["top-p", "min-p"], model="m", pairs=some, more={})
+    with _served(results) as address, _page(browser, DESK) as page:
+        page.goto(f"{address}/arena?annotator=ann&set=mine")
+        _ready(page)
+        for number, key in enumerate(("ArrowLeft", "ArrowDown")):
+            page.get_by_text(f"{number} of 2 judged").wait_for(timeout=10_000)
+            assert page.get_by_text("min-p").count() == 0
+            page.keyboard.press(key)
+        page.get_by_text("You have judged them all").wait_for(timeout=10_000)
+    arena = pairs.load(pairs.home(results) / "mine")
+    first, second = arena.votes()
+    seen = arena.shown(arena.pairs[0], "ann")[0]
+    assert seen == arena.pairs[0].answers[0 if first.choice == "first" else 1]
+    assert second.choice == "bad"
 
 
 def test_nothing_is_advertised_over_the_page(browser, board):
