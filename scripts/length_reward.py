@@ -95,7 +95,7 @@ def main() -> None:
         toy_of = Toy(target, [target.start_token], room=6, answers=4000, budget=16, goal=5, beta=0.5)
     else:
         target = models.load(models.resolve(name), device="cpu", dtype="float32", say=sys.stderr.write)
-        toy_of = Toy(target, target.encode(PROMPT), room=32, answers=12, budget=8, goal=10, beta=2.0)
+        toy_of = Toy(target, target.encode(PROMPT), room=32, answers=40, budget=8, goal=10, beta=2.0)
     chain_spec = f"reward={toy_of.reward.spec},beta={toy_of.beta}"
     laws: dict[str, dict[str, Callable[[], Lengths]]] = {
         "p exp(r/beta)": {
