@@ -239,9 +239,9 @@ def test_bad_parameters_are_refused_before_anything_is_loaded(spec, says):
         decoders.build(spec)
 
 
-def test_a_reward_that_reads_text_needs_a_tokenizer(lm, tmp_path):
+def test_a_reward_that_reads_text_needs_a_tokenizer(tmp_path):
     with pytest.raises(UnsupportedError, match="text"):
-        decoders.build(f"qalign[reward=model:{tmp_path}]").check(lm)
+        decoders.build(f"qalign[reward=model:{tmp_path}]").check(toy.Ising(4, 0.2))
 
 
 def test_an_empty_answer_is_refused(lm):
@@ -295,6 +295,6 @@ def test_levels_rise_as_far_as_the_particles_stay_effective(lm):
 
 
 def test_an_answer_has_text_where_the_target_has_a_tokenizer(lm):
-    a = Answer([0], [2, 1], -1.0, lm)
+    assert Answer([0], [2, 1], -1.0, lm).text == "a"
     with pytest.raises(UnsupportedError, match="tokenizer"):
-        _ = a.text
+        _ = Answer([0], [1, 0], -1.0, toy.Ising(4, 0.2)).text
