@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--add", type=Path, action="append", default=[], metavar="RUN_FOLDER")
     for folder in parser.parse_args().add:
-        # what begins with a dot is the user's own: the plan with its paths, locks, journals; lines hold others' questions
+        # what begins with a dot is the user's own: the plan with its paths, locks, journals; lines hold questions
         shutil.copytree(folder, PUBLISHED / folder.name, ignore=shutil.ignore_patterns(".*", "*.lines.jsonl"))
     rebuild(PUBLISHED, ROOT / "results.duckdb")
 

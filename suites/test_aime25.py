@@ -15,8 +15,8 @@ from decodathlon import suite
         "interval": "over problems; several answers to one problem are no new evidence",
     },
     sizes={
-        "smoke": {"questions": 2, "samples": 2, "tokens": 24},
-        "quick": {"questions": 4, "samples": 2, "tokens": 96},
+        "smoke": {"questions": 1, "samples": 2, "tokens": 16},
+        "quick": {"questions": 4, "samples": 2, "tokens": 64},
         "full": {"questions": None, "samples": 16, "tokens": 8192},
     },
 )

@@ -28,8 +28,8 @@ from decodathlon import suite
         "sees the reference; what cannot be read is an abstention",
     },
     sizes={
-        "smoke": {"questions": 4, "turns": 1, "tokens": 16},
-        "quick": {"questions": 16, "turns": 1, "tokens": 32},
+        "smoke": {"questions": 2, "turns": 1, "tokens": 12},
+        "quick": {"questions": 12, "turns": 1, "tokens": 32},
         "full": {"questions": None, "turns": 2, "tokens": 1024},
     },
 )

@@ -16,8 +16,8 @@ from decodathlon import suite
         "generation": "the decoder's own answers, cut at an empty line as lm-eval does",
     },
     sizes={
-        "smoke": {"slices": ["choice", "generation"], "questions": 3, "tokens": 12},
-        "quick": {"slices": ["choice", "generation"], "questions": 12, "tokens": 32},
+        "smoke": {"slices": ["choice", "generation"], "questions": 2, "tokens": 8},
+        "quick": {"slices": ["choice", "generation"], "questions": 12, "tokens": 24},
         "full": {"slices": ["choice", "generation"], "questions": None, "tokens": 256},
     },
 )

@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+
+pytest.importorskip("lm_eval", exc_type=ImportError)
 import tiny_models
 
 from decodathlon.harness import decoder as decoders
