@@ -88,7 +88,7 @@ def test_a_run_measures_shows_and_stores(model, tmp_path):
     assert "throughput batch-1" in done.stdout
     assert "python-topics (stand-in)" in done.stdout
     assert "s left)" in done.stdout
-    assert "15 cells added in" in done.stdout
+    assert "30 cells added in" in done.stdout
     assert "unsupported: needs a next-token law" in done.stdout
     with store.connect(results) as connection:
         rows = connection.execute(
@@ -174,7 +174,7 @@ def test_without_the_flag_suites_are_deselected_and_say_why():
         (["--baseline", "gredy"], "did you mean 'greedy'"),
         (["--model", "smollm"], "there is no model 'smollm'"),
         (["--data", "/nowhere"], "--data /nowhere: there is no such folder"),
-        (["--data", str(ROOT / "docs")], "has no wikitext-2-raw-v1.test.txt"),
+        (["--data", str(ROOT / "docs")], "has no aime_2025.jsonl"),
         (["--results", "/nowhere/r.duckdb"], "does not exist; create it"),
         (["--results", str(ROOT / "pyproject.toml")], "cannot be opened"),
         (["--decoder-file", "none.py"], "there is no such file"),
