@@ -56,6 +56,12 @@ def choices(cell: Cell) -> None:
             told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder)
             _prove(cell, [score for name, result in told.items() for score in _scores(result, name)], truth)
         found = lm_eval_tasks.run(DecoderLM(cell), names, folder=folder)
+    decided = [any(x > -math.inf for x in _likelihoods(s)) for s in found[MC1].samples]
+    rows = [s["doc"]["id"] for s in found[MC1].samples]
+    cell.report("decided", Observations(rows, [float(d) for d in decided], [1.0] * len(rows), share=True))
+    if not any(decided):
+        cell.note("the law gives no choice any probability: mc1 and mc2 would be guesses alone, and are left out")
+        return
     for name, metric in ((MC1, "mc1"), (MC2, "mc2")):
         rows = [s["doc"]["id"] for s in found[name].samples]
         cell.report(metric, Observations(rows, _scores(found[name], name), [1.0] * len(rows), share=True))
@@ -66,9 +72,6 @@ def choices(cell: Cell) -> None:
                 log_probs=_likelihoods(sample),
                 labels=sample["doc"][LABELS[name]]["labels"],
             )
-    decided = [any(x > -math.inf for x in _likelihoods(s)) for s in found[MC1].samples]
-    rows = [s["doc"]["id"] for s in found[MC1].samples]
-    cell.report("decided", Observations(rows, [float(d) for d in decided], [1.0] * len(rows), share=True))
 
 
 def generation(cell: Cell) -> None:

@@ -82,7 +82,7 @@ def test_what_is_reported_is_proved_in_every_cell(target):
     assert 0 < found["mc2"] < 1
 
 
-def test_a_law_that_cuts_all_choices_guesses_and_does_not_win(target):
+def test_a_law_that_cuts_all_choices_does_not_win(target):
     """lm-eval takes the first of equals, which is the right one: 100 % for greedy search."""
     cell = a_cell(target, spec="greedy")
     with truthful._tasks(cell, (truthful.MC1,)) as tasks:
@@ -91,7 +91,16 @@ def test_a_law_that_cuts_all_choices_guesses_and_does_not_win(target):
     truthful.choices(cell)
     found = reported(cell)
     assert found["decided"] == 0
-    assert found["mc1"] == pytest.approx(1 / 3, abs=0.01), "one of three, mostly"
+    assert "mc1" not in found
+    assert any("would be guesses alone" in note for note in cell.notes)
+
+
+def test_a_law_that_cuts_some_choices_is_said_to_guess(target):
+    cell = a_cell(target, spec="top-k[k=250]")
+    truthful.choices(cell)
+    found = reported(cell)
+    assert 0 < found["decided"] <= 1
+    assert 0 <= found["mc1"] <= 1
 
 
 @pytest.mark.parametrize(
