@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from decodathlon.harness.progress import told
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results.journal import Journal
 from decodathlon.harness.results.lines import Lines
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Target
 
 SCALES = ("smoke", "quick", "full")
-#: Seconds after which a long cell says how far it is.
-SAY_EVERY = 30.0
 T = TypeVar("T")
 
 
@@ -195,14 +194,8 @@ class Cell:
         Raises:
             LateError: nothing had been measured.
         """
-        began = said = time.monotonic()
-        for done, unit in enumerate(units):
-            now = time.monotonic()
-            if done and now - said > SAY_EVERY:
-                left = (now - began) / done * (len(units) - done)
-                self._say(f"  {self.suite.name} {self.decoder.spec}: {done} of {len(units)}, about {left:.0f} s left")
-                said = now
-            if now > self._deadline:
+        for done, unit in enumerate(told(units, f"{self.suite.name} {self.decoder.spec}", self._say)):
+            if time.monotonic() > self._deadline:
                 self.late = f"after {self._timeout:.4g} s {done} of {len(units)} units were measured"
                 if done == 0:
                     raise LateError(f"--cell-timeout {self._timeout:.4g}: nothing was measured in time")

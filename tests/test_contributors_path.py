@@ -125,16 +125,16 @@ def test_a_template_works_as_it_is_on_every_suite(model, tmp_path, form):
     (command,) = re.findall(r"^  (pytest .*)$", out, re.MULTILINE)
     shell(with_tiny_model(command, model, results) + " --seed 3", tmp_path)
     with store.connect(results) as connection:
-        found = dict(
-            connection.execute("SELECT DISTINCT suite, status FROM latest WHERE decoder = 'my-own'").fetchall()
-        )
+        rows = connection.execute(
+            "SELECT DISTINCT suite, slice, status FROM latest WHERE decoder = 'my-own'"
+        ).fetchall()
+    choosing = {status for suite, part, status in rows if (suite, part) == ("truthfulqa", "choice")}
+    found = {suite: status for suite, part, status in rows if (suite, part) != ("truthfulqa", "choice")}
     by_law = "ok" if form == "sampler" else "unsupported"
     expected = {"throughput": "ok", "wikitext2": by_law, "audit": by_law, "ising": by_law, "mixing": "unsupported"}
-    expected |= dict.fromkeys(("aime25", "math500", "mt_bench"), "ok")
-    expected["truthfulqa"] = (
-        found["truthfulqa"] if form == "general" else "ok"
-    )  # it has answers, and no law to choose by
+    expected |= dict.fromkeys(("aime25", "math500", "mt_bench", "truthfulqa"), "ok")
     assert found == expected
+    assert choosing == {by_law}, "to choose takes a law"
     assert "TODO" not in (tmp_path / "mine.py").read_text()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from decodathlon.harness.arena import pairs
 from decodathlon.harness.arena.pairs import Arena, Pair
 from decodathlon.harness.datasets import questions
 from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.progress import told
 from decodathlon.harness.results.lines import Lines
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: Where prompts come from, in turn.
 SOURCES = ("mt-bench", "spec-bench", "truthfulqa-generation")
-#: Seconds after which long work says how far it is.
-SAY_EVERY = 20.0
 
 
 class Prompt(NamedTuple):
@@ -46,14 +44,7 @@ class Interview:
 
     def until_late(self, units: Sequence[Any]) -> Iterator[Any]:
         """All of them; says how long it will take."""
-        began = said = time.monotonic()
-        for done, unit in enumerate(units):
-            now = time.monotonic()
-            if done and now - said > SAY_EVERY:
-                left = (now - began) / done * (len(units) - done)
-                self.say(f"  {self.decoder.spec}: {done} of {len(units)} batches, about {left / 60:.0f} min left")
-                said = now
-            yield unit
+        return told(units, self.decoder.spec, self.say)
 
     def note(self, text: str) -> None:
         """Say it once, and keep it with the set."""

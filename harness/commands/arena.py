@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -53,8 +54,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    import re
-
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", options.name):
         raise SpecError(f"--name {options.name}: small letters and digits, words joined by -, such as top-p-or-min-p")
     if len(options.decoder) != 2:

@@ -1,0 +1,23 @@
+"""How far long work is: a line with an estimate, now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+#: Seconds between two lines.
+SAY_EVERY = 30.0
+T = TypeVar("T")
+
+
+def told(units: Sequence[T], what: str, say: Callable[[str], None]) -> Iterator[T]:
+    """The units, one by one; `say` hears how many are done and how long the rest will take."""
+    began = said = time.monotonic()
+    for done, unit in enumerate(units):
+        now = time.monotonic()
+        if done and now - said > SAY_EVERY:
+            said = now
+            left = (now - began) / done * (len(units) - done)
+            say(f"  {what}: {done} of {len(units)}, about {left:.0f} s left")
+        yield unit
