@@ -360,8 +360,8 @@ def _against(baseline: str, metric: str, entries: Sequence[tuple[str, Entry]]) -
 
 def _leading(entries: Sequence[tuple[str, Entry]]) -> str:
     leader = next(((d, e.number) for d, e in entries if e.mark == "best" and e.number is not None), None)
-    if leader is None:
-        return ""
+    if leader is None:  # of solved questions it can be said what would have been needed
+        return measured.cannot_rank([e.number for _, e in entries if e.number is not None])
     text = f"{leader[0]} leads with {text_of(leader[1])}"
     rest = [d for d, e in entries if e.mark == "tied"]
     return text + (f"; not told apart from it: {listed(rest)}." if rest else ", ahead of all that count.")

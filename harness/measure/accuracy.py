@@ -55,10 +55,16 @@ def majority(answers: Sequence[Graded], same: Callable[[str, str], bool]) -> flo
 
 
 def best(answers: Sequence[Graded]) -> float | None:
-    """1 if the answer that the model itself finds likeliest per token is right; None where it cannot be asked."""
-    if any(a.confidence is None for a in answers):
+    """1 if the answer that the model itself finds likeliest per token is right; None where it cannot be asked.
+
+    Of equally likely ones the share that is.
+    """
+    known = [(a.confidence, a.correct) for a in answers if a.confidence is not None]
+    if len(known) < len(answers):
         return None
-    return float(max(answers, key=lambda a: a.confidence or -math.inf).correct)
+    most = max(confidence for confidence, _ in known)
+    leading = [correct for confidence, correct in known if confidence == most]
+    return sum(leading) / len(leading)
 
 
 def metrics(graded: Sequence[Graded], same: Callable[[str, str], bool]) -> dict[str, Estimate | Observations]:
@@ -71,18 +77,17 @@ def metrics(graded: Sequence[Graded], same: Callable[[str, str], bool]) -> dict[
     counts = [len(answers[n]) for n in names]
     readable = [float(sum(a.extracted is not None for a in answers[n])) for n in names]
     found: dict[str, Estimate | Observations] = {
-        "pass_at_1": Observations(names, right, counts, share=True),
-        "answered": Observations(names, readable, counts, share=True),
+        "pass_at_1": Observations.questions(names, right, counts),
+        "answered": Observations.questions(names, readable, counts),
         "samples": Estimate(min(counts), n=len(names)),
     }
     k = min(counts)
     if k > 1:
-        ones = [1.0] * len(names)
         some = [pass_at_k(len(answers[n]), int(r), k) for n, r in zip(names, right, strict=True)]
-        found["pass_at_k"] = Observations(names, some, ones, share=True)
+        found["pass_at_k"] = Observations.questions(names, some)
         agreed = [majority(answers[n], same) for n in names]
-        found["maj_at_k"] = Observations(names, agreed, ones, share=True)
+        found["maj_at_k"] = Observations.questions(names, agreed)
         chosen = [best(answers[n]) for n in names]
         if all(c is not None for c in chosen):
-            found["best_of_k"] = Observations(names, [c or 0.0 for c in chosen], ones, share=True)
+            found["best_of_k"] = Observations.questions(names, [c or 0.0 for c in chosen])
     return found

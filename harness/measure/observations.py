@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from decodathlon.harness.measure import statistics
 from decodathlon.harness.measure.statistics import Array, Estimate
+
+#: Enough for a 95 % interval of a difference; its ends are off by about 0.4 % of probability.
+COMPARED_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Observations:
             sign-test interval.
         scale: `exp` where the units are logarithms (nats, log-ratios) and the metric is not.
         share: the metric lies between 0 and 1.
+        trials: each unit is a question that is solved or not, or some of whose answers are right; several answers to it
+            are no new evidence. Shares of trials have Wilson's interval, and are compared by exact tests.
     """
 
     rows: Sequence[str]
@@ -36,6 +41,7 @@ class Observations:
     kind: Literal["mean", "median"] = "mean"
     scale: Literal["identity", "exp"] = "identity"
     share: bool = False
+    trials: bool = False
 
     @classmethod
     def each(
@@ -44,10 +50,17 @@ class Observations:
         """One value per unit, whose median is the metric."""
         return cls(rows, values, [1.0] * len(values), "median", scale)
 
+    @classmethod
+    def questions(cls, rows: Sequence[str], right: Sequence[float], asked: Sequence[float] = ()) -> Observations:
+        """Shares of trials: per question how much was right, of how many answers (one where it is not said)."""
+        return cls(rows, right, list(asked) or [1.0] * len(rows), share=True, trials=True)
+
     def estimate(self) -> Estimate:
         """The metric with its interval; n counts what was counted."""
         if self.kind == "median":
-            found = statistics.median(self._values())
+            found = statistics.median(self.values())
+        elif self.trials and self.all_or_nothing:
+            found = statistics.wilson(self._successes, len(self.sums))._replace(n=int(sum(self.counts)))
         elif all(map(math.isfinite, self.sums)):
             found = statistics.ratio_of_sums(self.sums, [int(c) for c in self.counts])
         else:  # infinite where a token was cut; what has NaN or minus infinity is no number
@@ -67,6 +80,7 @@ class Observations:
             "kind": self.kind,
             "scale": self.scale,
             "share": self.share,
+            **({"trials": True} if self.trials else {}),  # rows from before there were any read as they did
         }
 
     @classmethod
@@ -74,15 +88,23 @@ class Observations:
         # infinities travel as words
         return cls(**stored | {"sums": [float(s) for s in stored["sums"]]})
 
-    def _values(self) -> list[float]:
+    @property
+    def all_or_nothing(self) -> bool:
+        """Whether every question was answered equally often, and either always or never rightly."""
+        return len(set(self.counts)) == 1 and all(s in (0, c) for s, c in zip(self.sums, self.counts, strict=True))
+
+    @property
+    def _successes(self) -> int:
+        return sum(s > 0 for s in self.sums)
+
+    def values(self) -> list[float]:
+        """The value of each unit."""
         return [s / c for s, c in zip(self.sums, self.counts, strict=True)]
 
     def _on(self, rows: Sequence[str]) -> Observations:
         at = {row: i for i, row in enumerate(self.rows)}
         picked = [at[row] for row in rows]
-        return Observations(
-            rows, [self.sums[i] for i in picked], [self.counts[i] for i in picked], self.kind, self.scale, self.share
-        )
+        return replace(self, rows=rows, sums=[self.sums[i] for i in picked], counts=[self.counts[i] for i in picked])
 
     def _influence(self) -> tuple[float, Array]:
         """The metric, and how much each unit moves it, linearised; they sum to zero."""
@@ -96,7 +118,8 @@ def compared(a: Observations, b: Observations, how: Literal["difference", "ratio
     """A minus B, or A over B, over the units that both have; the spread that they share cancels.
 
     Means are linearised (delta method) and get a t interval over units; medians are those of the units' own differences
-    or ratios, with a sign-test interval.
+    or ratios, with a sign-test interval; differences of shares of trials get that of Agresti and Min where every
+    question is solved or not, else a bootstrap over questions.
 
     Returns:
         n is the number of common units. None where they have none, differ in kind, or are not finite.
@@ -109,13 +132,59 @@ def compared(a: Observations, b: Observations, how: Literal["difference", "ratio
     if not all(map(math.isfinite, [*a.sums, *b.sums])):
         return None
     if a.kind == "median":
-        return _median_compared(np.asarray(a._values()), np.asarray(b._values()), a.scale, how)
+        return _median_compared(np.asarray(a.values()), np.asarray(b.values()), a.scale, how)
+    if a.trials and b.trials and how == "difference":
+        return _trials_compared(a, b)
     (x, pull_x), (y, pull_y) = a._influence(), b._influence()
     if how == "ratio":
         if x <= 0 or y <= 0:
             return None
         return _log_interval(math.log(x / y), pull_x / x - pull_y / y)
     return _t_interval(x - y, pull_x - pull_y)
+
+
+class Discordant(NamedTuple):
+    """Questions that one of two decoders solved and the other did not, and how likely chance alone does that."""
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def discordant(a: Observations, b: Observations) -> Discordant | None:
+    """McNemar's exact test over the questions that both have; None where it does not apply."""
+    mine = set(b.rows)
+    rows = [row for row in a.rows if row in mine]
+    if not rows or not (a.trials and b.trials):
+        return None
+    a, b = a._on(rows), b._on(rows)
+    if not (a.all_or_nothing and b.all_or_nothing):
+        return None
+    pairs = list(zip(a.sums, b.sums, strict=True))
+    only_a, only_b = sum(x > 0 == y for x, y in pairs), sum(y > 0 == x for x, y in pairs)
+    return Discordant(only_a, only_b, statistics.mcnemar(only_a, only_b))
+
+
+def visible(a: Observations, b: Observations) -> tuple[float, int]:
+    """The smallest difference of two shares that their common questions could have shown, and how many those are."""
+    mine = set(b.rows)
+    rows = [row for row in a.rows if row in mine]
+    differences = [x - y for x, y in zip(a._on(rows).values(), b._on(rows).values(), strict=True)]
+    return statistics.visible_difference(differences), len(rows)
+
+
+def _trials_compared(a: Observations, b: Observations) -> Estimate:
+    found = discordant(a, b)
+    if found is not None:
+        both = sum(x > 0 < y for x, y in zip(a.sums, b.sums, strict=True))
+        neither = len(a.rows) - both - found.only_a - found.only_b
+        return statistics.paired_share_difference(both, found.only_a, found.only_b, neither)
+    (s, c), (t, d) = ((np.asarray(o.sums, float), np.asarray(o.counts, float)) for o in (a, b))
+    return statistics.bootstrap(
+        lambda weights: (weights @ s) / (weights @ c) - (weights @ t) / (weights @ d),
+        a.rows,
+        resamples=COMPARED_RESAMPLES,
+    )
 
 
 def _median_compared(x: Array, y: Array, scale: str, how: str) -> Estimate | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,8 @@ Array = np.ndarray[Any, Any]
 LEVEL = 0.95
 #: With fewer independent observations a 95 % interval cannot be had: even the whole range covers less (2 * 0.5 ** n).
 FEWEST_FOR_INTERVAL = 6
+#: Weights of a bootstrap that are held at once.
+LARGEST_PART = 2_000_000
 
 
 class Estimate(NamedTuple):
@@ -142,13 +144,7 @@ def bootstrap(
     value = float(statistic(np.ones((1, len(member))))[0])
     if N < FEWEST_FOR_INTERVAL:
         return Estimate(value, None, None, len(member))
-    rng = np.random.default_rng(seed)
-    rows_at_once = max(1, 2_000_000 // len(member))
-    parts = []
-    for begin in range(0, resamples, rows_at_once):
-        drawn = rng.multinomial(N, np.full(N, 1 / N), size=min(rows_at_once, resamples - begin))
-        parts.append(statistic(drawn[:, member].astype(np.float64)))
-    found = np.sort(np.concatenate(parts))
+    found = np.sort(np.concatenate([statistic(drawn[:, member]) for drawn in _drawn(N, len(member), resamples, seed)]))
     if found[0] == found[-1]:
         return Estimate(value, None, None, len(member))
     reach = math.sqrt(N / (N - 1)) * t_quantile(0.5 + LEVEL / 2, N - 1)
@@ -158,6 +154,23 @@ def bootstrap(
         tails = _bca_tails(tails, found, value, without)
     low, high = np.quantile(found, tails)
     return Estimate(value, float(low), float(high), len(member))
+
+
+def _drawn(clusters: int, observations: int, resamples: int, seed: int) -> Iterable[Array]:
+    """How often each cluster was drawn in each resample, in parts that fit the memory."""
+    if resamples * observations <= LARGEST_PART:  # comparisons of many decoders over the same questions ask again
+        return (_one_part(clusters, resamples, seed),)
+    each, rng = max(1, LARGEST_PART // observations), np.random.default_rng(seed)
+    return (
+        rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=min(each, resamples - begin)).astype(np.float64)
+        for begin in range(0, resamples, each)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _one_part(clusters: int, resamples: int, seed: int) -> Array:
+    even = np.full(clusters, 1 / clusters)
+    return np.random.default_rng(seed).multinomial(clusters, even, size=resamples).astype(np.float64)
 
 
 def _bca_tails(tails: Array, found: Array, value: float, without: Array) -> Array:
@@ -263,6 +276,19 @@ def detectable_difference(differences: Sequence[float], *, power: float = 0.8) -
         return math.inf
     reach = t_quantile(0.5 + LEVEL / 2, len(d) - 1) + t_quantile(power, len(d) - 1)
     return float(reach * d.std(ddof=1) / math.sqrt(len(d)))
+
+
+def visible_difference(differences: Sequence[float]) -> float:
+    """The smallest difference of shares over these questions that could have been seen.
+
+    Args:
+        differences: of two decoders, question by question, each from -1 to 1.
+
+    Returns:
+        What a paired test would have seen with a power of 80 %, and never less than six questions: of fewer that speak
+        for one side alone the exact test does not reach 5 % (2 * 0.5 ** 5 = 0.0625).
+    """
+    return max(detectable_difference(differences), FEWEST_FOR_INTERVAL / max(1, len(differences)))
 
 
 def detectable_share(n: int, share: float = 0.5, *, power: float = 0.8) -> float:

@@ -58,13 +58,13 @@ def choices(cell: Cell) -> None:
         found = lm_eval_tasks.run(DecoderLM(cell), names, folder=folder)
     decided = [any(x > -math.inf for x in _likelihoods(s)) for s in found[MC1].samples]
     rows = [s["doc"]["id"] for s in found[MC1].samples]
-    cell.report("decided", Observations(rows, [float(d) for d in decided], [1.0] * len(rows), share=True))
+    cell.report("decided", Observations.questions(rows, [float(d) for d in decided]))
     if not any(decided):
         cell.note("the law gives no choice any probability: mc1 and mc2 would be guesses alone, and are left out")
         return
     for name, metric in ((MC1, "mc1"), (MC2, "mc2")):
         rows = [s["doc"]["id"] for s in found[name].samples]
-        cell.report(metric, Observations(rows, _scores(found[name], name), [1.0] * len(rows), share=True))
+        cell.report(metric, Observations.questions(rows, _scores(found[name], name)))
         for sample, score in zip(found[name].samples, _scores(found[name], name), strict=True):
             cell.sample(
                 f"{sample['doc']['id']}/{metric}",
@@ -82,10 +82,11 @@ def generation(cell: Cell) -> None:
             told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder, limit=PROVED)[GENERATION]
             _prove(cell, [float(s["rouge1_acc"]) for s in told.samples], truth)
         found = lm_eval_tasks.run(DecoderLM(cell, cell.sizes["tokens"]), names, folder=folder)[GENERATION]
-    rows = [s["doc"]["id"] for s in found.samples]
+    rows, ones = [s["doc"]["id"] for s in found.samples], [1.0] * len(found.samples)
     for metric, its in (("bleu_acc",) * 2, ("rouge1_acc",) * 2, ("rouge_l_acc", "rougeL_acc"), ("bleu_diff",) * 2):
         values = [float(s[its]) for s in found.samples]
-        cell.report(metric, Observations(rows, values, [1.0] * len(rows), share=metric.endswith("acc")))
+        is_share = metric.endswith("acc")
+        cell.report(metric, Observations.questions(rows, values) if is_share else Observations(rows, values, ones))
     for sample in found.samples:
         cell.sample(
             f"{sample['doc']['id']}/generation",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from decodathlon.harness.measure.observations import compared
-from decodathlon.harness.measure.statistics import Estimate
-from decodathlon.harness.results.measured import Measured, noise_floor
+from decodathlon.harness.measure.observations import Observations, compared, discordant, visible
+from decodathlon.harness.measure.statistics import LEVEL, Estimate
+from decodathlon.harness.results.measured import Measured, noise_floor, undecided
 from decodathlon.harness.results.table import DASH, number
 
 
@@ -16,6 +16,8 @@ class Change(NamedTuple):
     estimate: Estimate
     how: Literal["ratio", "difference"]
     verdict: str
+    #: McNemar's exact p, where each question is solved or not.
+    p: float | None = None
 
     @property
     def text(self) -> str:
@@ -43,7 +45,23 @@ def change_of(name: str, a: Measured, b: Measured) -> Change:
         return Change(Estimate(value), how, "not paired")
     if timed:
         return Change(paired._replace(low=None, high=None), how, "two visits of the machine: not ranked")
+    if x.units and y.units and x.units.trials and y.units.trials and how == "difference":
+        return _of_questions(paired, x.units, y.units, x.better)
     return Change(paired, how, _verdict(paired, how, x.better, max(noise_floor(name, a), noise_floor(name, b))))
+
+
+def _of_questions(found: Estimate, a: Observations, b: Observations, better: str) -> Change:
+    """Shares of solved questions: by the exact test where there is one, else by the interval."""
+    test = discordant(b, a)
+    p = None if test is None else test.p
+    sure = p < 1 - LEVEL if p is not None else found.low is not None and not found.low <= 0 <= (found.high or 0.0)
+    if not sure:
+        same = list(a.sums) == list(b.sums) and list(a.counts) == list(b.counts)
+        return Change(found, "difference", ("the same here; " if same else "") + undecided(*visible(b, a)), p)
+    word = (
+        "changed" if better == "none" else "B is better" if (found.value > 0) == (better == "higher") else "B is worse"
+    )
+    return Change(found, "difference", word if p is None else f"{word} (p = {number(p, 2)})", p)
 
 
 def _verdict(found: Estimate, how: str, better: str, floor: float) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.errors import SpecError, near_miss
-from decodathlon.harness.measure.observations import Observations, compared
-from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.measure.observations import Observations, compared, discordant, visible
+from decodathlon.harness.measure.statistics import LEVEL, Estimate
 from decodathlon.harness.results import store
 
 if TYPE_CHECKING:
@@ -197,12 +197,35 @@ def differ(metric: str, a: Measured, b: Measured) -> bool:
     x, y = a.metrics[metric], b.metrics[metric]
     floor = max(noise_floor(metric, a), noise_floor(metric, b))
     how: Literal["ratio", "difference"] = "ratio" if floor > 0 else "difference"
+    test = discordant(x.units, y.units) if x.units and y.units else None
+    if test is not None:
+        return test.p < 1 - LEVEL
     found = compared(x.units, y.units, how) if x.units and y.units else None
     if found is None or found.low is None or found.high is None:
         return False
     if how == "difference":
         return not found.low <= 0 <= found.high
     return not min(found.low, found.value * math.exp(-floor)) <= 1 <= max(found.high, found.value * math.exp(floor))
+
+
+def undecided(smallest: float, questions: int) -> str:
+    """What to say where questions are too few, or decoders too much alike, to tell them apart.
+
+    Args:
+        smallest: the smallest difference of shares that could have been seen.
+    """
+    if smallest > 1:
+        return f"cannot tell: {questions} questions are too few for any difference"
+    return f"cannot tell: {questions} questions show no difference below {math.ceil(100 * smallest - 1e-9)} points"
+
+
+def cannot_rank(numbers: Sequence[Number]) -> str:
+    """A sentence where shares of questions are all there is and even the best and the worst are not told apart."""
+    units = [n.units for n in numbers if n.units is not None and n.units.trials]
+    if len(units) < 2:
+        return ""
+    low, *_, high = sorted(units, key=lambda o: o.estimate().value)
+    return undecided(*visible(high, low))
 
 
 def beside_one(metric: str, cell: Measured) -> Literal["above", "below", "not told apart"] | None:

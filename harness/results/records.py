@@ -64,6 +64,7 @@ class Units(Record):
     kind: Literal["mean", "median"] = "mean"
     scale: Literal["identity", "exp"] = "identity"
     share: bool = False
+    trials: bool = False
 
     @model_validator(mode="after")
     def _as_many_of_each(self) -> Self:

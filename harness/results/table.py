@@ -118,8 +118,18 @@ def _one(suite: str, part: str, members: Sequence[Outcome], verdicts: Mapping[st
     if any(marks.values()):
         warning = ["* best of its column, ~ not told apart from it"]
     elif len([o for o in members if o.status == "ok"]) > 1:
-        warning = [f"({'too few observations to rank, or nothing told apart' if trusted else 'nothing is ranked'})"]
+        why = _undecided(columns, trusted) or "too few observations to rank, or nothing told apart"
+        warning = [f"({why if trusted else 'nothing is ranked'})"]
     return [f"{title}: {_about(members)}", body[0], "-" * len(body[0]), *body[1:], *warning, *remarks]
+
+
+def _undecided(columns: Sequence[str], cells: Sequence[measured.Measured]) -> str:
+    """What the first column of solved questions says of all of them; nothing where there is none."""
+    for column in columns:
+        said = measured.cannot_rank([c.metrics[column] for c in cells if c.status == "ok" and column in c.metrics])
+        if said:
+            return f"{column}: {said}"
+    return ""
 
 
 def _together(remarks: Sequence[str]) -> list[str]:
