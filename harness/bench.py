@@ -171,7 +171,8 @@ class Bench:
             notebook=notebook,
             lines=lines,
             sizes=outcome.sizes,
-            judge=self._judge(spec),
+            judge=self._judge(spec) if suite.judged else None,
+            versus=_versus(spec, decoder, target) if suite.judged and spec.judge != "none" else None,
             say=self._say,
         )
         cell.notes += left_out
@@ -253,6 +254,13 @@ def _rivals(suite: Suite, decoder: Decoder, baseline: str, target: Any) -> tuple
             rivals[metric] = rival
     rivals["ratio_to_self"] = decoder
     return rivals, remarks
+
+
+def _versus(spec: CellSpec, decoder: Decoder, target: Any) -> Decoder | None:
+    """Whose answers a judge compares with this decoder's."""
+    other = decoders.build(spec.baseline)
+    other.check(target)
+    return None if other.spec == decoder.spec else other
 
 
 class _BrokenPluginError(Exception):

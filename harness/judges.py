@@ -108,18 +108,27 @@ def _reference(answers: Sequence[str]) -> str:
     return "\n### Right answer, for the judge alone\n" + "\n\n".join(answers) + "\n"
 
 
-def compared(judge: Judge, questions: Sequence[str], mine: str, other: str, reference: Sequence[str]) -> float | None:
-    """1 if the judge prefers `mine` in both orders, 0 if `other`, one half for a tie; None where it abstains.
+class Compared(NamedTuple):
+    """What a judge says of two answers, asked in both orders."""
 
-    A judge that prefers whatever stands first says nothing of the answers: that is a tie.
-    """
-    points = []
+    #: 1 if it prefers `mine` in both orders, 0 if `other`, one half for a tie; None where it abstains.
+    points: float | None
+    #: Whether it preferred the same place twice, which says nothing of the answers: that is a tie.
+    by_place: bool
+    replies: tuple[Reply, ...]
+
+
+def compared(judge: Judge, questions: Sequence[str], mine: str, other: str, reference: Sequence[str]) -> Compared:
+    """Ask which of two answers is better, in both orders; an abstention in one is one of the pair."""
+    points, said, replies = [], [], []
     for first, second, me in ((mine, other, "first"), (other, mine, "second")):
-        said = choice(judge.ask(pair(questions, first, second, reference)).text)
-        if said is None:
-            return None
-        points.append(0.5 if said == "tie" else float(said == me))
-    return 1.0 if min(points) == 1.0 else 0.0 if max(points) == 0.0 else 0.5
+        replies.append(judge.ask(pair(questions, first, second, reference)))
+        said.append(choice(replies[-1].text))
+        if said[-1] is None:
+            return Compared(None, False, tuple(replies))
+        points.append(0.5 if said[-1] == "tie" else float(said[-1] == me))
+    by_place = said[0] == said[1] != "tie"
+    return Compared(1.0 if min(points) == 1 else 0.0 if max(points) == 0 else 0.5, by_place, tuple(replies))
 
 
 def check(spec: str, url: str) -> None:

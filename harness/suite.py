@@ -5,6 +5,7 @@ A suite says what is measured, at which sizes, on which data. A cell is one suit
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,6 +160,7 @@ class Cell:
         lines: Lines | None = None,
         sizes: Mapping[str, Any] | None = None,
         judge: Judge | None = None,
+        versus: Decoder | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.suite = suite
@@ -181,12 +183,23 @@ class Cell:
         self.lines = lines or Lines(None)
         #: Who grades open answers, or None.
         self.judge = judge
+        #: Where there is a judge, the decoder whose answers it compares with this one's; None for that decoder itself.
+        self.versus = versus
         self._say = say
 
     def begin(self) -> None:
         """Start the clock of --cell-timeout."""
         if self._timeout is not None:
             self._deadline = time.monotonic() + self._timeout
+
+    def of(self, decoder: Decoder) -> Cell:
+        """This cell as if it were another decoder's: the same questions, seeds and clock; for answers to compare with.
+
+        What it reports is this cell's; its lines have names of their own.
+        """
+        other = copy.copy(self)
+        other.decoder, other.lines = decoder, self.lines.of(f"{decoder.spec}: ")
+        return other
 
     def until_late(self, units: Sequence[T]) -> Iterator[T]:
         """The units of work, one by one, until the cell's time is over; what was measured by then is kept.
@@ -197,7 +210,7 @@ class Cell:
         for done, unit in enumerate(told(units, f"{self.suite.name} {self.decoder.spec}", self._say)):
             if time.monotonic() > self._deadline:
                 self.late = f"after {self._timeout:.4g} s {done} of {len(units)} units were measured"
-                if done == 0:
+                if done == 0 and not self.metrics:
                     raise LateError(f"--cell-timeout {self._timeout:.4g}: nothing was measured in time")
                 return
             yield unit
@@ -241,4 +254,5 @@ class Cell:
 
     def note(self, text: str) -> None:
         """Say something that a reader of the row should know."""
-        self.notes.append(text)
+        if text not in self.notes:
+            self.notes.append(text)

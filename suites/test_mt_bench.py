@@ -11,6 +11,7 @@ from decodathlon import suite
     judged=True,
     table=[
         "judge_score",
+        "judge_win_rate",
         "judge_abstentions",
         "cross_entropy",
         "coverage",
@@ -26,6 +27,7 @@ from decodathlon import suite
         "references": "of the first turn, teacher forcing; the weight of a mixture is tuned on every other reference",
         "judge": "one answer at a time, temperature 0, prompts of our own; in mathematics, reasoning and coding it "
         "sees the reference; what cannot be read is an abstention",
+        "pairs": "the whole talk against that of --baseline, drawn by the same protocol, asked in both orders",
     },
     sizes={
         "smoke": {"questions": 2, "turns": 1, "tokens": 12},

@@ -6,7 +6,7 @@ Chen et al. 2021 for the unbiased pass@k; Wang et al. 2022 for the majority (sel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decodathlon.harness.measure.observations import Observations
@@ -19,8 +19,8 @@ class Graded:
 
     question: str
     correct: bool
-    #: What was graded; None where nothing could be.
-    extracted: str | None
+    #: Which of the answers to its question says the same first, by number; None where nothing could be read.
+    says: int | None
     #: Natural-log probability per token under the model, where it is known.
     confidence: float | None = None
 
@@ -30,28 +30,18 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def majority(answers: Sequence[Graded], same: Callable[[str, str], bool]) -> float:
-    """1 if the answer that most gave is right; where several are equally frequent, the share of them that are.
-
-    Args:
-        same: whether two extracted answers say the same.
-    """
-    classes: list[list[Graded]] = []
+def majority(answers: Sequence[Graded]) -> float:
+    """1 if the answer that most gave is right; where several are equally frequent, the share of them that are."""
+    right: dict[int, bool] = {}
+    votes: dict[int, int] = {}
     for one in answers:
-        if one.extracted is None:
-            continue
-        for members in classes:
-            first = members[0].extracted
-            if first == one.extracted or (first is not None and same(first, one.extracted)):
-                members.append(one)
-                break
-        else:
-            classes.append([one])
-    if not classes:
+        if one.says is not None:
+            right.setdefault(one.says, one.correct)
+            votes[one.says] = votes.get(one.says, 0) + 1
+    if not votes:
         return 0.0
-    most = max(map(len, classes))
-    leading = [members for members in classes if len(members) == most]
-    return sum(members[0].correct for members in leading) / len(leading)
+    leading = [right[answer] for answer, count in votes.items() if count == max(votes.values())]
+    return sum(leading) / len(leading)
 
 
 def best(answers: Sequence[Graded]) -> float | None:
@@ -67,7 +57,7 @@ def best(answers: Sequence[Graded]) -> float | None:
     return sum(leading) / len(leading)
 
 
-def metrics(graded: Sequence[Graded], same: Callable[[str, str], bool]) -> dict[str, Estimate | Observations]:
+def metrics(graded: Sequence[Graded]) -> dict[str, Estimate | Observations]:
     """Every metric of a set of questions, with intervals over questions: several answers to one are no new evidence."""
     answers: dict[str, list[Graded]] = {}
     for one in graded:
@@ -75,7 +65,7 @@ def metrics(graded: Sequence[Graded], same: Callable[[str, str], bool]) -> dict[
     names = list(answers)
     right = [float(sum(a.correct for a in answers[n])) for n in names]
     counts = [len(answers[n]) for n in names]
-    readable = [float(sum(a.extracted is not None for a in answers[n])) for n in names]
+    readable = [float(sum(a.says is not None for a in answers[n])) for n in names]
     found: dict[str, Estimate | Observations] = {
         "pass_at_1": Observations.questions(names, right, counts),
         "answered": Observations.questions(names, readable, counts),
@@ -85,7 +75,7 @@ def metrics(graded: Sequence[Graded], same: Callable[[str, str], bool]) -> dict[
     if k > 1:
         some = [pass_at_k(len(answers[n]), int(r), k) for n, r in zip(names, right, strict=True)]
         found["pass_at_k"] = Observations.questions(names, some)
-        agreed = [majority(answers[n], same) for n in names]
+        agreed = [majority(answers[n]) for n in names]
         found["maj_at_k"] = Observations.questions(names, agreed)
         chosen = [best(answers[n]) for n in names]
         if all(c is not None for c in chosen):

@@ -43,10 +43,20 @@ class Answer:
     #: Its share of the time of its batch.
     seconds: float
     cost: Cost = field(default_factory=Cost)
+    #: Of particle methods: how often they resampled, and the effective sample size at the end as a share.
+    resample_count: int | None = None
+    final_ess: float | None = None
 
     @property
     def row(self) -> str:
         return f"{self.question}/{self.sample}"
+
+    def facts(self) -> dict[str, Any]:
+        """What a sample says of it besides its text."""
+        spent = {"calls": self.cost.target_calls, "positions": self.cost.target_positions}
+        found = {"tokens": self.tokens, "stop_reason": self.stop_reason, "log_prob": self.log_prob, **spent,
+                 "resample_count": self.resample_count, "final_ess": self.final_ess}  # fmt: skip
+        return {k: v for k, v in found.items() if v is not None}
 
     def as_line(self) -> dict[str, Any]:
         return asdict(self)
@@ -147,7 +157,21 @@ def _drawn(
     for key, one in zip(keys, drawn, strict=True):
         name, _, number = key.rpartition("/")
         text = one.text.partition(NEXT)[0]
-        found.append(Answer(name, int(number), text, len(one.tokens), one.stop_reason, one.log_prob, each, one.cost))
+        seen = [entry for entry in one.trace if "ess" in entry]
+        found.append(
+            Answer(
+                name,
+                int(number),
+                text,
+                len(one.tokens),
+                one.stop_reason,
+                one.log_prob,
+                each,
+                one.cost,
+                resample_count=sum(bool(entry.get("resampled", True)) for entry in seen) if seen else None,
+                final_ess=float(seen[-1]["ess"]) if seen else None,
+            )
+        )
         cell.lines.write(key, **found[-1].as_line(), prompt=cell.target.decode(prompts[name]))
     return found
 

@@ -26,6 +26,22 @@ PROVED = 4
 def measure(cell: Cell, questions: Sequence[Question]) -> None:
     """Report on the decoder's answers to questions (id, turns, category, reference)."""
     references(cell, questions)
+    talks, answers = talk(cell, questions)
+    for answer in answers:
+        cell.sample(answer.row, response=answer.text, seconds=answer.seconds, **answer.facts())
+    for metric, found in {**texts(answers), **asking.costs(answers, cell.target)}.items():
+        cell.report(metric, found)
+    if cell.judge is not None:
+        judged(cell, cell.judge, questions, talks)
+        if cell.versus is not None:
+            rival = cell.of(cell.versus)
+            theirs, _ = talk(rival, questions)
+            cell.late = cell.late or rival.late
+            preferred(cell, cell.judge, cell.versus.spec, questions, talks, theirs)
+
+
+def talk(cell: Cell, questions: Sequence[Question]) -> tuple[dict[str, list[Turn]], list[Answer]]:
+    """The cell's decoder answers all questions, turn by turn; the talks by question, and the answers."""
     talks: dict[str, list[Turn]] = {q["id"]: [] for q in questions}
     answers: list[Answer] = []
     for turn in range(cell.sizes["turns"]):
@@ -35,13 +51,9 @@ def measure(cell: Cell, questions: Sequence[Question]) -> None:
         for (answer,) in asking.ask(cell, prompts, tokens=cell.sizes["tokens"]):
             answers.append(answer)
             talks[answer.question.partition("#")[0]].append(("assistant", answer.text))
-            cell.sample(answer.row, response=answer.text, tokens=answer.tokens, stop_reason=answer.stop_reason)
         if cell.late:
             break
-    for metric, found in {**texts(answers), **asking.costs(answers, cell.target)}.items():
-        cell.report(metric, found)
-    if cell.judge is not None:
-        judged(cell, cell.judge, questions, talks)
+    return talks, answers
 
 
 def texts(answers: Sequence[Answer]) -> dict[str, Estimate | Observations]:
@@ -122,3 +134,41 @@ def judged(cell: Cell, judge: judges.Judge, questions: Sequence[Question], talks
         stated = [s for s in said if s is not None]
         if stated:
             cell.report(metric, Estimate(sum(stated) / len(stated), n=len(stated)))
+
+
+def preferred(
+    cell: Cell,
+    judge: judges.Judge,
+    rival: str,
+    questions: Sequence[Question],
+    mine: Mapping[str, Sequence[Turn]],
+    theirs: Mapping[str, Sequence[Turn]],
+) -> None:
+    """Report how often a judge prefers the decoder's talks to a rival's, asked in both orders."""
+    points: dict[str, float] = {}
+    by_place, asked = 0, 0
+    for q in cell.until_late(questions):
+        turns = len(q["turns"][: len(mine[q["id"]]) // 2])
+        if not turns or len(theirs[q["id"]]) < 2 * turns:
+            continue
+        guide = q["reference"][:turns] if q["category"] in judges.GUIDED else []
+        own, other = (_answers(talks[q["id"]][: 2 * turns]) for talks in (mine, theirs))
+        found = judges.compared(judge, q["turns"][:turns], own, other, guide)
+        asked, by_place = asked + 1, by_place + found.by_place
+        if found.points is not None:
+            points[q["id"]] = found.points
+        verdicts = [{"verdict": reply.text, "reason": reply.reason} for reply in found.replies]
+        cell.sample(f"{q['id']}/against {rival}", judge=judge.name, points=found.points, verdicts=verdicts)
+    if asked:
+        cell.report("judge_pair_abstentions", Estimate(1 - len(points) / asked, n=asked))
+        cell.report("judge_by_place", Estimate(by_place / asked, n=asked))
+    if points:
+        cell.report(f"judge_win_rate({rival})", Observations.questions(list(points), list(points.values())))
+
+
+def _answers(talk: Sequence[Turn]) -> str:
+    """The answers of a talk; of several each under its number."""
+    said = [text for who, text in talk if who == "assistant"]
+    if len(said) == 1:
+        return said[0]
+    return "\n\n".join(f"(to question {i + 1}) {text}" for i, text in enumerate(said))

@@ -31,6 +31,7 @@ def measure(cell: Cell, problems: Sequence[Mapping[str, Any]]) -> None:
         hung = 0
         sizes = cell.sizes
         for batch in asking.ask(cell, prompts, tokens=sizes["tokens"], samples=sizes["samples"]):
+            different: dict[int, str] = {}
             for answer in batch:
                 problem = by_id[answer.question]
                 began = time.perf_counter()
@@ -38,8 +39,8 @@ def measure(cell: Cell, problems: Sequence[Mapping[str, Any]]) -> None:
                 scoring = time.perf_counter() - began
                 hung += verdict.trouble == TIMEOUT
                 confidence = None if answer.log_prob is None else answer.log_prob / max(1, answer.tokens)
-                readable = verdict.extracted if not verdict.trouble else None
-                graded.append(Graded(answer.question, verdict.correct, readable, confidence))
+                says = None if verdict.trouble else _first_like(grader, different, answer.sample, verdict.extracted)
+                graded.append(Graded(answer.question, verdict.correct, says, confidence))
                 answers.append(answer)
                 cell.sample(
                     answer.row,
@@ -49,15 +50,26 @@ def measure(cell: Cell, problems: Sequence[Mapping[str, Any]]) -> None:
                     extracted_answer=verdict.extracted,
                     correct=verdict.correct,
                     trouble=verdict.trouble,
-                    tokens=answer.tokens,
-                    stop_reason=answer.stop_reason,
+                    says=says,
+                    **answer.facts(),
                     timing={"total": answer.seconds + scoring, "generation": answer.seconds, "scoring": scoring},
                 )
-        for metric, found in accuracy.metrics(graded, lambda a, b: grader.same(a, b).correct).items():
+        for metric, found in accuracy.metrics(graded).items():
             cell.report(metric, found)
     cell.report("grader_timeouts", Estimate(hung, n=len(graded)))
     for metric, found in asking.costs(answers, cell.target).items():
         cell.report(metric, found)
+
+
+def _first_like(grader: Grader, different: dict[int, str], number: int, extracted: str | None) -> int | None:
+    """The number of the first answer to a problem that says the same; `different` holds those that came before."""
+    if extracted is None:
+        return None
+    for first, text in different.items():
+        if text == extracted or grader.same(text, extracted).correct:
+            return first
+    different[number] = extracted
+    return number
 
 
 def prove(cell: Cell, problems: Sequence[Mapping[str, Any]], grader: Grader) -> None:

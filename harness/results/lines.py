@@ -49,6 +49,13 @@ class Lines:
             self._file = self._path.open("a", encoding="utf-8", errors="replace", buffering=1)
         self._file.write(json.dumps(shards.plain({"row": row, **values}), ensure_ascii=False, allow_nan=False) + "\n")
 
+    def of(self, part: str) -> Lines:
+        """A part of these lines under names of its own, written to the same file."""
+        mine = Lines(None)
+        mine.earlier = {row.removeprefix(part): e for row, e in self.earlier.items() if row.startswith(part)}
+        mine.write = lambda row, **values: self.write(part + row, **values)  # type: ignore[method-assign]
+        return mine
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

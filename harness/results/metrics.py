@@ -377,6 +377,25 @@ METRICS: dict[str, Metric] = {
         "answers.",
         "quality",
     ),
+    "judge_win_rate": Metric(
+        "1",
+        "higher",
+        "Share of talks in which the judge prefers this decoder to the one in brackets, asked in both orders; a tie, "
+        "or a preference for a place, is half a point. Below one half it loses.",
+        "quality",
+    ),
+    "judge_pair_abstentions": Metric(
+        "1",
+        "lower",
+        "Share of these pairs without two readable verdicts.",
+        "context",
+    ),
+    "judge_by_place": Metric(
+        "1",
+        "lower",
+        "Share of these pairs in which the judge preferred the same place in both orders: how little it reads.",
+        "context",
+    ),
     "judge_abstentions": Metric(
         "1",
         "lower",

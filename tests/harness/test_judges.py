@@ -133,12 +133,13 @@ def test_a_judge_that_prefers_the_first_place_says_nothing():
         return Judge("rule", lambda prompt: judges.Reply(rule(prompt)))
 
     first = by(lambda prompt: "[[A]]")
-    assert judges.compared(first, ["?"], "mine", "other", []) == 0.5
+    assert judges.compared(first, ["?"], "mine", "other", [])[:2] == (0.5, True)
     better = by(lambda prompt: "[[A]]" if prompt.index("mine") < prompt.index("other") else "[[B]]")
-    assert judges.compared(better, ["?"], "mine", "other", []) == 1.0
+    assert judges.compared(better, ["?"], "mine", "other", [])[:2] == (1.0, False)
     worse = by(lambda prompt: "[[B]]" if prompt.index("mine") < prompt.index("other") else "[[A]]")
-    assert judges.compared(worse, ["?"], "mine", "other", []) == 0.0
-    assert judges.compared(by(lambda prompt: "hm"), ["?"], "mine", "other", []) is None
+    assert judges.compared(worse, ["?"], "mine", "other", [])[:2] == (0.0, False)
+    assert judges.compared(by(lambda prompt: "[[tie]]"), ["?"], "mine", "other", [])[:2] == (0.5, False)
+    assert judges.compared(by(lambda prompt: "hm"), ["?"], "mine", "other", [])[:2] == (None, False)
 
 
 def test_the_judge_sees_the_talk_and_where_it_helps_the_right_answer():

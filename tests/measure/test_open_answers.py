@@ -1,15 +1,18 @@
 """Open questions: likelihoods of references against a plain sum, repetition by hand, judges and their abstentions."""
 
 import math
+import time
 
 import pytest
 import tiny_models
 
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.datasets import questions
+from decodathlon.harness.decoder import Completion
 from decodathlon.harness.judges import Judge, Reply
-from decodathlon.harness.measure import asking, diversity, open_answers
+from decodathlon.harness.measure import asking, diversity, open_answers, statistics
 from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.results.lines import Lines
 from decodathlon.harness.suite import Cell
 from decodathlon.harness.targets.transformers import TransformersTarget
 
@@ -29,12 +32,14 @@ def target(tmp_path_factory):
 OWN = questions.of_package("mt_bench.jsonl")
 
 
-def measured(target, spec="temperature", judge=None, some=OWN, **sizes):
+def measured(target, spec="temperature", judge=None, some=OWN, versus=None, lines=None, timeout=None, **sizes):
     cell = Cell(
         suite=registry.get("suite", "mt_bench"), decoder=decoders.build(spec), target=target, rivals={}, scale="smoke",
-        slice="all", seed=0, texts={}, judge=judge,
+        slice="all", seed=0, texts={}, judge=judge, versus=versus and decoders.build(versus), lines=lines,
+        timeout=timeout,
     )  # fmt: skip
     cell.sizes = {"turns": 2, "tokens": 6, **sizes}
+    cell.begin()
     open_answers.measure(cell, some)
     return cell, {m["metric"]: m["value"] for m in cell.metrics}
 
@@ -103,6 +108,73 @@ def test_a_judge_that_never_answers_leaves_no_score(target):
     assert found["judge_abstentions"] == 1
     assert "judge_score" not in found
     assert found["answer_tokens"] > 0, "the answers are kept"
+
+
+def longer(prompt):
+    """A judge that prefers the longer answer, wherever it stands, and gives every answer a 5."""
+    if "### Assistant A" not in prompt:
+        return Reply("[[5]]")
+    first, second = (prompt.partition(f"### Assistant {x}\n")[2].partition("\n\n")[0] for x in "AB")
+    return Reply("[[A]]" if len(first) > len(second) else "[[B]]" if len(second) > len(first) else "[[tie]]")
+
+
+def answering(monkeypatch, spec, text):
+    """A decoder that always says the same."""
+
+    def generate(self, target, prompts, limits, rng):
+        tokens = target.encode(text, special=False)
+        return [Completion(tokens, "stop", text=text) for _ in prompts]
+
+    monkeypatch.setattr(type(decoders.build(spec)), "generate", generate)
+
+
+def test_a_judge_compares_with_the_baseline_in_both_orders(target, monkeypatch, tmp_path):
+    answering(monkeypatch, "temperature", "A long answer indeed")
+    answering(monkeypatch, "beam", "Short")
+    lines = Lines(tmp_path / "lines.jsonl")
+    cell, found = measured(target, "temperature", Judge("rule", longer), OWN[:8], "beam[width=2]", lines, turns=2)
+    assert found["judge_win_rate(beam[width=2])"] == 1
+    assert found["judge_pair_abstentions"] == found["judge_by_place"] == 0
+    (row,) = [m for m in cell.metrics if m["metric"].startswith("judge_win_rate")]
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(statistics.wilson(8, 8)[1:3])
+    assert sum("/against beam" in s["row"] for s in cell.samples) == 8
+    assert sum(s["data"].get("response") == "Short" for s in cell.samples) == 0, "the row is this decoder's"
+    lines.close()
+    kept = Lines(tmp_path / "lines.jsonl")
+    assert len(kept.earlier) == 32, "two decoders, eight questions, two turns"
+    monkeypatch.setattr(type(decoders.build("beam")), "generate", None)  # a resumed run asks for nothing
+    monkeypatch.setattr(type(decoders.build("temperature")), "generate", None)
+    _, again = measured(target, "temperature", Judge("rule", longer), OWN[:8], "beam[width=2]", kept, turns=2)
+    assert {k: v for k, v in again.items() if "seconds" not in k} == {
+        k: v for k, v in found.items() if "seconds" not in k
+    }
+
+
+@pytest.mark.parametrize(
+    ("says", "points", "abstentions", "by_place"),
+    [("[[A]]", 0.5, 0, 1), ("[[tie]]", 0.5, 0, 0), ("neither", None, 1, 0)],
+)
+def test_a_judge_that_does_not_read_shows(target, says, points, abstentions, by_place):
+    judge = Judge("rule", lambda prompt: Reply(says))
+    _, found = measured(target, "temperature", judge, OWN[:6], "beam[width=2]", turns=1)
+    assert found.get("judge_win_rate(beam[width=2])") == points
+    assert (found["judge_pair_abstentions"], found["judge_by_place"]) == (abstentions, by_place)
+
+
+def test_a_slow_judge_costs_no_answer(target, monkeypatch):
+    """The time of the cell is over when the judge begins: what was measured by then stays."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slow(prompt):
+        now[0] += 100.0
+        return Reply("Grade: [[5]]")
+
+    cell = measured(target, judge=Judge("slow", slow), some=OWN[:4], versus="beam[width=2]", turns=1, timeout=150.0)[0]
+    found = {m["metric"]: m for m in cell.metrics}
+    assert found["judge_score"]["n"] < 4
+    assert found["answer_tokens"]["n"] == 4
+    assert cell.late
 
 
 def test_repetition_by_hand():

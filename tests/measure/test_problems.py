@@ -9,6 +9,7 @@ from decodathlon.harness import decoder as decoders
 from decodathlon.harness.datasets import mathematics
 from decodathlon.harness.decoder import Completion, Cost
 from decodathlon.harness.measure import problems
+from decodathlon.harness.measure.grading import Grader
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results.lines import Lines
 from decodathlon.harness.suite import Cell
@@ -39,6 +40,25 @@ def a_cell(target, lines=None, spec="temperature"):
 
 def reported(cell):
     return {m["metric"]: m["value"] for m in cell.metrics}
+
+
+def test_answers_that_say_the_same_in_other_words_are_one(target):
+    with Grader() as grader:
+        different = {}
+        said = [problems._first_like(grader, different, i, text) for i, text in enumerate(["1/2", "3", "0.5", "3"])]
+    assert said == [0, 1, 0, 1]
+
+
+def test_particles_leave_how_often_they_resampled(target, monkeypatch):
+    cell = a_cell(target)
+    trace = [{"ess": 0.9, "resampled": False}, {"ess": 0.4, "resampled": True}, {"level": 3}]
+
+    def generate(self, target, prompts, limits, rng):
+        return [Completion([1], "stop", text="?", trace=trace) for _ in prompts]
+
+    monkeypatch.setattr(type(cell.decoder), "generate", generate)
+    problems.measure(cell, OWN[:1])
+    assert (cell.samples[0]["data"]["resample_count"], cell.samples[0]["data"]["final_ess"]) == (1, 0.4)
 
 
 def answering(monkeypatch, cell, right):
@@ -100,7 +120,7 @@ def test_a_pipeline_that_calls_right_answers_wrong_fails_its_cell(target, monkey
 
 
 def test_a_pipeline_that_calls_empty_answers_right_fails_its_cell(target, monkeypatch):
-    from decodathlon.harness.measure.grading import Grader, Verdict
+    from decodathlon.harness.measure.grading import Verdict
 
     monkeypatch.setattr(Grader, "grade", lambda self, gold, text: Verdict(True, text))
     with pytest.raises(RuntimeError, match="an empty answer to own-0 was graded as right"):
