@@ -16,6 +16,7 @@ page = st.navigation(
     [
         st.Page("views/overview.py", title="Overview", icon=":material/table_chart:", default=True),
         st.Page("views/trade_off.py", title="Trade-off", icon=":material/scatter_plot:", url_path="trade-off"),
+        st.Page("views/tasks.py", title="Tasks", icon=":material/quiz:", url_path="tasks"),
         st.Page("views/exactness.py", title="Exactness", icon=":material/verified:", url_path="exactness"),
         st.Page("views/arena.py", title="Arena", icon=":material/compare:", url_path="arena"),
         st.Page("views/decoder.py", title="Decoder", icon=":material/tune:", url_path="decoder"),

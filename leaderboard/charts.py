@@ -194,6 +194,46 @@ def distances(rows: Sequence[dict[str, Any]], across: str) -> altair.LayerChart:
     ).properties(height=380)
 
 
+def at_cost(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> altair.LayerChart:
+    """Quality over what a question costs, a line per decoder that may answer it more than once, a point for the others.
+
+    Args:
+        rows: `decoder`, `answers`, `cost`, `value`, `low`, `high`, `pale`.
+        cost, quality: what the axes are called.
+    """
+    import altair as alt
+
+    base = alt.Chart(alt.Data(values=list(rows)))
+    costs = [row["cost"] for row in rows]
+    wide = bool(costs) and max(costs) > WIDE * min(costs)
+    x = alt.X(
+        "cost:Q", title=cost, scale=alt.Scale(type="log", nice=False) if wide else alt.Scale(zero=False, padding=20)
+    )
+    y = alt.Y("value:Q", title=quality, scale=alt.Scale(zero=False))
+    legend = alt.Legend(orient="bottom", columns=2, symbolOpacity=1)
+    colour = alt.Color("decoder:N", scale=alt.Scale(range=PALETTE), legend=legend, title=None)
+    shape = alt.Shape("decoder:N", scale=alt.Scale(range=SHAPES), legend=legend, title=None)
+    faint = alt.condition("datum.pale", alt.value(0.3), alt.value(1.0))
+    tips = [alt.Tooltip(f"{t}:N") for t in ("decoder", "answers", "cost", "value", "low", "high")]
+    return alt.layer(
+        base.mark_line(opacity=0.6).encode(x=x, y=y, color=colour),
+        base.mark_rule(opacity=0.35)
+        .transform_filter("isValid(datum.low)")
+        .encode(x=x, y="low:Q", y2="high:Q", color=colour),
+        base.mark_point(size=80, filled=True).encode(x=x, y=y, color=colour, shape=shape, opacity=faint, tooltip=tips),
+    ).properties(height=380)
+
+
+def at_cost_in_words(rows: Sequence[dict[str, Any]], cost: str, quality: str) -> str:
+    """What that shows, for who cannot see it."""
+    last = {row["decoder"]: row for row in rows}
+    said = "; ".join(
+        f"{decoder} {written(row['value'])} for {written(row['cost'])} with {row['answers']} answers"
+        for decoder, row in last.items()
+    )
+    return f"{quality} over {cost}, {len(last)} decoders. {said}."
+
+
 def distances_in_words(rows: Sequence[dict[str, Any]], across: str) -> str:
     """What that shows, for who cannot see it."""
     last = {row["decoder"]: row for row in rows}

@@ -87,6 +87,11 @@ class Cell:
         return self.measured.decoder
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from all other cells, also from the same one in another run."""
+        return (self.run_id, self.measured.cell_id)
+
+    @property
     def name(self) -> str:
         """The decoder without its parameters."""
         return self.decoder.partition("[")[0]

@@ -12,7 +12,7 @@ from typing import Any
 from decodathlon.harness.commands.command import Command, results_option, say
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.registry import registry
-from decodathlon.harness.results import measured, rows, shards, store
+from decodathlon.harness.results import answers, measured, rows, shards, store
 
 #: What a page has room for; the other formats have every column.
 MARKDOWN = ("suite", "slice", "scale", "decoder", "claim", "model", "dtype", "dataset", "metric", "value", "ci_low",
@@ -20,10 +20,15 @@ MARKDOWN = ("suite", "slice", "scale", "decoder", "claim", "model", "dtype", "da
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=["csv", "parquet", "jsonl", "markdown"], default="csv")
+    parser.add_argument("--format", choices=["csv", "parquet", "jsonl", "markdown"], help="default csv")
     parser.add_argument("--view", choices=["latest", "results"], default="latest", help="newest rows, or all")
     parser.add_argument("--run", metavar="RUN", help="only this run (its id, or last); implies --view results")
     parser.add_argument("--suite", metavar="NAME", help="only this suite")
+    parser.add_argument(
+        "--samples",
+        action="store_true",
+        help="one JSON line per answer, window or pair, with its question where the run's lines are at hand",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default the terminal")
     results_option(parser)
 
@@ -36,6 +41,9 @@ def _run(options: argparse.Namespace) -> int:
     of_suite = f"suite = '{options.suite}'" if options.suite else "TRUE"
     view = "results" if options.run else options.view
     query = f"FROM {view} WHERE {of_run} AND {of_suite} ORDER BY suite, slice, decoder, metric, run_id"
+    if options.samples and options.format not in (None, "jsonl"):
+        raise SpecError(f"export --samples writes JSON lines, not {options.format}")
+    options.format = options.format or ("jsonl" if options.samples else "csv")
     if options.format == "parquet" and options.out is None:
         raise SpecError("export --format parquet needs --out FILE: a terminal cannot show it")
     if options.out is not None and not options.out.resolve().parent.is_dir():
@@ -45,6 +53,10 @@ def _run(options: argparse.Namespace) -> int:
             suites = connection.execute(f"SELECT DISTINCT suite FROM {view} WHERE {of_run} ORDER BY 1").fetchall()
             there = ", ".join(s for (s,) in suites) or "nothing"
             raise SpecError(f"export: there are no such rows in {path}; the run or view has {there}")
+        if options.samples:
+            shown = "TRUE" if options.run else "(run_id, cell_id) IN (SELECT (run_id, cell_id) FROM latest_cell)"
+            table = list(answers.lines(connection, path, f"{of_run} AND {of_suite} AND {shown}"))
+            return _out(table, [], options)
         if options.format == "parquet":
             count = connection.execute(f"COPY ({query}) TO '{rows.quoted(options.out)}' (FORMAT parquet)").fetchone()
             say(f"{count[0] if count else 0} rows in {options.out}")
@@ -52,6 +64,10 @@ def _run(options: argparse.Namespace) -> int:
         found = connection.execute(query)
         names = [d[0] for d in found.description or []]
         table = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    return _out(table, names, options)
+
+
+def _out(table: list[dict[str, Any]], names: list[str], options: argparse.Namespace) -> int:
     if options.out is None:
         _write(table, names, options.format, sys.stdout)
         return 0

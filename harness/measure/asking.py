@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from decodathlon.harness.decoder import Cost, Decoder, Limits
+from decodathlon.harness.decoder import Completion, Cost, Decoder, Limits
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.randomness import RowRandom
@@ -50,6 +50,23 @@ class Answer:
     @property
     def row(self) -> str:
         return f"{self.question}/{self.sample}"
+
+    @classmethod
+    def of(cls, question: str, sample: int, text: str, drawn: Completion, seconds: float) -> Answer:
+        """What a decoder drew, as it is kept; `text` is what of it counts."""
+        seen = [entry for entry in drawn.trace if "ess" in entry]
+        return cls(
+            question,
+            sample,
+            text,
+            len(drawn.tokens),
+            drawn.stop_reason,
+            drawn.log_prob,
+            seconds,
+            drawn.cost,
+            resample_count=sum(bool(entry.get("resampled", True)) for entry in seen) if seen else None,
+            final_ess=float(seen[-1]["ess"]) if seen else None,
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a sample says of it besides its text."""
@@ -156,22 +173,7 @@ def _drawn(
     found = []
     for key, one in zip(keys, drawn, strict=True):
         name, _, number = key.rpartition("/")
-        text = one.text.partition(NEXT)[0]
-        seen = [entry for entry in one.trace if "ess" in entry]
-        found.append(
-            Answer(
-                name,
-                int(number),
-                text,
-                len(one.tokens),
-                one.stop_reason,
-                one.log_prob,
-                each,
-                one.cost,
-                resample_count=sum(bool(entry.get("resampled", True)) for entry in seen) if seen else None,
-                final_ess=float(seen[-1]["ess"]) if seen else None,
-            )
-        )
+        found.append(Answer.of(name, int(number), one.text.partition(NEXT)[0], one, each))
         cell.lines.write(key, **found[-1].as_line(), prompt=cell.target.decode(prompts[name]))
     return found
 

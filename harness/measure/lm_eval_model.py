@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.measure.asking import Answer
 from decodathlon.harness.measure.perplexity import judge_of
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.suite import LateError
@@ -42,6 +44,8 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
             raise UnsupportedError("text", f"{cell.target.name} has no tokenizer")
         self.cell, self.target, self.decoder = cell, cell.target, cell.decoder
         self._most_tokens = most_tokens
+        #: What it was asked to write, for `asking.costs`.
+        self.answers: dict[str, Answer] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -77,24 +81,36 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
     @torch.no_grad()
     def _scored(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation under the decoder's law, and whether it is the likeliest throughout."""
-        scores: list[tuple[float, bool]] = []
-        for begin in range(0, len(continuations), ROWS):
-            some = [list(c) for c in continuations[begin : begin + ROWS]]
-            width = max(map(len, some))
-            head = list(context)[-max(1, self.target.context_length - width) :]
-            opened = self.target.open([head], capacity=len(head) + width)
-            opened.select([0] * len(some))
-            logits = opened.next_logits[:, None]
-            if width > 1:
-                padded = torch.zeros(len(some), width - 1, dtype=torch.long)
-                for b, tokens in enumerate(some):
-                    padded[b, : len(tokens) - 1] = torch.tensor(tokens[:-1], dtype=torch.long)
-                logits = torch.cat([logits, opened.extend(padded).logits], 1)
-            for row, tokens in zip(logits, some, strict=True):
-                real = torch.tensor(tokens, device=row.device)
-                own = judge_of(self.decoder)(row[: len(tokens)], real)[0]
-                greedy = bool((row[: len(tokens)].argmax(-1) == real).all())
-                scores.append((float(own.sum()), greedy))
+        # As lm-eval does, the beginning of an overlong context is left out, for each continuation as much as it needs;
+        # its last token is not read.
+        room = [max(1, self.target.context_length + 1 - len(c)) for c in continuations]
+        kept = [min(len(context), r) for r in room]
+        scores: dict[int, tuple[float, bool]] = {}
+        for length in dict.fromkeys(kept):
+            alike = [i for i, k in enumerate(kept) if k == length]
+            for begin in range(0, len(alike), ROWS):
+                rows = alike[begin : begin + ROWS]
+                found = self._scored_together(list(context)[-length:], [list(continuations[i]) for i in rows])
+                scores |= dict(zip(rows, found, strict=True))
+        return [scores[i] for i in range(len(continuations))]
+
+    def _scored_together(self, head: list[int], some: Sequence[list[int]]) -> list[tuple[float, bool]]:
+        """The same of continuations of one context that fits."""
+        width = max(map(len, some))
+        opened = self.target.open([head], capacity=len(head) + width - 1)
+        opened.select([0] * len(some))
+        logits = opened.next_logits[:, None]
+        if width > 1:
+            padded = torch.zeros(len(some), width - 1, dtype=torch.long)
+            for b, tokens in enumerate(some):
+                padded[b, : len(tokens) - 1] = torch.tensor(tokens[:-1], dtype=torch.long)
+            logits = torch.cat([logits, opened.extend(padded).logits], 1)
+        scores = []
+        for row, tokens in zip(logits, some, strict=True):
+            real = torch.tensor(tokens, device=row.device)
+            own = judge_of(self.decoder)(row[: len(tokens)], real)[0]
+            greedy = bool((row[: len(tokens)].argmax(-1) == real).all())
+            scores.append((float(own.sum()), greedy))
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -122,34 +138,37 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
             context, options = request.args
             settings = json.dumps(options, sort_keys=True, default=str)
             repeat = times[context + settings] = times.get(context + settings, -1) + 1
-            asked.append((context, options, _key("answer", context, settings, repeat)))
-        found: dict[str, str] = {}
+            asked.append((context, options, _key_of(context, options, repeat)))
         batches = [asked[i : i + ROWS] for i in range(0, len(asked), ROWS)]
         for batch in self._in_time(batches):
             for _, _, key in batch:
                 if key in self.cell.lines.earlier:
-                    found[key] = str(self.cell.lines.earlier[key]["text"])
-            found |= self._answered([one for one in batch if one[2] not in found])
-        return [found[key] for _, _, key in asked]
+                    self.answers[key] = Answer.from_line(self.cell.lines.earlier[key])
+            self._answer([one for one in batch if one[2] not in self.answers])
+        return [self.answers[key].text for _, _, key in asked]
 
-    def _answered(self, asked: Sequence[tuple[str, dict[str, Any], str]]) -> dict[str, str]:
-        """Texts by key. The decoder decides how it draws; of the task's settings the length and the stops count."""
-        found = {}
+    def answer_to(self, context: str, options: dict[str, Any]) -> Answer:
+        """The first answer to a request."""
+        return self.answers[_key_of(context, options, 0)]
+
+    def _answer(self, asked: Sequence[tuple[str, dict[str, Any], str]]) -> None:
+        """Draw answers. The decoder decides how it draws; of the task's settings the length and the stops count."""
         lengths = {key: self._length(options) for _, options, key in asked}
         for length in sorted(set(lengths.values())):
             some = [one for one in asked if lengths[one[2]] == length]
             room = self.target.context_length - length
             prompts = [self.target.encode(context)[-room:] for context, _, _ in some]
             rng = RowRandom(self.cell.seed, [key for _, _, key in some])
+            begun = time.perf_counter()
             drawn = self.decoder.generate(self.target, prompts, Limits(length), rng)
-            for (_, options, key), answer in zip(some, drawn, strict=True):
+            each = (time.perf_counter() - begun) / len(some)
+            for (_, options, key), one in zip(some, drawn, strict=True):
                 until = options.get("until") or []
-                text = answer.text
+                text = one.text
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.partition(stop)[0] if stop else text
-                found[key] = text
-                self.cell.lines.write(key, text=text, tokens=len(answer.tokens))
-        return found
+                self.answers[key] = Answer.of(key, 0, text, one, each)
+                self.cell.lines.write(key, **self.answers[key].as_line())
 
     def _length(self, options: dict[str, Any]) -> int:
         wanted = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MOST_TOKENS)
@@ -165,6 +184,10 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         yield from self.cell.until_late(units)
         if self.cell.late:
             raise LateError(f"{self.cell.late}; they are kept, --resume goes on behind them")
+
+
+def _key_of(context: str, options: dict[str, Any], repeat: int) -> str:
+    return _key("answer", context, json.dumps(options, sort_keys=True, default=str), repeat)
 
 
 def _key(*parts: object) -> str:

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from tqdm import tqdm
 
 from decodathlon.harness.errors import MissingError
+from decodathlon.harness.measure import asking
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
 
@@ -91,7 +92,8 @@ def measure(cell: Cell, task: str, *, limit: int | None) -> None:
     """
     from decodathlon.harness.measure.lm_eval_model import DecoderLM
 
-    found = run(DecoderLM(cell), [task], limit=limit)
+    asked = DecoderLM(cell)
+    found = run(asked, [task], limit=limit)
     for name, result in found.items():
         prefix = "" if len(found) == 1 else f"{name},"
         for key, value in result.metrics.items():
@@ -101,7 +103,13 @@ def measure(cell: Cell, task: str, *, limit: int | None) -> None:
         cell.note(f"lm-eval: {name} version {result.version}")
         for sample in result.samples:
             replies = [str(reply) for reply in sample["filtered_resps"]]
-            cell.sample(f"{name}/{sample.get('filter', 'none')}/{sample['doc_id']}", responses=replies)
+            row = f"{name}/{sample.get('filter', 'none')}/{sample['doc_id']}/0"
+            scores = {m: float(sample[m]) for m in sample.get("metrics", []) if isinstance(sample.get(m), (int, float))}
+            cell.sample(row, responses=replies, **scores)
+            cell.lines.keep(row, prompt=str(sample["arguments"][0][0]))
+    if asked.answers:
+        for metric, cost in asking.costs(list(asked.answers.values()), cell.target).items():
+            cell.report(metric, cost)
 
 
 def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Estimate | Observations]:

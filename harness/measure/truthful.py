@@ -10,12 +10,13 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import LM
 
-from decodathlon.harness.measure import lm_eval_tasks
+from decodathlon.harness.measure import asking, lm_eval_tasks
 from decodathlon.harness.measure.lm_eval_model import DecoderLM
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
@@ -72,6 +73,8 @@ def choices(cell: Cell) -> None:
                 log_probs=_likelihoods(sample),
                 labels=sample["doc"][LABELS[name]]["labels"],
             )
+            choices = sample["doc"][LABELS[name]]["choices"]
+            cell.lines.keep(f"{sample['doc']['id']}/{metric}", prompt=sample["doc"]["question"], choices=choices)
 
 
 def generation(cell: Cell) -> None:
@@ -81,19 +84,27 @@ def generation(cell: Cell) -> None:
             # its scoring takes a third of a second per answer; BLEU of a short answer is not 100 even where it is equal
             told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder, limit=PROVED)[GENERATION]
             _prove(cell, [float(s["rouge1_acc"]) for s in told.samples], truth)
-        found = lm_eval_tasks.run(DecoderLM(cell, cell.sizes["tokens"]), names, folder=folder)[GENERATION]
+        asked = DecoderLM(cell, cell.sizes["tokens"])
+        found = lm_eval_tasks.run(asked, names, folder=folder)[GENERATION]
     rows, ones = [s["doc"]["id"] for s in found.samples], [1.0] * len(found.samples)
     for metric, its in (("bleu_acc",) * 2, ("rouge1_acc",) * 2, ("rouge_l_acc", "rougeL_acc"), ("bleu_diff",) * 2):
         values = [float(s[its]) for s in found.samples]
         is_share = metric.endswith("acc")
         cell.report(metric, Observations.questions(rows, values) if is_share else Observations(rows, values, ones))
-    for sample in found.samples:
+    answers = [replace(asked.answer_to(*s["arguments"][0]), question=s["doc"]["id"]) for s in found.samples]
+    for sample, answer in zip(found.samples, answers, strict=True):
+        row = answer.row
         cell.sample(
-            f"{sample['doc']['id']}/generation",
+            row,
             response=sample["filtered_resps"][0],
             bleu_acc=float(sample["bleu_acc"]),
             rouge1_acc=float(sample["rouge1_acc"]),
+            seconds=answer.seconds,
+            **answer.facts(),
         )
+        cell.lines.keep(row, prompt=sample["doc"]["question"])
+    for metric, cost in asking.costs(answers, cell.target).items():
+        cell.report(metric, cost)
 
 
 def _likelihoods(sample: Mapping[str, Any]) -> list[float]:

@@ -28,17 +28,15 @@ class Lines:
         self._file: IO[str] | None = None
         #: By row, what an earlier attempt at this cell left; a torn last line is not among it.
         self.earlier: dict[str, dict[str, Any]] = {}
-        whole = 0
         if path is not None and path.is_file():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break
-                self.earlier[entry["row"]] = entry
-                whole += len(line)
+            self.earlier, whole = _whole(path)
             with path.open("r+b") as file:
                 file.truncate(whole)
+
+    @staticmethod
+    def read(path: Path) -> dict[str, dict[str, Any]]:
+        """The lines of a file by row, which is left as it is; nothing where there is none."""
+        return _whole(path)[0] if path.is_file() else {}
 
     def write(self, row: str, **values: Any) -> None:
         """Add the line of a unit. The system keeps it when the process dies."""
@@ -48,6 +46,11 @@ class Lines:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8", errors="replace", buffering=1)
         self._file.write(json.dumps(shards.plain({"row": row, **values}), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def keep(self, row: str, **values: Any) -> None:
+        """Add a line that an earlier attempt may have added already."""
+        if row not in self.earlier:
+            self.write(row, **values)
 
     def of(self, part: str) -> Lines:
         """A part of these lines under names of its own, written to the same file."""
@@ -59,3 +62,19 @@ class Lines:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _whole(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The whole lines of a file by row, and how many bytes they have."""
+    found: dict[str, dict[str, Any]] = {}
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(entry, dict) or "row" not in entry:
+            break
+        found[str(entry["row"])] = entry
+        size += len(line)
+    return found, size

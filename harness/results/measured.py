@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.errors import SpecError, near_miss
 from decodathlon.harness.measure.observations import Observations, compared, discordant, visible
-from decodathlon.harness.measure.statistics import LEVEL, Estimate
+from decodathlon.harness.measure.statistics import FEWEST_FOR_INTERVAL, LEVEL, Estimate
 from decodathlon.harness.results import store
 
 if TYPE_CHECKING:
@@ -287,8 +287,10 @@ def _best_and_tied(metric: str, cells: Sequence[Measured], baseline: Measured | 
 def _ranks(number: Number | None) -> bool:
     if number is None or number.units is None or number.better == "none" or number.unit != "1":
         return False
-    ends = number.estimate[:3]
-    return all(x is not None and math.isfinite(x) for x in ends)
+    if len(number.units.rows) < FEWEST_FOR_INTERVAL:
+        return False
+    # Where all units agree there is no interval, but the differences from others may well have one.
+    return all(x is None or math.isfinite(x) for x in number.estimate[:3])
 
 
 def exactly(value: float, *, unit: str = "1", better: str = "higher") -> Number:

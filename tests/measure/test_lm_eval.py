@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("lm_eval", exc_type=ImportError)
 import tiny_models
+import torch
 
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.errors import MissingError, SpecError, UnsupportedError
@@ -70,6 +71,23 @@ def test_temperature_one_equals_lm_evals_own_model(target, folder):
         # and without ties our own scores are lm-eval's
         scores = truthful._scores(ours[name], name)
         assert sum(scores) / QUESTIONS == pytest.approx(a.estimate().value, abs=1e-9)
+
+
+def test_an_overlong_context_is_cut_as_lm_eval_cuts_it(target, folder, monkeypatch):
+    """Each request loses as much of its beginning as it needs, however long the others are."""
+    hf = pytest.importorskip("lm_eval.models.huggingface")
+    reads = 64
+    monkeypatch.setattr(target, "context_length", reads, raising=False)
+    rng = torch.Generator().manual_seed(1)
+    context = torch.randint(3, 250, (80,), generator=rng).tolist()
+    short = torch.randint(3, 250, (40,), generator=rng).tolist()
+    continuations = [torch.randint(3, 250, (n,), generator=rng).tolist() for n in (1, 5, 24, 25, 26, 30)]
+    ours = DecoderLM(a_cell(target))
+    theirs = hf.HFLM(pretrained=str(folder), device="cpu", batch_size=4, max_length=reads)
+    for head in (context, short):
+        pairs = [(("", ""), head, c) for c in continuations]
+        mine, other = ours._loglikelihood_tokens(pairs), theirs._loglikelihood_tokens(pairs, disable_tqdm=True)
+        assert [m[0] for m in mine] == pytest.approx([o[0] for o in other], abs=1e-3)
 
 
 def test_what_is_reported_is_proved_in_every_cell(target):
