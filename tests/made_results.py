@@ -6,9 +6,13 @@ import numpy as np
 
 from decodathlon.harness import about
 from decodathlon.harness.cells import CellSpec, Outcome
+from decodathlon.harness.measure import accuracy
+from decodathlon.harness.measure.accuracy import Graded
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.results import shards, store
+from decodathlon.harness.results.lines import Lines
+from decodathlon.harness.results.lines import path_of as path_of_lines
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.leaderboard.queries import Column, Setting
 
@@ -157,6 +161,49 @@ def demo(path):
         ),
     ]  # fmt: skip
     store.ingest(path, runs)
+    return path
+
+
+#: How many of its four answers to problem i a decoder of `asked` gets right, and what an answer costs it in tokens.
+PROBLEMS = 12
+SOLVERS = {"greedy": (1, lambda i: i < 2, 50), "temperature": (4, lambda i: 2 if i < 10 else 0, 100),
+           "thrifty": (4, lambda i: 1 if i < 10 else 0, 25)}  # fmt: skip
+
+
+def asked(path):
+    """A results file with twelve problems that three decoders answered, and the lines that they left."""
+    folder = path.with_suffix(".shards")
+    data = {"dataset": "math-500", "split": "test", "source": "folder"}
+    made = []
+    for name, (drawn, right, tokens) in SOLVERS.items():
+        graded, samples = [], []
+        for i in range(PROBLEMS):
+            for k in range(drawn):
+                correct = k < right(i)
+                says = 0 if correct else 1 + k
+                graded.append(Graded(f"math-{i}", correct, says, -0.1 * (k + 1)))
+                said = {
+                    "correct": correct,
+                    "says": says,
+                    "response": f"{name} says {k} to {i}",
+                    "ground_truth": "7",
+                    "tokens": tokens,
+                    "log_prob": -0.1 * (k + 1) * tokens,
+                    "trouble": "" if k else "no box",
+                }
+                samples.append({"row": f"math-{i}/{k}", "data": said})
+        names = [f"math-{i}" for i in range(PROBLEMS)]
+        metrics = [metric_row(m, f) for m, f in accuracy.metrics(graded).items() if isinstance(f, Observations)]
+        metrics.append(
+            metric_row("answer_tokens", Observations(names, [tokens * drawn] * PROBLEMS, [drawn] * PROBLEMS))
+        )
+        made.append(cell("asked", "math500", name, metrics, started=day(20), data=data, samples=samples))
+    write_run(folder, "asked", made, started=day(20))
+    lines = Lines(path_of_lines(folder / "asked", made[1].spec.cell_id))
+    for i in range(PROBLEMS):
+        lines.write(f"math-{i}/0", prompt=f"What is {i} + 7 - {i}? <b>Think</b>")
+    lines.close()
+    store.ingest(path, [folder / "asked"])
     return path
 
 

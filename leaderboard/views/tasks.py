@@ -61,8 +61,10 @@ if costs and choices:
         budget = labels[parts.choose("Budget", list(labels), "budget")] if labels else 0.0
     what = budgets.COSTS[cost]
     rows = tasks.curve(cells, samples, cost, choice)
-    words = (f"{what} per question", budgets.CHOICES.get(choice, choice))
+    words = (f"{what} per question", choice)
     st.altair_chart(charts.at_cost(rows, *words), width="stretch", alt=charts.at_cost_in_words(rows, *words))
+    if choice in budgets.CHOICES:
+        st.caption(f"{choice}: {budgets.CHOICES[choice]}, by how many answers a question gets.")
     offers = tasks.at_budget(cells, samples, cost, budget, choice)
     st.html(
         table(
@@ -119,7 +121,13 @@ other_questions = tasks.by_question(samples[theirs.key]) if theirs else None
 kinds = ["all", "right", "some right", "wrong", "trouble", *(["better", "worse"] if theirs else [])]
 counts = {kind: tasks.chosen(questions, kind, other_questions) for kind in kinds}
 kind = st.segmented_control(
-    "Questions", kinds, default="all", format_func=lambda k: f"{k} ({len(counts[k])})", key="kind", required=True
+    "Questions",
+    kinds,
+    default="all",
+    format_func=lambda k: f"{k} ({len(counts[k])})",
+    key="kind",
+    required=True,
+    bind="query-params",
 )
 shown = counts[kind]
 if not shown:

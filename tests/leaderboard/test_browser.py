@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from made_results import demo
+from made_results import asked, demo
 
 from decodathlon.harness.locks import file_lock
 from decodathlon.harness.results import shards
@@ -19,7 +19,7 @@ from decodathlon.harness.results import shards
 ROOT = Path(__file__).parents[2]
 #: Where the screenshots are kept; DECODATHLON_SCREENSHOTS names another folder.
 VARIABLE = "DECODATHLON_SCREENSHOTS"
-PAGES = {"overview": "", "trade-off": "trade-off", "exactness": "exactness", "arena": "arena",
+PAGES = {"overview": "", "trade-off": "trade-off", "tasks": "tasks", "exactness": "exactness", "arena": "arena",
          "decoder": "decoder?decoder=top-p", "run": "run", "about": "about"}  # fmt: skip
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -193,6 +193,24 @@ def test_a_blind_vote_by_keyboard(browser, tmp_path):
     seen = arena.shown(arena.pairs[0], "ann")[0]
     assert seen == arena.pairs[0].answers[0 if first.choice == "first" else 1]
     assert second.choice == "bad"
+
+
+def test_from_a_table_at_equal_cost_down_to_one_answer(browser, tmp_path, shots):
+    with _served(asked(tmp_path / "r.duckdb")) as address, _page(browser, DESK) as page:
+        page.goto(f"{address}/tasks?answers=temperature")
+        _ready(page)
+        page.get_by_role("combobox", name="Budget").click()
+        page.get_by_role("option", name="400 per question").click()
+        page.wait_for_function("location.search.includes('budget=400')", timeout=10_000)
+        table = page.get_by_role("region", name="At most 400 new tokens per question")
+        assert "no more were drawn" in table.get_by_role("row").filter(has_text="thrifty").inner_text()
+        page.get_by_role("radio", name="wrong (2)").click()
+        page.get_by_role("combobox", name="Question").click()
+        page.get_by_role("option", name="math-11").click()
+        page.get_by_text("temperature says 3 to 11").wait_for(timeout=10_000)
+        assert page.get_by_text("<b>Think</b>").count() == 1, "text of others is text"
+        _ready(page)
+        _shot(page, shots / "tasks-answer.png")
 
 
 def test_nothing_is_advertised_over_the_page(browser, board):
