@@ -292,6 +292,61 @@ class Moody(Plain):
     assert "mine.py has changed since; a run is of one piece" in refused.stderr
 
 
+def test_a_cell_of_questions_goes_on_behind_its_last_answer(tmp_path):
+    """The whole run is killed between two batches of a cell; resumed, it draws only what is missing, and the same."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = tiny_models.save_folder(folder, context=4096)
+    file, drawn = tmp_path / "mine.py", tmp_path / "drawn.txt"
+    file.write_text(
+        DECODERS
+        + f"""
+@decoder("watched", claim="exact")
+class Watched(Plain):
+    def generate(self, target, prompts, limits, rng):
+        with open({str(drawn)!r}, "a") as log:
+            log.write("\\n".join(rng.keys) + "\\n")
+        if os.path.exists({str(tmp_path / "kill")!r}) and len(open({str(drawn)!r}).readlines()) > 8:
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().generate(target, prompts, limits, rng)
+"""
+    )
+
+    def new(results):
+        chosen = ["--scale", "quick", "--suite", "math500", "--decoder-file", file, "--decoder", "watched"]
+        return measure("--model", model, "--results", results, *chosen)
+
+    def answers(results):
+        with store.connect(results) as connection:
+            return connection.execute(
+                "SELECT row, data->>'response', data->>'says' FROM sample ORDER BY place"
+            ).fetchall()
+
+    calm = tmp_path / "calm.duckdb"
+    done = new(calm)
+    assert done.returncode == 0, done.stdout + done.stderr
+    everything = drawn.read_text().split()
+    assert len(everything) == len(set(everything)) == 16, "8 problems, 2 answers each"
+
+    drawn.unlink()
+    (tmp_path / "kill").touch()
+    results = tmp_path / "r.duckdb"
+    assert new(results).returncode != 0
+    first = drawn.read_text().split()
+    assert len(first) == 16, "it was killed as it began the second batch"
+    assert not results.exists()
+    (tmp_path / "kill").unlink()
+    drawn.unlink()
+    again = measure("--resume", "last", "--results", results)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert drawn.read_text().split() == everything[8:], "only the second batch"
+    assert answers(results) == answers(calm)
+    with store.connect(results) as connection:
+        ((attempts,),) = connection.execute("SELECT attempts->>'$[*].reason' FROM cell").fetchall()
+    assert attempts == ["the whole run was killed"]
+
+
 def test_what_cannot_be_resumed_is_a_usage_error(model, tmp_path):
     results = tmp_path / "r.duckdb"
     done = measure("--resume", "last", "--results", results)
