@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import select
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 #: Seconds that one answer may take; and the first one, for which the process must import its algebra.
 HARD_TIMEOUT, FIRST_TIMEOUT = 5.0, 60.0
@@ -51,7 +52,13 @@ def last_box(text: str) -> tuple[str | None, str]:
 
 
 class Grader:
-    """A process that grades one answer after the other; use it as a context manager."""
+    """A process that grades one answer after the other; use it as a context manager.
+
+    The process stays for the next one, because to start it takes as long as to grade a thousand answers.
+    """
+
+    #: A process without work, if there is one.
+    _idle: ClassVar[list[subprocess.Popen[bytes]]] = []
 
     def __init__(self, timeout: float = HARD_TIMEOUT) -> None:
         self._timeout = timeout
@@ -63,7 +70,11 @@ class Grader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        if kind is not None:  # perhaps between a question and its reply
+            self._stop()
+        elif self._process is not None:
+            self._idle.append(self._process)
+            self._process = None
 
     def grade(self, gold: str, text: str) -> Verdict:
         """Whether the last box of a text says the same as `gold` (LaTeX without dollar signs).
@@ -87,6 +98,10 @@ class Grader:
 
     def _ask(self, request: dict[str, str]) -> dict[str, object] | None:
         """Its reply; None where it hangs, or takes the whole process with it."""
+        if self._process is None:
+            while self._idle and self._process is None:
+                waiting = self._idle.pop()
+                self._process = waiting if waiting.poll() is None else None
         if self._process is None:
             self._process = _started()
             if self._reply(self._process, {"gold": "1", "answer": "1"}, FIRST_TIMEOUT) is None:
@@ -121,6 +136,13 @@ class Grader:
         if process is not None:
             process.kill()
             process.communicate()
+
+
+@atexit.register
+def _end() -> None:
+    """Its input ends with this process, and it with that; this only spares it the wait."""
+    for process in Grader._idle:
+        process.kill()
 
 
 def _started() -> subprocess.Popen[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lm_eval
+import lm_eval.utils
 import torch
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -63,7 +65,7 @@ def run(model: LM, tasks: Sequence[str], *, limit: int | None = None, folder: Pa
     Raises:
         MissingError: a task cannot be made, mostly because its data cannot be had.
     """
-    with _quiet(), _own_seeds():
+    with _quiet(), _own_seeds(), _compiled_once():
         where: dict[str, Any] = {} if folder is None else {"include_path": str(folder), "include_defaults": False}
         manager = TaskManager(**where)
         try:
@@ -146,6 +148,17 @@ def _quiet() -> Iterator[None]:
     finally:
         logging.disable(before)
         tqdm.monitor_interval = interval
+
+
+@contextlib.contextmanager
+def _compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's few templates anew for every document, which takes longer than to fill them."""
+    whole = lm_eval.utils.env.from_string
+    lm_eval.utils.env.from_string = functools.lru_cache(maxsize=256)(whole)
+    try:
+        yield
+    finally:
+        lm_eval.utils.env.from_string = whole
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import LM
+from rouge_score import scoring
 
 from decodathlon.harness.measure import asking, lm_eval_tasks
 from decodathlon.harness.measure.lm_eval_model import DecoderLM
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 #: What lm-eval ships, by the name that it gets here.
 MC1, MC2, GENERATION = "decodathlon_mc1", "decodathlon_mc2", "decodathlon_generation"
 FILES = {MC1: "truthfulqa_mc1.yaml", MC2: "truthfulqa_mc2.yaml", GENERATION: "truthfulqa_gen.yaml"}
-#: Questions of which true and empty answers prove the scoring of free answers.
+#: Questions of which true and empty answers prove the scoring.
 PROVED = 8
 LABELS = {MC1: "mc1_targets", MC2: "mc2_targets"}
 
@@ -54,7 +56,7 @@ def choices(cell: Cell) -> None:
     """Report mc1 and mc2 of the cell's questions."""
     with _tasks(cell, names := (MC1, MC2)) as folder:
         for truth in (True, False):
-            told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder)
+            told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder, limit=PROVED)
             _prove(cell, [score for name, result in told.items() for score in _scores(result, name)], truth)
         found = lm_eval_tasks.run(DecoderLM(cell), names, folder=folder)
     decided = [any(x > -math.inf for x in _likelihoods(s)) for s in found[MC1].samples]
@@ -79,9 +81,9 @@ def choices(cell: Cell) -> None:
 
 def generation(cell: Cell) -> None:
     """Report how near free answers are to true and to false references."""
-    with _tasks(cell, names := (GENERATION,)) as folder:
+    with _tasks(cell, names := (GENERATION,)) as folder, _rouge_once():
         for truth in (True, False):
-            # its scoring takes a third of a second per answer; BLEU of a short answer is not 100 even where it is equal
+            # BLEU of a short answer is not 100 even where it is equal, so ROUGE proves the scoring
             told = lm_eval_tasks.run(Told(truth=truth), names, folder=folder, limit=PROVED)[GENERATION]
             _prove(cell, [float(s["rouge1_acc"]) for s in told.samples], truth)
         asked = DecoderLM(cell, cell.sizes["tokens"])
@@ -105,6 +107,20 @@ def generation(cell: Cell) -> None:
         cell.lines.keep(row, prompt=sample["doc"]["question"])
     for metric, cost in asking.costs(answers, cell.target).items():
         cell.report(metric, cost)
+
+
+@contextmanager
+def _rouge_once() -> Iterator[None]:
+    """lm-eval draws a thousand bootstrap samples of the one value that each ROUGE is; one gives the same value.
+
+    It takes a quarter of a second per answer off, which is more than a GPU needs to write it.
+    """
+    whole = scoring.BootstrapAggregator
+    scoring.BootstrapAggregator = partial(whole, n_samples=1)
+    try:
+        yield
+    finally:
+        scoring.BootstrapAggregator = whole
 
 
 def _likelihoods(sample: Mapping[str, Any]) -> list[float]:

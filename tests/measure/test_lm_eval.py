@@ -165,6 +165,20 @@ def test_replies_are_kept_and_not_asked_for_again(target, tmp_path, monkeypatch)
     assert values[0] == values[1]
 
 
+def test_rouge_without_a_bootstrap_of_one_value_is_the_same_rouge(target):
+    cell = a_cell(target, part="generation")
+    with truthful._tasks(cell, names := (truthful.GENERATION,)) as tasks:
+
+        def scores():
+            told = truthful.Told(truth=True)
+            found = lm_eval_tasks.run(told, names, folder=tasks, limit=4)[truthful.GENERATION]
+            return [[s[m] for m in sorted(s["metrics"])] for s in found.samples]
+
+        whole = scores()
+        with truthful._rouge_once():
+            assert scores() == whole
+
+
 def test_out_of_time_keeps_what_was_done(target, tmp_path):
     lines = Lines(tmp_path / "lines.jsonl")
     cell = a_cell(target, lines=lines, timeout=0.01)
