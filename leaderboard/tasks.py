@@ -12,6 +12,8 @@ from typing import Any
 from decodathlon.harness.results import budgets, measured
 from decodathlon.harness.results.budgets import Bought
 from decodathlon.harness.results.measured import Mark, Number
+from decodathlon.harness.results.table import number as written
+from decodathlon.leaderboard.findings import listed
 from decodathlon.leaderboard.queries import Cell, Column
 
 #: Metrics that only suites of questions have.
@@ -27,6 +29,11 @@ QUALITY = "quality"
 def is_task(metrics: Sequence[str]) -> bool:
     """Whether a column with these metrics holds answers to questions."""
     return any(m in OF_TASKS or m.startswith("lm_eval") for m in metrics)
+
+
+def columns_of_tasks(columns: Mapping[Column, Sequence[str]]) -> list[Column]:
+    """The columns that hold answers to questions."""
+    return [column for column, metrics in columns.items() if is_task(metrics)]
 
 
 # --- Questions and answers ---------------------------------------------------------------------------------------
@@ -46,7 +53,8 @@ class Sample:
         for key in ("correct", "score", "points", "acc", "exact_match", "bleu_acc"):
             if isinstance(self.data.get(key), bool | int | float):
                 return float(self.data[key])
-        return None
+        by_judge = self.data.get("grade")
+        return by_judge / 10 if isinstance(by_judge, int | float) else None
 
     @property
     def texts(self) -> list[str]:
@@ -173,6 +181,21 @@ def at_budget(
     )
 
 
+def remark(offers: Sequence[Offer], cells: Sequence[Cell], cost: str, budget: float) -> str:
+    """What a reader of such a table must know: what is equal, what cannot be told, and who is not in it."""
+    said = [f"Equal is {cost}: at most {written(budget)} {budgets.COSTS[cost]} per question, on average."]
+    if cost == "answer_seconds":
+        said.append("Seconds of two cells also hold the noise of the machine.")
+    cannot = "" if any(o.mark for o in offers) else measured.cannot_rank([o.number for o in offers if o.counts])
+    if cannot:
+        said.append(f"{cannot[0].upper()}{cannot[1:]}.")
+    present = {o.cell.decoder for o in offers}
+    absent = list(dict.fromkeys(c.decoder for c in cells if c.decoder not in present))
+    if absent:
+        said.append(f"Dearer, or silent about its cost or its likelihoods: {listed(absent)}.")
+    return " ".join(said)
+
+
 def _bought(cell: Cell, samples: Mapping[str, Any], cost: str, budget: float, choice: str) -> Bought | None:
     if choice in budgets.CHOICES:
         return budgets.within(cell.measured, budgets.graded(samples), cost, budget, choice)
@@ -211,8 +234,3 @@ def dearest(
     graded = choice in budgets.CHOICES
     most = [budgets.answers_of(budgets.graded(samples.get(c.key, {}))) for c in cells] if graded else [1]
     return budgets.budgets(prices, max(most, default=1) or 1)
-
-
-def columns_of_tasks(columns: Mapping[Column, Sequence[str]]) -> list[Column]:
-    """The columns that hold answers to questions."""
-    return [column for column, metrics in columns.items() if is_task(metrics)]

@@ -80,7 +80,7 @@ def main() -> None:
         sys.stdout.write(f"lm-eval in {time.monotonic() - began:.0f} s\n")
     for name in NAMES:
         (a,), (b,) = (list(found[name].metrics.values()) for found in (ours, peer))
-        own = truthful._scores(ours[name], name)
+        own = [score or 0.0 for score in truthful._scores(ours[name], name)]
         pairs = [
             (x[0], y[0])
             for mine, other in zip(ours[name].samples, peer[name].samples, strict=True)

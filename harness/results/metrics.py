@@ -315,14 +315,15 @@ METRICS: dict[str, Metric] = {
         "1",
         "higher",
         "TruthfulQA: share of questions whose best answer has more probability than every false one under the "
-        "decoder's own law; where several are equal, the share of them that is right.",
+        "decoder's own law; where several are equal, the share of them that is right. Over the questions of which the "
+        "law says anything (see decided).",
         "quality",
     ),
     "mc2": Metric(
         "1",
         "higher",
-        "TruthfulQA: probability of the true answers among all that are offered, under the decoder's own law; where it "
-        "gives none to any of them, the share of true ones.",
+        "TruthfulQA: probability of the true answers among all that are offered, under the decoder's own law; over "
+        "the questions of which that says anything (see decided).",
         "quality",
     ),
     "bleu_acc": Metric(

@@ -35,13 +35,14 @@ take. A number here rests on raw observations that were kept; `results.duckdb` i
 - **A line** is a decoder with its parameters, in one setting: model, type, hardware, scale and seed never mix.
 - **★** is the best of a column, **≈** what cannot be told apart from it: the 95 % interval of their difference, unit
   by unit, holds zero, or the difference is smaller than a decoder's from itself (which may mean: measured with much
-  noise). Where nobody is told apart, nobody is marked. Times and sizes are not marked, because cells run one after
-  another; only ratios, measured side by side, rank.
+  noise). Of questions that are solved or not McNemar's exact test decides. Where nobody is told apart, nobody is
+  marked. Times and sizes are not marked, because cells run one after another; only ratios, measured side by side, rank.
 - **◆** is on the Pareto front, more likely than not: nobody is at least as good in both metrics and better in one.
 - **Pale** is what does not count: measured on stand-in data, by code with uncommitted changes, by a decoder whose
   audit failed, or with a failed A/A test (its speed against itself is not 1). It says which. It gets no mark, takes
   part in no front and in no sentence at the top.
-- **A claim** is the word of a decoder's author. A run checks `greedy-exact`; the others are not checked yet.
+- **A claim** is the word of a decoder's author. Every run checks `greedy-exact`; the suite `audit` checks the others,
+  and the page *Exactness* shows what came of it.
 - **unsupported** says that a question does not apply to a decoder; **failed, crashed, oom, timeout** that it did not
   survive it. Nothing is left out, and no missing number counts as zero.
 """

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from decodathlon.harness.results import answers, budgets, measured
+from decodathlon.harness.results import answers, budgets
 from decodathlon.harness.results.table import number as written
 from decodathlon.leaderboard import charts, findings, parts, queries, tasks
 from decodathlon.leaderboard.tables import Field, link, table
@@ -82,23 +82,7 @@ if costs and choices:
             f"At most {written(budget)} {what} per question",
         )
     )  # fmt: skip
-    cannot = "" if any(o.mark for o in offers) else measured.cannot_rank([o.number for o in offers if o.counts])
-    dear = [c.decoder for c in cells if c.decoder not in {o.cell.decoder for o in offers}]
-    st.caption(
-        parts.plain(
-            " ".join(
-                filter(
-                    None,
-                    [
-                        f"Equal is {cost}: at most {written(budget)} {what} per question, on average.",
-                        "Seconds of two cells also hold the noise of the machine." if cost == "answer_seconds" else "",
-                        f"{cannot}." if cannot else "",
-                        f"Without a line, because dearer or silent about it: {findings.listed(dear)}." if dear else "",
-                    ],
-                )
-            )
-        )
-    )
+    st.caption(parts.plain(tasks.remark(offers, cells, cost, budget)))
     parts.download(rows, f"{column.suite}-{cost}")
 
 # --- Every answer ------------------------------------------------------------------------------------------------

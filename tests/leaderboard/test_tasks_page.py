@@ -59,6 +59,15 @@ def test_a_budget_for_four_of_each_says_who_had_no_more_answers(cells):
 
 def test_who_cannot_pay_for_one_answer_has_no_line(cells):
     assert set(at(cells, 30)) == {"thrifty"}
+    remark = tasks.remark(list(at(cells, 30).values()), cells[0], "answer_tokens", 30)
+    assert remark.endswith("Dearer, or silent about its cost or its likelihoods: greedy, temperature.")
+
+
+def test_what_twelve_questions_cannot_tell_is_said(cells):
+    two = [c for c in cells[0] if c.decoder != "thrifty"]
+    offers = tasks.at_budget(two, cells[1], "answer_tokens", 100, "maj_at_k")
+    assert [o.mark for o in offers] == [None, None]
+    assert "Cannot tell: 12 questions show no difference below" in tasks.remark(offers, two, "answer_tokens", 100)
 
 
 def test_the_curve_has_a_point_per_number_of_answers(cells):
