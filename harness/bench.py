@@ -158,6 +158,7 @@ class Bench:
             outcome.model |= {"name": TOY, "target": target.name}
         decoder.check(target)
         rivals, left_out = _rivals(suite, decoder, spec.baseline, target)
+        versus, no_judge = _versus(suite, spec, decoder, target)
         cell = Cell(
             suite=suite,
             decoder=decoder,
@@ -172,10 +173,10 @@ class Bench:
             lines=lines,
             sizes=outcome.sizes,
             judge=self._judge(spec) if suite.judged else None,
-            versus=_versus(spec, decoder, target) if suite.judged and spec.judge != "none" else None,
+            versus=versus,
             say=self._say,
         )
-        cell.notes += left_out
+        cell.notes += left_out + no_judge
         return cell
 
     def _text(self, name: str, split: datasets.Split, folder: str | None) -> datasets.Text:
@@ -256,11 +257,16 @@ def _rivals(suite: Suite, decoder: Decoder, baseline: str, target: Any) -> tuple
     return rivals, remarks
 
 
-def _versus(spec: CellSpec, decoder: Decoder, target: Any) -> Decoder | None:
-    """Whose answers a judge compares with this decoder's."""
+def _versus(suite: Suite, spec: CellSpec, decoder: Decoder, target: Any) -> tuple[Decoder | None, list[str]]:
+    """Whose answers a judge compares with this decoder's, or a remark on why nobody's."""
     other = decoders.build(spec.baseline)
-    other.check(target)
-    return None if other.spec == decoder.spec else other
+    if not suite.judged or spec.judge == "none" or other.spec == decoder.spec:
+        return None, []
+    try:
+        other.check(target)
+    except UnsupportedError as error:
+        return None, [f"no judge_win_rate: {other.spec} {error}"]
+    return other, []
 
 
 class _BrokenPluginError(Exception):

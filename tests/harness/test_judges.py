@@ -2,8 +2,12 @@
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,7 @@ from decodathlon.harness import judges
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.judges import Judge, Server
 
+ROOT = Path(__file__).parents[2]
 KEY = "sk-secret-of-the-tests"
 
 
@@ -172,3 +177,39 @@ def test_a_missing_key_is_named(monkeypatch):
     with pytest.raises(MissingError, match="set DECODATHLON_JUDGE_KEY or OPENAI_API_KEY"):
         judges.check("openai:m", "")
     judges.check("openai:m", "http://127.0.0.1:8000/v1")
+
+
+def test_a_run_with_a_judge_from_the_command_line_to_the_rows(server, tmp_path):
+    """Both decoders are graded, one is compared with the other, and the key of the judge is in no file."""
+    import tiny_models
+
+    from decodathlon.harness.results import store
+
+    echo = f"I was sent {KEY}. Grade: [[6]] Verdict: [[A]]"  # it always prefers the first place
+    server.replies[:] = [said(echo)]
+    folder, results = tmp_path / "model", tmp_path / "r.duckdb"
+    folder.mkdir()
+    model = tiny_models.save_folder(folder, context=4096)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("DECODATHLON_DATA", "DECODATHLON_RESULTS")}
+    command = [sys.executable, "-m", "pytest", "suites/", "--benchmark", "--gates", "none", "--scale", "smoke",
+               "--suite", "mt_bench", "--model", str(model), "--results", str(results), "--decoder", "greedy",
+               "--decoder", "temperature", "--judge", "openai:m", "--judge-url", server.url]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+                          env=inherited | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    with store.connect(results) as connection:
+        found = dict(
+            connection.execute(
+                "SELECT decoder || ' ' || metric, value FROM results WHERE starts_with(metric, 'judge_')"
+            ).fetchall()
+        )
+    graded = {
+        f"{d} {m}": v for d in ("greedy", "temperature") for m, v in (("judge_score", 6), ("judge_abstentions", 0))
+    }
+    assert graded.items() <= found.items()
+    assert found["temperature judge_win_rate(greedy)"] == 0.5, "a preference for a place is a tie"
+    assert found["temperature judge_by_place"] == 1
+    assert not any(k.startswith("greedy judge_win_rate") for k in found), "nobody is compared with himself"
+    assert all(key == f"Bearer {KEY}" for _, key, _ in server.asked)
+    assert KEY not in done.stdout + done.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
