@@ -35,6 +35,22 @@ def samples(connection: duckdb.DuckDBPyConnection, run_id: str, cell_id: str) ->
     return {row: json.loads(data) for row, data in found.fetchall()}
 
 
+def grades(connection: duckdb.DuckDBPyConnection, run_id: str, cell_id: str) -> dict[str, Any]:
+    """The same without texts, which may be long: what `budgets.graded` needs of it."""
+    found = connection.execute(
+        """
+        SELECT row, try_cast(data->>'correct' AS BOOLEAN), try_cast(data->>'says' AS BIGINT),
+               try_cast(data->>'tokens' AS BIGINT), try_cast(data->>'log_prob' AS DOUBLE)
+        FROM sample WHERE run_id = $run AND cell_id = $cell ORDER BY place
+        """,
+        {"run": run_id, "cell": cell_id},
+    )
+    names = ("correct", "says", "tokens", "log_prob")
+    return {
+        row: {k: v for k, v in zip(names, values, strict=True) if v is not None} for row, *values in found.fetchall()
+    }
+
+
 def lines(connection: duckdb.DuckDBPyConnection, results: Path, where: str) -> Iterator[dict[str, Any]]:
     """One mapping per sample of the cells that a condition chooses, with its question where that is at hand."""
     names = (*OF_A_CELL, "cell_id")

@@ -47,7 +47,7 @@ st.caption(
 
 # --- Equal cost --------------------------------------------------------------------------------------------------
 
-samples = {c.key: parts.ask(found, answers.samples, c.run_id, c.measured.cell_id) for c in cells}
+samples = {c.key: parts.ask(found, answers.grades, *c.key) for c in cells}
 graded = any(budgets.graded(s) for s in samples.values())
 costs = [c for c in budgets.COSTS if c in present]
 choices = list(budgets.CHOICES) if graded else [a.metric for a in ranked]
@@ -100,8 +100,8 @@ with right:
     others = [label for label in by_label if by_label[label] is not mine]
     rival = st.selectbox("Beside", others, index=None, key="beside", bind="query-params")
 theirs = by_label.get(rival or "")
-questions = tasks.by_question(samples[mine.key])
-other_questions = tasks.by_question(samples[theirs.key]) if theirs else None
+questions = tasks.by_question(parts.ask(found, answers.samples, *mine.key))
+other_questions = tasks.by_question(parts.ask(found, answers.samples, *theirs.key)) if theirs else None
 kinds = ["all", "right", "some right", "wrong", "trouble", *(["better", "worse"] if theirs else [])]
 counts = {kind: tasks.chosen(questions, kind, other_questions) for kind in kinds}
 kind = st.segmented_control(

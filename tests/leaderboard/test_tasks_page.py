@@ -10,7 +10,7 @@ from board_pages import said
 from made_results import asked, demo
 
 from decodathlon.harness.commands.command import main
-from decodathlon.harness.results import answers, store
+from decodathlon.harness.results import answers, budgets, store
 from decodathlon.leaderboard import queries, tasks
 
 
@@ -29,7 +29,9 @@ def cells(results, tmp_path_factory):
         ((setting, _),) = queries.settings(connection)
         (column,) = tasks.columns_of_tasks(queries.columns(connection, setting))
         found = queries.cells(connection, setting, None, "", column)
-        samples = {c.key: answers.samples(connection, *c.key) for c in found}
+        samples = {c.key: answers.grades(connection, *c.key) for c in found}
+        whole = {c.key: answers.samples(connection, *c.key) for c in found}
+    assert {k: budgets.graded(s) for k, s in samples.items()} == {k: budgets.graded(s) for k, s in whole.items()}
     return found, samples
 
 
