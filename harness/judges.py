@@ -6,6 +6,8 @@ tries: each is an abstention, counted and never a zero. Keys come from the envir
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import json
 import os
 import re
@@ -38,7 +40,7 @@ is correct, is complete and is clear. Its length alone is neither a merit nor a 
 {talk}
 {reference}
 Explain in a few sentences what is good and what is wrong in the assistant's {which}answer. Then grade it with a \
-whole number from 1 (useless) to 10 (could hardly be better), on a last line of exactly this form: Grade: [[5]]"""
+whole number N from 1 (useless) to 10 (could hardly be better), on a last line of exactly this form: Grade: [[N]]"""
 _PAIR = """You compare the answers of two assistants to the same question. Judge only what they say: whether they do \
 what was asked, are correct, are complete and are clear. Neither their order nor their length may count.
 
@@ -54,6 +56,8 @@ Explain the differences that matter in a few sentences. Then decide, on a last l
 Verdict: [[A]] or Verdict: [[B]] or Verdict: [[tie]]"""
 _GRADE = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _CHOICE = re.compile(r"\[\[\s*(A|B|tie|C)\s*\]\]", re.IGNORECASE)
+#: Shorter keys are none, and would take letters out of verdicts.
+SHORTEST_KEY = 8
 
 
 class Reply(NamedTuple):
@@ -71,17 +75,32 @@ class Judge(NamedTuple):
 
 
 def grade(text: str) -> float | None:
-    """The last grade from 1 to 10 that a reply states; None where it states none."""
-    found = [float(x) for x in _GRADE.findall(text)]
-    return found[-1] if found and 1 <= found[-1] <= 10 else None
+    """The grade from 1 to 10 that a reply states; None where it states none, or it is not clear which."""
+    found = _stated(text, "grade", _GRADE)
+    return float(found) if found is not None and 1 <= float(found) <= 10 else None
 
 
 def choice(text: str) -> Verdict | None:
-    """The last choice that a reply states; None where it states none."""
-    found = _CHOICE.findall(text)
-    if not found:
+    """The choice that a reply states; None where it states none, or it is not clear which."""
+    found = _stated(text, "verdict", _CHOICE)
+    if found is None:
         return None
-    return {"a": "first", "b": "second"}.get(found[-1].lower(), "tie")  # type: ignore[return-value]
+    return {"a": "first", "b": "second"}.get(found.lower(), "tie")  # type: ignore[return-value]
+
+
+def _stated(text: str, word: str, pattern: re.Pattern[str]) -> str | None:
+    """What stands behind the word in the last line that has it; without the word what its last line with brackets says.
+
+    A line that says several things, such as our own words repeated, says nothing.
+    """
+    lines = [line for line in text.splitlines() if pattern.search(line)]
+    after = re.compile(rf"{word}\W{{0,6}}{pattern.pattern}", re.IGNORECASE)
+    for asked in (after, pattern):
+        for line in reversed(lines):
+            said = {x.lower() for x in asked.findall(line)}
+            if said:
+                return said.pop() if len(said) == 1 else None
+    return None
 
 
 def single(turns: Sequence[Turn], reference: Sequence[str]) -> str:
@@ -152,6 +171,11 @@ def check(spec: str, url: str) -> None:
         models.resolve(name)
 
 
+def label(spec: str, url: str) -> str:
+    """What a row calls its judge: servers at different addresses may call other models by the same name."""
+    return f"{spec}@{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:6]}" if url else spec
+
+
 def build(spec: str, url: str, *, device: str, dtype: str, say: Callable[[str], None]) -> Judge | None:
     """The judge that the options name, or None."""
     kind, _, name = spec.partition(":")
@@ -164,6 +188,16 @@ def build(spec: str, url: str, *, device: str, dtype: str, say: Callable[[str], 
 
 def _key() -> str:
     return next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A key goes to the server that was named, and to no other."""
+
+    def redirect_request(self, *values: Any) -> None:
+        return None
+
+
+_DIRECT = urllib.request.build_opener(_Stay)
 
 
 @dataclass(frozen=True)
@@ -189,6 +223,8 @@ class Server:
                 reason = f"HTTP {error.code}"
                 if error.code not in AGAIN:
                     break
+            except http.client.HTTPException as error:  # half a reply, or none that is HTTP
+                reason = type(error).__name__
             except (OSError, TimeoutError) as error:  # down, or slow
                 reason = type(getattr(error, "reason", error)).__name__
             except ValueError:
@@ -202,7 +238,7 @@ class Server:
             headers["Authorization"] = f"Bearer {key}"
         address = self.url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+        with _DIRECT.open(request, timeout=self.timeout) as answer:
             return json.loads(answer.read())
 
     @staticmethod
@@ -215,7 +251,7 @@ class Server:
         if not isinstance(text, str) or not text.strip():
             return Reply("", "refusal" if isinstance(message, dict) and message.get("refusal") else "empty")
         key = _key()
-        return Reply(text.replace(key, "[key]") if key else text)  # it may echo what it was sent
+        return Reply(text.replace(key, "[key]") if len(key) >= SHORTEST_KEY else text)  # it may echo what it was sent
 
 
 class _Local:
@@ -242,4 +278,5 @@ class _Local:
             return Reply("", "too long")
         limits = Limits(min(MOST_TOKENS, room))
         (answer,) = decoders.build("greedy").generate(self._target, [tokens], limits, RowRandom(0, ["judge"]))
-        return Reply(answer.text.partition(asking.NEXT)[0])
+        plain = asking.protocol(self._target) == "plain"
+        return Reply(answer.text.partition(asking.NEXT)[0] if plain else answer.text)

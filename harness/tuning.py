@@ -124,12 +124,14 @@ def tune(
     study_file: Path,
     measure: Callable[[CellSpec], Outcome],
     say: Callable[[str], None],
+    basis: str = "",
 ) -> Report:
     """Go on with the study of a decoder until it has so many trials.
 
     Args:
         first: the cell of its default setting on the validation questions.
         measure: runs a cell.
+        basis: what the questions and weights are; trials on others belong to another study.
 
     Raises:
         MissingError: Optuna is not installed.
@@ -147,7 +149,7 @@ def tune(
     study = optuna.create_study(
         storage=JournalStorage(backend),
         sampler=sampler(method, first.seed),
-        study_name=f"{first.cell_id}-{metric}-{method}",
+        study_name=f"{first.cell_id}-{metric}-{method}-{basis}",
         direction="maximize" if METRICS[metric].better == "higher" else "minimize",
         load_if_exists=True,
     )
@@ -174,7 +176,8 @@ def tune(
             found[setting] = Trial(setting, Estimate(math.nan, n=0), None, refused)
         known = setting in found
         if not known:
-            found[setting] = _measured(dataclasses.replace(first, decoder=setting), metric, measure)
+            mine = _measured(dataclasses.replace(first, decoder=setting), metric, measure)
+            found[setting] = _on_the_same(mine, found[base.spec])
         _tell(study, trial, found[setting])
         done.append(study.get_trials(deepcopy=False)[trial.number])
         again = " (as before)" if known else ""
@@ -198,6 +201,14 @@ def _measured(cell: CellSpec, metric: str, measure: Callable[[CellSpec], Outcome
         return Trial(cell.decoder, Estimate(math.nan, n=0), None, f"{outcome.status}: {reason}")
     units = Observations.from_json(row["units"]) if row["units"] is not None else None
     return Trial(cell.decoder, Estimate(row["value"], row["ci_low"], row["ci_high"], row["n"]), units)
+
+
+def _on_the_same(mine: Trial, default: Trial) -> Trial:
+    """A trial, unless it says something of other questions than the default: who skips the hard ones has not won."""
+    if mine.units is None or default.units is None or set(mine.units.rows) == set(default.units.rows):
+        return mine
+    reason = f"it says something of {len(mine.units.rows)} questions, the default of {len(default.units.rows)}"
+    return Trial(mine.decoder, Estimate(math.nan, n=0), None, reason)
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, found: Trial) -> None:

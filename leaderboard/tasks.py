@@ -5,6 +5,7 @@ Pure functions of cells and samples: no database, no Streamlit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ OF_TASKS = ("oracle", "answer_tokens", "mc1", "decided")
 TEXTS = ("response", "responses", "verdict", "verdicts", "log_probs", "labels")
 #: Parts that every answer to a question shares, or that are of no use to a reader.
 SHARED = ("problem_idx", "ground_truth")
+#: Parts of a sample that grade it, from 0 to 1, and that of a judge, to 10.
+GRADES = ("correct", "score", "acc", "exact_match", "bleu_acc", "grade")
 #: The name under which what a budget buys is ranked.
 QUALITY = "quality"
 
@@ -50,11 +53,13 @@ class Sample:
     @property
     def grade(self) -> float | None:
         """How good it is, from 0 to 1, where that was said."""
-        for key in ("correct", "score", "points", "acc", "exact_match", "bleu_acc"):
-            if isinstance(self.data.get(key), bool | int | float):
-                return float(self.data[key])
-        by_judge = self.data.get("grade")
-        return by_judge / 10 if isinstance(by_judge, int | float) else None
+        kind = self.kind
+        return None if kind is None else float(self.data[kind]) / (10 if kind == "grade" else 1)
+
+    @property
+    def kind(self) -> str | None:
+        """How it was graded, if it was."""
+        return next((k for k in GRADES if isinstance(self.data.get(k), bool | int | float)), None)
 
     @property
     def texts(self) -> list[str]:
@@ -92,10 +97,31 @@ def by_question(samples: Mapping[str, Any]) -> dict[str, list[Sample]]:
     return found
 
 
+def choices(sample: Sample, texts: Sequence[str] | None) -> list[tuple[str, Any, Any]]:
+    """The choices of a question with what they are and their likelihoods, as far as each is known."""
+    scores, labels = (list(sample.data.get(key) or []) for key in ("log_probs", "labels"))
+    names = list(texts or [])
+    return [
+        (
+            names[i] if i < len(names) else f"choice {i + 1}",
+            labels[i] if i < len(labels) else None,
+            score if isinstance(score, int | float) else {"-Infinity": -math.inf}.get(str(score)),
+        )
+        for i, score in enumerate(scores)
+    ]
+
+
 def grade(samples: Sequence[Sample]) -> float | None:
-    """The mean grade of what was said to a question; None where nothing was graded."""
-    known = [g for s in samples if (g := s.grade) is not None]
-    return sum(known) / len(known) if known else None
+    """The mean grade of the answers to a question; None where nothing was graded.
+
+    Grades of one kind only: a question of TruthfulQA has mc1 and mc2, and what a judge prefers is no grade.
+    """
+    first = next((s for s in samples if s.kind is not None), None)
+    if first is None:
+        return None
+    alike = [s for s in samples if s.kind == first.kind and (s.name == first.name or first.kind != "score")]
+    known = [g for s in alike if (g := s.grade) is not None]
+    return sum(known) / len(known)
 
 
 def chosen(
@@ -192,7 +218,10 @@ def remark(offers: Sequence[Offer], cells: Sequence[Cell], cost: str, budget: fl
     present = {o.cell.decoder for o in offers}
     absent = list(dict.fromkeys(c.decoder for c in cells if c.decoder not in present))
     if absent:
-        said.append(f"Dearer, or silent about its cost or its likelihoods: {listed(absent)}.")
+        said.append(f"Dearer, or silent about its cost, its likelihoods or some questions: {listed(absent)}.")
+    unlike = [o.cell.decoder for o in offers if o.mark == "unlike"]
+    if unlike:
+        said.append(f"On other questions than the others, so not ranked: {listed(unlike)}.")
     return " ".join(said)
 
 

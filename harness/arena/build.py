@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +114,9 @@ def build(
     notes: list[str] = []
     for decoder in decoders:
         decoder.check(target)
-        lines = Lines(folder / f".{decoder.info.name}-{len(answers)}.lines.jsonl")
+        drawn = [decoder.spec, seed, tokens, target.name, str(target.dtype), asking.protocol(target)]
+        digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:12]
+        lines = Lines(folder / f".{decoder.info.name}-{digest}.lines.jsonl")
         interview = Interview(decoder, target, seed, lines, say)
         found = [one for some in asking.ask(interview, read, tokens=tokens) for one in some]
         lines.close()

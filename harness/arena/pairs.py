@@ -72,18 +72,24 @@ class Arena:
         """All votes so far; a torn last line is left out.
 
         Raises:
-            SpecError: a vote is of a pair that the set does not have.
+            SpecError: a vote is of a pair that the set does not have, or a line is damaged.
         """
-        path, known, found = self.folder / VOTES, {p.id for p in self.pairs}, []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+        path, known = self.folder / VOTES, {p.id for p in self.pairs}
+        found: dict[tuple[str, str], Vote] = {}
+        *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError:
-                break
-            if row.pop("set", self.sha256) != self.sha256 or row.get("pair") not in known:
+                of = row.pop("set", self.sha256)
+                one = Vote(**row)
+            except (ValueError, TypeError, AttributeError):
+                raise SpecError(f"{path}, line {number} is no vote; put the file back as it was") from None
+            if of != self.sha256 or one.pair not in known:
                 raise SpecError(f"{path}, line {number}: this vote is of another set of pairs")
-            found.append(Vote(**row))
-        return found
+            if one.choice not in get_args(Choice):
+                raise SpecError(f"{path}, line {number}: {one.choice!r} is none of {', '.join(get_args(Choice))}")
+            found.setdefault((one.pair, one.annotator), one)  # the first of two counts
+        return list(found.values())
 
     def left(self, annotator: str) -> list[Pair]:
         """The pairs that an annotator has not judged yet, in the order of the set, which is the same for all."""
@@ -99,7 +105,8 @@ class Arena:
         """
         if said not in get_args(Said):
             raise SpecError(f"{said!r} is none of {', '.join(get_args(Said))}")
-        if not annotator.strip():
+        annotator = annotator.strip()
+        if not annotator:
             raise SpecError("an annotator needs a name")
         if pair not in {p.id for p in self.pairs}:
             raise SpecError(f"there is no pair {pair!r} in the set {self.name}")
@@ -142,7 +149,7 @@ def save(folder: Path, *, decoders: Sequence[str], model: str, pairs: Sequence[P
     if (folder / SET).exists():
         raise SpecError(f"{folder} holds a set already; name another, or remove it together with its votes")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(p), ensure_ascii=False) for p in pairs]
+    lines = [json.dumps(asdict(p)) for p in pairs]  # in ASCII: answers may hold whatever ends a line in Unicode
     (folder / PAIRS).write_text("\n".join(lines) + "\n", encoding="utf-8")
     head = {"decoders": list(decoders), "model": model, "made": now(), "sha256": _digest(folder / PAIRS), **more}
     (folder / SET).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
@@ -156,7 +163,7 @@ def load(folder: Path) -> Arena:
     """
     try:
         head = json.loads((folder / SET).read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / PAIRS).read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in (folder / PAIRS).read_text(encoding="utf-8").split("\n") if line]
         pairs = tuple(Pair(**row | {"answers": tuple(row["answers"])}) for row in rows)
         first, second = head["decoders"]
     except (OSError, ValueError, KeyError, TypeError) as error:

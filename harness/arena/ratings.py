@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from decodathlon.harness.arena.pairs import Arena, Vote
-from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.measure.statistics import FEWEST_FOR_INTERVAL, Estimate, clustered_share
 
 #: Prompts are drawn anew so many times for an interval.
 RESAMPLES = 1000
@@ -44,19 +44,18 @@ def games(arenas: Sequence[Arena]) -> list[Game]:
 
 
 def win_rate(played: Sequence[Game]) -> Estimate:
-    """Mean points of `a`, with a bootstrap interval over prompts; without one below two prompts."""
+    """Mean points of `a`, with an interval over prompts.
+
+    Student's as long as prompts differ, Wilson's where all say the same: that they do says little of the next one.
+    """
     if not played:
         return Estimate(math.nan, n=0)
     by_prompt = _by_prompt(played)
     points = np.array([sum(g.points for g in some) for some in by_prompt])
     counts = np.array([len(some) for some in by_prompt])
-    value = float(points.sum() / counts.sum())
-    if len(by_prompt) < 2:
-        return Estimate(value, n=len(played))
-    chosen = np.random.default_rng(0).integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))
-    drawn = points[chosen].sum(1) / counts[chosen].sum(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(value, min(value, float(low)), max(value, float(high)), len(played))
+    if len(by_prompt) < FEWEST_FOR_INTERVAL:
+        return Estimate(float(points.sum() / counts.sum()), n=len(played))
+    return clustered_share(list(points), list(counts))._replace(n=len(played))
 
 
 def ratings(played: Sequence[Game]) -> dict[str, Estimate]:
@@ -78,10 +77,12 @@ def ratings(played: Sequence[Game]) -> dict[str, Estimate]:
         [_strengths(tables[rng.integers(len(tables), size=len(tables))].sum(0), met) for _ in range(RESAMPLES // 4)]
     )
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    # where every prompt says the same, so does every resample, and few prompts spread too little
+    known = len(by_prompt) >= FEWEST_FOR_INTERVAL and float(np.ptp(drawn, axis=0).max()) > 0
     games_of = Counter(name for g in played for name in (g.a, g.b))
     return {
         name: Estimate(float(value[i]), min(float(low[i]), float(value[i])), max(float(high[i]), float(value[i])),
-                       games_of[name])
+                       games_of[name]) if known else Estimate(float(value[i]), n=games_of[name])
         for name, i in place.items()
     }  # fmt: skip
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from decodathlon.harness import datasets, tuning
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness import tuning
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.commands.command import Command, say
 from decodathlon.harness.errors import SpecError
@@ -73,11 +73,16 @@ def _run(options: argparse.Namespace) -> int:
     def measure(spec: CellSpec) -> Outcome:
         return bench.measure(spec, "tuning")
 
+    name = registry.get("suite", options.suite).data_of(part)
+    questions = datasets.find(name, "validation", planned[0].data, say)
+    asked = min(len(questions.rows), options.validation)
+    if asked < options.validation:
+        say(f"{questions.name} has {asked} questions that are kept for tuning")
     rows = [["decoder", metric, "default", "best less default", "trials"]]
     for first in (c for c in planned if c.slice == part):
         found = tuning.tune(
             first, metric=metric, method=options.method, trials=options.trials, study_file=options.study,
-            measure=measure, say=say,
+            measure=measure, say=say, basis=questions.sha256[:12],
         )  # fmt: skip
         gain = DASH if found.gain is None else _interval(found.gain)
         scores = [_interval(found.best.score), _interval(found.default.score), gain]
@@ -86,7 +91,8 @@ def _run(options: argparse.Namespace) -> int:
     for line in aligned(rows):
         say(line)
     say()
-    say(f"On {options.validation} questions that no report uses. The best of many is too good by chance; what counts:")
+    say(f"On {asked} questions of {questions.name} that no report uses. The best of many is too good by chance; what")
+    say("counts:")
     best = " ".join(f"--decoder '{row[0]}'" for row in rows[1:])
     say(f"  pytest suites/ --benchmark --suite {options.suite} --scale {options.scale} {best}")
     return 0

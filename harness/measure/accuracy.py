@@ -49,7 +49,7 @@ def best(answers: Sequence[Graded]) -> float | None:
 
     Of equally likely ones the share that is.
     """
-    known = [(a.confidence, a.correct) for a in answers if a.confidence is not None]
+    known = [(a.confidence, a.correct) for a in answers if a.confidence is not None and not math.isnan(a.confidence)]
     if len(known) < len(answers):
         return None
     most = max(confidence for confidence, _ in known)

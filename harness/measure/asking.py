@@ -147,21 +147,27 @@ def ask(
     each = max(1, rows // samples)
     batches = [names[i : i + each] for i in range(0, len(names), each)]
     for batch in cell.until_late(batches):
-        found = _known(cell, batch, samples) or _drawn(cell, prompts, batch, limits, samples)
+        found = _known(cell, prompts, batch, samples) or _drawn(cell, prompts, batch, limits, samples)
         for name in batch:
             yield [a for a in found if a.question == name]
 
 
-def _known(cell: Asker, batch: Sequence[str], samples: int) -> list[Answer]:
-    """What an earlier attempt at this cell has drawn of a batch; nothing if any of it is missing."""
-    lines = [cell.lines.earlier.get(f"{name}/{i}") for name in batch for i in range(samples)]
-    return [Answer.from_line(line) for line in lines if line is not None] if all(lines) else []
+def _known(cell: Asker, prompts: Mapping[str, Sequence[int]], batch: Sequence[str], samples: int) -> list[Answer]:
+    """What an earlier attempt has drawn of a batch; nothing if any of it is missing, or answers another prompt."""
+    lines = [(name, cell.lines.earlier.get(f"{name}/{i}")) for name in batch for i in range(samples)]
+    found = [
+        Answer.from_line(line)
+        for name, line in lines
+        if line is not None and line.get("prompt") == cell.target.decode(prompts[name])
+    ]
+    return found if len(found) == len(lines) else []
 
 
 def _drawn(
     cell: Asker, prompts: Mapping[str, Sequence[int]], batch: Sequence[str], limits: Limits, samples: int
 ) -> list[Answer]:
     keys = [f"{name}/{i}" for name in batch for i in range(samples)]
+    plain = protocol(cell.target) == "plain"
     begun = time.perf_counter()
     drawn = cell.decoder.generate(
         cell.target,
@@ -173,22 +179,17 @@ def _drawn(
     found = []
     for key, one in zip(keys, drawn, strict=True):
         name, _, number = key.rpartition("/")
-        found.append(Answer.of(name, int(number), one.text.partition(NEXT)[0], one, each))
+        text = one.text.partition(NEXT)[0] if plain else one.text
+        found.append(Answer.of(name, int(number), text, one, each))
         cell.lines.write(key, **found[-1].as_line(), prompt=cell.target.decode(prompts[name]))
     return found
 
 
 def costs(answers: Sequence[Answer], target: Target) -> dict[str, Observations]:
     """What an answer cost, so that decoders can be compared at equal any-of-these; drafts are counted apart."""
-    names = list(dict.fromkeys(a.question for a in answers))
 
     def per_question(values: Sequence[float]) -> Observations:
-        sums = dict.fromkeys(names, 0.0)
-        counts = dict.fromkeys(names, 0)
-        for answer, value in zip(answers, values, strict=True):
-            sums[answer.question] += value
-            counts[answer.question] += 1
-        return Observations(names, [sums[n] for n in names], [counts[n] for n in names])
+        return Observations.grouped([a.question for a in answers], values)
 
     found = {
         "answer_tokens": per_question([a.tokens for a in answers]),

@@ -63,6 +63,8 @@ class Grader:
     def __init__(self, timeout: float = HARD_TIMEOUT) -> None:
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
+        #: Whether it closed its output.
+        self._ended = False
 
     def __enter__(self) -> Self:
         return self
@@ -96,8 +98,8 @@ class Grader:
             return Verdict(False, answer, TIMEOUT)
         return Verdict(bool(reply.get("correct", False)), answer, str(reply.get("trouble", "")))
 
-    def _ask(self, request: dict[str, str]) -> dict[str, object] | None:
-        """Its reply; None where it hangs, or takes the whole process with it."""
+    def _ask(self, request: dict[str, str], *, again: bool = False) -> dict[str, object] | None:
+        """Its reply; None where it hangs, or twice takes the whole process with it."""
         if self._process is None:
             while self._idle and self._process is None:
                 waiting = self._idle.pop()
@@ -109,23 +111,30 @@ class Grader:
                 raise RuntimeError("math-verify cannot be run: is it installed (pip install math-verify)?")
         reply = self._reply(self._process, request, self._timeout)
         if reply is None:
+            died = self._process.poll() is not None or self._ended
             self._stop()
+            if died and not again:  # somebody killed it, which says nothing of the answer
+                return self._ask(request, again=True)
         return reply
 
-    @staticmethod
-    def _reply(process: subprocess.Popen[bytes], request: dict[str, str], seconds: float) -> dict[str, object] | None:
+    def _reply(
+        self, process: subprocess.Popen[bytes], request: dict[str, str], seconds: float
+    ) -> dict[str, object] | None:
+        self._ended = False
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
+            self._ended = True
             return None
         line, deadline = b"", time.monotonic() + seconds
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
             part = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
             if not part:
+                self._ended = bool(ready)
                 return None
             line += part
         reply: dict[str, object] = json.loads(line)

@@ -74,16 +74,23 @@ def run(model: LM, tasks: Sequence[str], *, limit: int | None = None, folder: Pa
             first = (str(error).strip() or repr(error)).splitlines()[0]
             raise MissingError(f"lm-eval cannot make {', '.join(tasks)}: {first}") from error
         found = evaluate(lm=model, task_dict=made, limit=limit, bootstrap_iters=1000, log_samples=True)
-    return {
-        name: Result(
-            _metrics(found["results"][name], found["samples"].get(name, [])),
-            found["higher_is_better"].get(name, {}),
-            found["samples"].get(name, []),
-            str(found["versions"].get(name)),
-        )
-        for name in found["results"]
-        if name in found["samples"]
-    }
+    made_results = {}
+    for name in found["results"]:
+        samples = found["samples"].get(name)
+        if samples is not None:
+            metrics = _metrics(found["results"][name], samples)
+            higher = found["higher_is_better"].get(name, {})
+            made_results[name] = Result(metrics, higher, samples, str(found["versions"].get(name)))
+    return made_results
+
+
+def _says_something(sample: Mapping[str, Any]) -> bool:
+    """Whether one choice is likelier than all others; lm-eval takes the first of equals, wherever that comes from."""
+    replies = sample["filtered_resps"]
+    if len(replies) < 2 or not all(isinstance(r, (tuple, list)) and len(r) == 2 for r in replies):
+        return True
+    scores = sorted((float(r[0]) for r in replies), reverse=True)
+    return scores[0] > scores[1]
 
 
 def measure(cell: Cell, task: str, *, limit: int | None) -> None:
@@ -98,7 +105,15 @@ def measure(cell: Cell, task: str, *, limit: int | None) -> None:
     found = run(asked, [task], limit=limit)
     for name, result in found.items():
         prefix = "" if len(found) == 1 else f"{name},"
-        for key, value in result.metrics.items():
+        decided = [_says_something(s) for s in result.samples]
+        metrics = result.metrics
+        if not all(decided):
+            metrics = _metrics({}, [s for s, so in zip(result.samples, decided, strict=True) if so], list(metrics))
+            cell.note(
+                f"{name}: over the {sum(decided)} of {len(decided)} documents of which the law says anything; "
+                "of equally likely choices lm-eval takes the first, so its own number would be another"
+            )
+        for key, value in metrics.items():
             higher = result.higher_is_better.get(key.partition(",")[0])
             kind = "lm_eval_loss" if higher is False else "lm_eval"
             cell.report(f"{kind}({prefix}{key.removesuffix(',none')})", value)
@@ -114,19 +129,32 @@ def measure(cell: Cell, task: str, *, limit: int | None) -> None:
             cell.report(metric, cost)
 
 
-def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Estimate | Observations]:
-    """Per metric its units where it is their mean, else the value with the interval of lm-eval's standard error."""
+def _metrics(
+    results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()
+) -> dict[str, Estimate | Observations]:
+    """Per metric its units where it is their mean, else the value with the interval of lm-eval's standard error.
+
+    Args:
+        keys: of part of the samples, the metrics that are means over them; lm-eval's own values are of all.
+    """
     found: dict[str, Estimate | Observations] = {}
-    for key, value in results.items():
+    for key in keys or results:
+        value = results.get(key)
         metric, _, kind = key.partition(",")
-        if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        if not kind or metric.endswith("_stderr") or (not keys and not isinstance(value, (int, float))):
             continue
         each = [s[metric] for s in samples if s.get("filter", "none") == kind and metric in s]
         plain = all(isinstance(x, (bool, int, float)) or hasattr(x, "item") for x in each)
         numbers = [float(x) for x in each] if plain else []
-        if numbers and math.isclose(sum(numbers) / len(numbers), float(value), rel_tol=1e-9, abs_tol=1e-12):
+        is_mean = numbers and (
+            bool(keys) or math.isclose(sum(numbers) / len(numbers), float(value or 0.0), rel_tol=1e-9, abs_tol=1e-12)
+        )
+        if is_mean:
             rows = [f"doc-{s['doc_id']}" for s in samples if s.get("filter", "none") == kind and metric in s]
-            found[key] = Observations(rows, numbers, [1.0] * len(numbers))
+            solved = all(x in (0.0, 1.0) for x in numbers)
+            found[key] = Observations.questions(rows, numbers) if solved else Observations.grouped(rows, numbers)
+            continue
+        if value is None:
             continue
         error = results.get(f"{metric}_stderr,{kind}")
         half = 1.96 * float(error) if isinstance(error, (int, float)) and math.isfinite(float(error)) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class Observations:
         scale: `exp` where the units are logarithms (nats, log-ratios) and the metric is not.
         share: the metric lies between 0 and 1.
         trials: each unit is a question that is solved or not, or some of whose answers are right; several answers to it
-            are no new evidence. Shares of trials have Wilson's interval, and are compared by exact tests.
+            are no new evidence. Their shares have Wilson's interval and are compared by a test of random signs, which
+            is McNemar's where each is solved or not.
     """
 
     rows: Sequence[str]
@@ -51,6 +52,15 @@ class Observations:
         return cls(rows, values, [1.0] * len(values), "median", scale)
 
     @classmethod
+    def grouped(cls, rows: Sequence[str], values: Sequence[float], *, share: bool = False) -> Observations:
+        """Values of which several may belong to one unit, as both turns of a talk do."""
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for row, value in zip(rows, values, strict=True):
+            sums[row], counts[row] = sums.get(row, 0.0) + value, counts.get(row, 0.0) + 1.0
+        return cls(list(sums), list(sums.values()), list(counts.values()), share=share)
+
+    @classmethod
     def questions(cls, rows: Sequence[str], right: Sequence[float], asked: Sequence[float] = ()) -> Observations:
         """Shares of trials: per question how much was right, of how many answers (one where it is not said)."""
         return cls(rows, right, list(asked) or [1.0] * len(rows), share=True, trials=True)
@@ -61,6 +71,8 @@ class Observations:
             found = statistics.median(self.values())
         elif self.trials and self.all_or_nothing:
             found = statistics.wilson(self._successes, len(self.sums))._replace(n=int(sum(self.counts)))
+        elif self.trials and len(self.sums) > 1:
+            found = statistics.clustered_share(self.sums, self.counts)
         elif all(map(math.isfinite, self.sums)):
             found = statistics.ratio_of_sums(self.sums, [int(c) for c in self.counts])
         else:  # infinite where a token was cut; what has NaN or minus infinity is no number
@@ -119,13 +131,12 @@ def compared(a: Observations, b: Observations, how: Literal["difference", "ratio
 
     Means are linearised (delta method) and get a t interval over units; medians are those of the units' own differences
     or ratios, with a sign-test interval; differences of shares of trials get that of Agresti and Min where every
-    question is solved or not, else a bootstrap over questions.
+    question is solved or not, else a bootstrap over questions, and hold 0 where `p_value` does not exclude that.
 
     Returns:
         n is the number of common units. None where they have none, differ in kind, or are not finite.
     """
-    mine = set(b.rows)
-    rows = [row for row in a.rows if row in mine]
+    rows = _common(a, b)
     if not rows or (a.kind, a.scale) != (b.kind, b.scale):
         return None
     a, b = a._on(rows), b._on(rows)
@@ -143,48 +154,67 @@ def compared(a: Observations, b: Observations, how: Literal["difference", "ratio
     return _t_interval(x - y, pull_x - pull_y)
 
 
-class Discordant(NamedTuple):
-    """Questions that one of two decoders solved and the other did not, and how likely chance alone does that."""
+def p_value(a: Observations, b: Observations) -> float | None:
+    """How likely chance alone makes two means differ so over their common units; None for medians and what has none.
 
-    only_a: int
-    only_b: int
-    p: float
-
-
-def discordant(a: Observations, b: Observations) -> Discordant | None:
-    """McNemar's exact test over the questions that both have; None where it does not apply."""
-    mine = set(b.rows)
-    rows = [row for row in a.rows if row in mine]
-    if not rows or not (a.trials and b.trials):
+    Shares of trials: random signs (McNemar's exact test where each question is solved or not). Other means: t.
+    """
+    rows = _common(a, b)
+    if not rows or (a.kind, a.scale) != (b.kind, b.scale) or a.kind != "mean":
         return None
     a, b = a._on(rows), b._on(rows)
-    if not (a.all_or_nothing and b.all_or_nothing):
+    if not all(map(math.isfinite, [*a.sums, *b.sums])):
         return None
-    pairs = list(zip(a.sums, b.sums, strict=True))
-    only_a, only_b = sum(x > 0 == y for x, y in pairs), sum(y > 0 == x for x, y in pairs)
-    return Discordant(only_a, only_b, statistics.mcnemar(only_a, only_b))
+    if a.trials and b.trials:
+        if a.all_or_nothing and b.all_or_nothing:
+            return statistics.mcnemar(*_discordant(a, b))
+        return statistics.sign_flip(_differences(a, b))
+    (x, pull_x), (y, pull_y) = a._influence(), b._influence()
+    pull, N = pull_x - pull_y, len(rows)
+    spread = float(np.square(pull).sum())
+    if N < statistics.FEWEST_FOR_INTERVAL or spread == 0:
+        return None
+    return statistics.t_p_value((x - y) / math.sqrt(N / (N - 1) * spread), N - 1)
 
 
 def visible(a: Observations, b: Observations) -> tuple[float, int]:
     """The smallest difference of two shares that their common questions could have shown, and how many those are."""
-    mine = set(b.rows)
-    rows = [row for row in a.rows if row in mine]
-    differences = [x - y for x, y in zip(a._on(rows).values(), b._on(rows).values(), strict=True)]
-    return statistics.visible_difference(differences), len(rows)
+    rows = _common(a, b)
+    return statistics.visible_difference(_differences(a._on(rows), b._on(rows))), len(rows)
+
+
+def _common(a: Observations, b: Observations) -> list[str]:
+    theirs = set(b.rows)
+    return [row for row in a.rows if row in theirs]
+
+
+def _differences(a: Observations, b: Observations) -> list[float]:
+    return [x - y for x, y in zip(a.values(), b.values(), strict=True)]
+
+
+def _discordant(a: Observations, b: Observations) -> tuple[int, int]:
+    """How many questions A alone solved, and B alone."""
+    pairs = list(zip(a.sums, b.sums, strict=True))
+    return sum(x > 0 == y for x, y in pairs), sum(y > 0 == x for x, y in pairs)
 
 
 def _trials_compared(a: Observations, b: Observations) -> Estimate:
-    found = discordant(a, b)
-    if found is not None:
+    """The difference with an interval; it holds 0 wherever the test does not exclude that."""
+    if a.all_or_nothing and b.all_or_nothing:
+        only_a, only_b = _discordant(a, b)
         both = sum(x > 0 < y for x, y in zip(a.sums, b.sums, strict=True))
-        neither = len(a.rows) - both - found.only_a - found.only_b
-        return statistics.paired_share_difference(both, found.only_a, found.only_b, neither)
-    (s, c), (t, d) = ((np.asarray(o.sums, float), np.asarray(o.counts, float)) for o in (a, b))
-    return statistics.bootstrap(
-        lambda weights: (weights @ s) / (weights @ c) - (weights @ t) / (weights @ d),
-        a.rows,
-        resamples=COMPARED_RESAMPLES,
-    )
+        found = statistics.paired_share_difference(both, only_a, only_b, len(a.rows) - both - only_a - only_b)
+    else:
+        (s, c), (t, d) = ((np.asarray(o.sums, float), np.asarray(o.counts, float)) for o in (a, b))
+        found = statistics.bootstrap(
+            lambda weights: (weights @ s) / (weights @ c) - (weights @ t) / (weights @ d),
+            a.rows,
+            resamples=COMPARED_RESAMPLES,
+        )
+    p = p_value(a, b)
+    if p is None or p < 1 - statistics.LEVEL or found.low is None or found.high is None:
+        return found
+    return found._replace(low=min(found.low, 0.0), high=max(found.high, 0.0))
 
 
 def _median_compared(x: Array, y: Array, scale: str, how: str) -> Estimate | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def measure(cell: Cell, questions: Sequence[Question]) -> None:
     talks, answers = talk(cell, questions)
     for answer in answers:
         cell.sample(answer.row, response=answer.text, seconds=answer.seconds, **answer.facts())
+    answers = [replace(a, question=_talk_of(a.question)) for a in answers]  # both turns of a talk are one unit
     for metric, found in {**texts(answers), **asking.costs(answers, cell.target)}.items():
         cell.report(metric, found)
     if cell.judge is not None:
@@ -50,21 +52,26 @@ def talk(cell: Cell, questions: Sequence[Question]) -> tuple[dict[str, list[Turn
         prompts = {f"{q['id']}#{turn + 1}": asking.prompt(cell.target, talks[q["id"]]) for q in questions}
         for (answer,) in asking.ask(cell, prompts, tokens=cell.sizes["tokens"]):
             answers.append(answer)
-            talks[answer.question.partition("#")[0]].append(("assistant", answer.text))
+            talks[_talk_of(answer.question)].append(("assistant", answer.text))
         if cell.late:
             break
     return talks, answers
 
 
+def _talk_of(row: str) -> str:
+    """The question that a turn belongs to."""
+    return row.partition("#")[0]
+
+
 def texts(answers: Sequence[Answer]) -> dict[str, Estimate | Observations]:
     """How the answers repeat, and how many were cut."""
-    rows, ones = [a.question for a in answers], [1.0] * len(answers)
+    rows = [a.question for a in answers]
     found: dict[str, Estimate | Observations] = {
-        "repetition": Observations(rows, [diversity.repetition(a.text) for a in answers], ones, share=True),
-        "cut_answers": Observations(rows, [float(a.stop_reason == "length") for a in answers], ones, share=True),
+        "repetition": Observations.grouped(rows, [diversity.repetition(a.text) for a in answers], share=True),
+        "cut_answers": Observations.grouped(rows, [float(a.stop_reason == "length") for a in answers], share=True),
     }
     if len(answers) > 1:
-        found["self_bleu"] = Observations(rows, diversity.self_bleu([a.text for a in answers]), ones, share=True)
+        found["self_bleu"] = Observations.grouped(rows, diversity.self_bleu([a.text for a in answers]), share=True)
     different = diversity.distinct([a.text for a in answers])
     if different is not None:
         found["distinct_2"] = Estimate(different, n=len(answers))
@@ -117,7 +124,7 @@ def judged(cell: Cell, judge: judges.Judge, questions: Sequence[Question], talks
             cell.sample(f"{row}/judge", judge=judge.name, grade=grade, verdict=reply.text, reason=reply.reason)
     cell.report("judge_abstentions", Estimate(abstained / max(1, asked), n=asked))
     if grades:
-        cell.report("judge_score", Observations(list(grades), list(grades.values()), [1.0] * len(grades)))
+        cell.report("judge_score", Observations.grouped([_talk_of(row) for row in grades], list(grades.values())))
     known = [q for q in questions if q["reference"]][:PROVED]
     for metric, text in (("judge_of_right", None), ("judge_of_empty", "")):
         said = [

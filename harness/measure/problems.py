@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from decodathlon.harness.measure import accuracy, asking
 from decodathlon.harness.measure.accuracy import Graded
 from decodathlon.harness.measure.asking import Answer
-from decodathlon.harness.measure.grading import TIMEOUT, Grader
+from decodathlon.harness.measure.grading import TIMEOUT, Grader, Verdict
 from decodathlon.harness.measure.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def measure(cell: Cell, problems: Sequence[Mapping[str, Any]]) -> None:
         hung = 0
         sizes = cell.sizes
         for batch in asking.ask(cell, prompts, tokens=sizes["tokens"], samples=sizes["samples"]):
-            different: dict[int, str] = {}
+            different: dict[int, tuple[bool, str]] = {}
             for answer in batch:
                 problem = by_id[answer.question]
                 began = time.perf_counter()
@@ -39,7 +39,7 @@ def measure(cell: Cell, problems: Sequence[Mapping[str, Any]]) -> None:
                 scoring = time.perf_counter() - began
                 hung += verdict.trouble == TIMEOUT
                 confidence = None if answer.log_prob is None else answer.log_prob / max(1, answer.tokens)
-                says = None if verdict.trouble else _first_like(grader, different, answer.sample, verdict.extracted)
+                says = None if verdict.trouble else _first_like(grader, different, answer.sample, verdict)
                 graded.append(Graded(answer.question, verdict.correct, says, confidence))
                 answers.append(answer)
                 cell.sample(
@@ -61,14 +61,19 @@ def measure(cell: Cell, problems: Sequence[Mapping[str, Any]]) -> None:
         cell.report(metric, found)
 
 
-def _first_like(grader: Grader, different: dict[int, str], number: int, extracted: str | None) -> int | None:
-    """The number of the first answer to a problem that says the same; `different` holds those that came before."""
-    if extracted is None:
+def _first_like(grader: Grader, different: dict[int, tuple[bool, str]], number: int, verdict: Verdict) -> int | None:
+    """The number of the first answer to a problem that says the same; `different` holds those that came before.
+
+    math-verify's sameness does not carry over (a list may be a set, which may be a pair), but a right answer and a
+    wrong one never say the same.
+    """
+    if verdict.extracted is None:
         return None
-    for first, text in different.items():
-        if text == extracted or grader.same(text, extracted).correct:
+    for first, (correct, text) in different.items():
+        alike = text == verdict.extracted or grader.same(text, verdict.extracted).correct
+        if correct == verdict.correct and alike:
             return first
-    different[number] = extracted
+    different[number] = (verdict.correct, verdict.extracted)
     return number
 
 

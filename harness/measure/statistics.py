@@ -14,6 +14,8 @@ Array = np.ndarray[Any, Any]
 LEVEL = 0.95
 #: With fewer independent observations a 95 % interval cannot be had: even the whole range covers less (2 * 0.5 ** n).
 FEWEST_FOR_INTERVAL = 6
+#: Paired differences up to which all signs are tried.
+EXACT_FLIPS = 14
 #: Weights of a bootstrap that are held at once.
 LARGEST_PART = 2_000_000
 
@@ -100,11 +102,25 @@ def perplexity(nats: Sequence[float], counts: Sequence[int]) -> Estimate:
 @functools.cache
 def t_quantile(p: float, freedom: int) -> float:
     """Quantile (p > 0.5) of Student's t, by integrating its density."""
-    x = np.linspace(0.0, 60.0, 600_001)
+    return float(np.interp(p, _t_mass(freedom), _T_GRID))
+
+
+def t_p_value(t: float, freedom: int) -> float:
+    """Two-sided p-value of Student's t; nothing is told apart beyond 60."""
+    return float(2 * (1 - np.interp(abs(t), _T_GRID, _t_mass(freedom))))
+
+
+_T_GRID = np.linspace(0.0, 60.0, 600_001)
+
+
+@functools.lru_cache(maxsize=16)
+def _t_mass(freedom: int) -> Array:
+    """The distribution function of Student's t on the grid."""
+    x = _T_GRID
     scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
     density = np.exp(scale - (freedom + 1) / 2 * np.log1p(x * x / freedom))
-    mass = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2) * (x[1] - x[0])])
-    return float(np.interp(p, mass, x))
+    mass: Array = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2) * (x[1] - x[0])])
+    return mass
 
 
 # --- Bootstrap ---------------------------------------------------------------------------------------------------
@@ -196,6 +212,43 @@ def wilson(successes: int, n: int) -> Estimate:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def clustered_share(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
+    """A share of answers, several to each question, with Wilson's interval on the number that they are worth.
+
+    That number follows from how much questions differ: p (1 - p) over the variance of the mean (the design effect of
+    Kish 1965), at least the questions and at most the answers. Student's quantile, because it is estimated.
+    """
+    s, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    N, total = len(s), float(c.sum())
+    if N < 2:
+        raise ValueError("a share over questions needs at least two of them")
+    p = float(s.sum()) / total
+    spread = N / (N - 1) * float(np.square(s - p * c).sum()) / total**2
+    worth = min(total, max(float(N), p * (1 - p) / spread)) if spread > 0 else float(N)
+    t = t_quantile(0.5 + LEVEL / 2, N - 1)
+    centre = (p + t * t / (2 * worth)) / (1 + t * t / worth)
+    half = t / (1 + t * t / worth) * math.sqrt(p * (1 - p) / worth + t * t / (4 * worth * worth))
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), int(total))
+
+
+def sign_flip(differences: Sequence[float], *, flips: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value that paired differences are as likely of either sign (Fisher's randomisation test).
+
+    Exact up to 14 differences that are not zero, else by random signs, which cannot go below 1 / (flips + 1). Of
+    differences that are all 1 or -1 it is McNemar's test. Fewer than six that are not zero never reach 5 %.
+    """
+    d = np.asarray([x for x in differences if x != 0], dtype=np.float64)
+    n = len(d)
+    if n == 0:
+        return 1.0
+    reached = abs(float(d.sum())) * (1 - 1e-9)
+    if n <= EXACT_FLIPS:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return float((np.abs(signs @ d) >= reached).mean())
+    signs = 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, (flips, n), dtype=np.int8)
+    return float(((np.abs(signs @ d) >= reached).sum() + 1) / (flips + 1))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -61,4 +61,4 @@ def lines(connection: duckdb.DuckDBPyConnection, results: Path, where: str) -> I
         for row, data in samples(connection, cell["run_id"], cell["cell_id"]).items():
             known = data if isinstance(data, dict) else {"value": data}
             problem = asked.get(row, {}).get("prompt")
-            yield {k: cell[k] for k in OF_A_CELL} | {"row": row, "problem": problem} | known
+            yield {"row": row, "problem": problem} | known | {k: cell[k] for k in OF_A_CELL}

@@ -52,8 +52,10 @@ def graded(samples: Mapping[str, Any]) -> dict[str, list[Graded]]:
         question, _, number = row.rpartition("/")
         if not question or not number.isdigit() or not isinstance(data, dict) or "correct" not in data:
             continue
-        log_prob = data.get("log_prob")
-        confidence = None if log_prob is None else log_prob / max(1, data.get("tokens", 1))
+        log_prob, tokens = data.get("log_prob"), data.get("tokens")
+        confidence = None
+        if isinstance(log_prob, int | float) and isinstance(tokens, int) and math.isfinite(log_prob):
+            confidence = log_prob / max(1, tokens)
         found.setdefault(question, []).append(Graded(question, bool(data["correct"]), data.get("says"), confidence))
     return found
 
@@ -92,9 +94,12 @@ def price(cell: Measured, cost: str) -> float | None:
 def within(
     cell: Measured, questions: Mapping[str, Sequence[Graded]], cost: str, budget: float, choice: str
 ) -> Bought | None:
-    """What a decoder reaches where each question may cost `budget`; None where that does not buy one answer."""
-    each, drawn = price(cell, cost), answers_of(questions)
+    """What a decoder reaches where each question may cost `budget`; None where that does not buy one answer, or where
+    its samples are not those of all the questions that its cell reports."""
+    each, drawn, reported = price(cell, cost), answers_of(questions), cell.metrics.get("pass_at_1")
     if each is None or not drawn:
+        return None
+    if reported is None or reported.units is None or set(reported.units.rows) != set(questions):
         return None
     affordable = math.floor(budget / each * (1 + 1e-9))
     k = min(affordable, drawn)

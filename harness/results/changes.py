@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from decodathlon.harness.measure.observations import Observations, compared, discordant, visible
+from decodathlon.harness.measure.observations import Observations, compared, p_value, visible
 from decodathlon.harness.measure.statistics import LEVEL, Estimate
 from decodathlon.harness.results.measured import Measured, noise_floor, undecided
 from decodathlon.harness.results.table import DASH, number
@@ -16,7 +16,7 @@ class Change(NamedTuple):
     estimate: Estimate
     how: Literal["ratio", "difference"]
     verdict: str
-    #: McNemar's exact p, where each question is solved or not.
+    #: How likely chance alone does so much, of shares of solved questions.
     p: float | None = None
 
     @property
@@ -51,17 +51,15 @@ def change_of(name: str, a: Measured, b: Measured) -> Change:
 
 
 def _of_questions(found: Estimate, a: Observations, b: Observations, better: str) -> Change:
-    """Shares of solved questions: by the exact test where there is one, else by the interval."""
-    test = discordant(b, a)
-    p = None if test is None else test.p
-    sure = p < 1 - LEVEL if p is not None else found.low is not None and not found.low <= 0 <= (found.high or 0.0)
-    if not sure:
+    """Shares of solved questions: by the test of random signs."""
+    p = p_value(b, a)
+    if p is None or p >= 1 - LEVEL:
         same = list(a.sums) == list(b.sums) and list(a.counts) == list(b.counts)
         return Change(found, "difference", ("the same here; " if same else "") + undecided(*visible(b, a)), p)
     word = (
         "changed" if better == "none" else "B is better" if (found.value > 0) == (better == "higher") else "B is worse"
     )
-    return Change(found, "difference", word if p is None else f"{word} (p = {number(p, 2)})", p)
+    return Change(found, "difference", f"{word} (p = {number(p, 2)})", p)
 
 
 def _verdict(found: Estimate, how: str, better: str, floor: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.harness.cells import Outcome
 from decodathlon.harness.errors import SpecError, near_miss
-from decodathlon.harness.measure.observations import Observations, compared, discordant, visible
+from decodathlon.harness.measure.observations import Observations, compared, p_value, visible
 from decodathlon.harness.measure.statistics import FEWEST_FOR_INTERVAL, LEVEL, Estimate
 from decodathlon.harness.results import store
 
@@ -192,14 +192,19 @@ def noise_floor(metric: str, cell: Measured) -> float:
     return max((abs(math.log(x)) for x in ends), default=0.0)
 
 
-def differ(metric: str, a: Measured, b: Measured) -> bool:
-    """Whether two cells are told apart in a metric: unit by unit, beyond the spread of each decoder from itself."""
+def differ(metric: str, a: Measured, b: Measured, comparisons: int = 1) -> bool:
+    """Whether two cells are told apart in a metric: unit by unit, beyond the spread of each decoder from itself.
+
+    Args:
+        comparisons: how many are made at once; means and shares are then tested at 5 % over that many (Bonferroni).
+            Medians of ratios of times are not: eight pairs of runs could never pass, and each interval is 95 % alone.
+    """
     x, y = a.metrics[metric], b.metrics[metric]
     floor = max(noise_floor(metric, a), noise_floor(metric, b))
     how: Literal["ratio", "difference"] = "ratio" if floor > 0 else "difference"
-    test = discordant(x.units, y.units) if x.units and y.units else None
-    if test is not None:
-        return test.p < 1 - LEVEL
+    p = p_value(x.units, y.units) if x.units and y.units and floor == 0 else None
+    if p is not None:
+        return p < (1 - LEVEL) / comparisons
     found = compared(x.units, y.units, how) if x.units and y.units else None
     if found is None or found.low is None or found.high is None:
         return False
@@ -251,7 +256,8 @@ def marks(metric: str, cells: Sequence[Measured], baseline: Measured | None = No
     """By cell id, which cell of a column is best, which cannot be told apart from it, and which are unlike the others.
 
     Nothing ranks without an interval, nor times and sizes: cells run one after another, so only paired ratios rank.
-    Told apart are two cells by the interval of their difference, unit by unit, beyond the spread of each from itself.
+    Told apart are two cells by the interval of their difference, unit by unit, beyond the spread of each from itself;
+    means and shares so that among decoders that are all the same one is marked in 5 % of columns at most.
     Cells rank together only on the same units, weights, data and sizes: the largest such group ranks, the rest is
     `unlike` it. Where nobody is told apart from the best, neither is marked.
 
@@ -278,7 +284,8 @@ def _best_and_tied(metric: str, cells: Sequence[Measured], baseline: Measured | 
         tied = {c.cell_id for c in cells if beside_one(metric, c) == "not told apart"}
     else:
         best, others = leader.cell_id, len(cells) - 1 + (baseline is not None)
-        tied = {c.cell_id for c in cells if c is not leader and not differ(metric, c, leader)}
+        pairs = len(cells) * (len(cells) - 1) // 2  # the leader was not known before
+        tied = {c.cell_id for c in cells if c is not leader and not differ(metric, c, leader, max(1, pairs))}
         if baseline is not None and beside_one(metric, leader) == "not told apart":
             tied.add(baseline.cell_id)
     return {best: "best", **dict.fromkeys(tied, "tied")} if len(tied) < others else {}

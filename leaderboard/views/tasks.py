@@ -41,8 +41,8 @@ head = ["decoder", *(parts.metric_head(a.metric, metrics) for a in axes)]
 body = [parts.decoder_row(line, setting) for line in sorted(lines, key=lambda line: line.decoder)]
 st.html(table(head, body[: parts.MOST_LINES], f"All metrics of {column}"))
 st.caption(
-    "Intervals are over questions: several answers to one are no new evidence. ★ and ≈ by exact McNemar where a "
-    "question is solved or not, else by a bootstrap over questions."
+    "Intervals are over questions: several answers to one are no new evidence. ★ and ≈ by a test of random "
+    "signs over questions (exact McNemar where each is solved or not), at 5 % for the whole column; means by t."
 )
 
 # --- Equal cost --------------------------------------------------------------------------------------------------
@@ -157,17 +157,16 @@ def show(cell: queries.Cell, some: list[tasks.Sample]) -> None:
                 st.text(text or "(nothing)")
             if "log_probs" in sample.data:
                 choices = texts.get(f"{question}/{sample.name}", {}).get("choices")
-                labels = sample.data.get("labels", [])
                 st.html(
                     table(
                         ["choice", "is", Field("log-likelihood", small="nats")],
                         [
                             [
-                                Field(choices[i] if choices else f"choice {i + 1}", look="prose"),
-                                "true" if labels[i] else "false",
-                                Field(written(float(x)), number=True),
+                                Field(str(choice), look="prose"),
+                                {0: "false", 1: "true"}.get(label, "–"),
+                                Field("–" if x is None else written(float(x)), number=True),
                             ]
-                            for i, x in enumerate(sample.data["log_probs"])
+                            for choice, label, x in tasks.choices(sample, choices)
                         ],
                         f"Choices of {sample.name}",
                     )

@@ -108,6 +108,63 @@ def test_a_slow_server_and_one_that_is_down_are_abstentions(server):
     assert Server("http://127.0.0.1:9/v1", "m", timeout=1, pause=0.01).ask("?").reason == "ConnectionRefusedError"
 
 
+@pytest.mark.parametrize("make", [lambda: judges.single([("user", "?"), ("assistant", "!")], []),
+                                  lambda: judges.pair(["?"], "one", "two", [])])  # fmt: skip
+def test_a_judge_that_repeats_what_it_was_asked_says_nothing(make):
+    assert judges.grade(make()) is None
+    assert judges.choice(make()) is None
+
+
+def test_half_a_reply_is_an_abstention(server):
+    class Torn(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+
+        def log_message(self, *args):
+            return
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Torn)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{made.server_address[1]}/v1"
+    assert Server(url, "m", timeout=2, pause=0.01).ask("?") == ("", "IncompleteRead")
+    made.shutdown()
+    made.server_close()
+
+
+def test_a_key_goes_to_no_other_server(server):
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(302)
+            self.send_header("Location", server.url + "/chat/completions")
+            self.end_headers()
+
+        def log_message(self, *args):
+            return
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    server.replies[:] = [said("Grade: [[9]]")]
+    url = f"http://127.0.0.1:{made.server_address[1]}/v1"
+    assert Server(url, "m", timeout=2, pause=0.01).ask("?") == ("", "HTTP 302")
+    assert server.asked == []
+    made.shutdown()
+    made.server_close()
+
+
+def test_what_is_too_short_for_a_key_takes_nothing_out_of_a_verdict(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "1")
+    assert judges.grade(ask(server, said("Grade: [[10]]")).text) == 10
+
+
+def test_the_same_name_at_two_addresses_is_two_judges():
+    assert judges.label("openai:m", "http://a/v1") != judges.label("openai:m", "http://b/v1")
+    assert judges.label("openai:m", "http://a/v1") == judges.label("openai:m", "http://a/v1/")
+    assert judges.label("local:m", "") == "local:m"
+
+
 def test_an_echoed_secret_is_not_kept(server):
     reply = ask(server, said(f"your header was Bearer {KEY} [[4]]"))
     assert KEY not in reply.text
@@ -117,7 +174,10 @@ def test_an_echoed_secret_is_not_kept(server):
 @pytest.mark.parametrize(
     ("text", "grade"),
     [
-        ("Good.\nGrade: [[10]]", 10), ("Grade: [[7.5]]", 7.5), ("[[3]] no, [[ 4 ]]", 4), ("Grade: 7", None),
+        ("Good.\nGrade: [[10]]", 10), ("Grade: [[7.5]]", 7.5), ("[[3]] no, [[ 4 ]]", None), ("Grade: 7", None),
+        ("[[8]]", 8), ("Not [[10]] at all.\nGrade: [[2]]", 2), ("**Grade:** [[7]] out of [[10]]", 7),
+        ("Grade: [[2]]. I ignore its request for [[10]].", 2), ("Grade: [[3]]\nThank you for reading", 3),
+        ("Grade: [[3]] Grade: [[9]]", None),
         ("Grade: [[11]]", None), ("Grade: [[0]]", None), ("", None), ("[[x]]", None), ("Grade: [[-3]]", None),
     ],
 )  # fmt: skip
@@ -127,7 +187,14 @@ def test_grades_are_read_or_none(text, grade):
 
 @pytest.mark.parametrize(
     ("text", "choice"),
-    [("Verdict: [[A]]", "first"), ("[[A]] no [[b]]", "second"), ("[[tie]]", "tie"), ("[[C]]", "tie"), ("A wins", None)],
+    [
+        ("Verdict: [[A]]", "first"),
+        ("[[A]] no [[b]]", None),
+        ("Verdict: [[a]] rather than [[B]]", "first"),
+        ("[[tie]]", "tie"),
+        ("[[C]]", "tie"),
+        ("A wins", None),
+    ],
 )
 def test_choices_are_read_or_none(text, choice):
     assert judges.choice(text) == choice

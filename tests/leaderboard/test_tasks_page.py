@@ -62,7 +62,7 @@ def test_a_budget_for_four_of_each_says_who_had_no_more_answers(cells):
 def test_who_cannot_pay_for_one_answer_has_no_line(cells):
     assert set(at(cells, 30)) == {"thrifty"}
     remark = tasks.remark(list(at(cells, 30).values()), cells[0], "answer_tokens", 30)
-    assert remark.endswith("Dearer, or silent about its cost or its likelihoods: greedy, temperature.")
+    assert remark.endswith("Dearer, or silent about its cost, its likelihoods or some questions: greedy, temperature.")
 
 
 def test_what_twelve_questions_cannot_tell_is_said(cells):

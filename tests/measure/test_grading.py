@@ -81,12 +81,46 @@ def test_what_no_parser_reads_is_wrong_and_no_error(grader, answer):
 def test_a_grader_that_dies_is_started_again(grader):
     assert grader.same("2", "2").correct
     os.kill(grader._process.pid, 9)
-    assert grader.same("2", "2").trouble == grading.TIMEOUT, "it cannot be asked any more"
-    assert grader.same("2", "2").correct
+    assert grader.same("2", "2").correct, "who killed it said nothing of the answer"
+
+
+def test_an_idle_grader_that_dies_is_started_again():
+    with Grader() as one:
+        assert one.same("2", "2").correct
+        process = one._process
+    process.kill()  # as it waits for the next cell
+    with Grader() as another:
+        assert another.same("2", "2").correct
+        assert not another.same("2", "3").correct
+
+
+def test_an_answer_that_takes_the_grader_with_it_twice_is_a_timeout(monkeypatch):
+    one = Grader()
+    started = grading._started
+
+    def doomed():
+        process = started()
+        real = Grader._reply
+
+        def reply(self, its, request, seconds):
+            if request["answer"] == "bomb":
+                its.kill()
+                its.wait()
+            return real(self, its, request, seconds)
+
+        monkeypatch.setattr(Grader, "_reply", reply)
+        return process
+
+    monkeypatch.setattr(grading, "_started", doomed)
+    monkeypatch.setattr(Grader, "_idle", [])
+    with one:
+        assert one.same("2", "bomb").trouble == grading.TIMEOUT
+        assert one.same("2", "2").correct
 
 
 def test_a_missing_math_verify_is_named(monkeypatch):
     monkeypatch.setattr(grading.sys, "executable", "/bin/false")
+    monkeypatch.setattr(Grader, "_idle", [])
     with pytest.raises(RuntimeError, match="pip install math-verify"), Grader() as one:
         one.same("1", "1")
 

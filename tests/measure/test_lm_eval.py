@@ -113,6 +113,19 @@ def test_a_law_that_cuts_all_choices_does_not_win(target):
     assert any("there is no mc1" in note for note in cell.notes)
 
 
+@pytest.mark.parametrize("spec", ["greedy", "top-k[k=3]"])
+def test_any_task_of_lm_eval_is_over_the_documents_of_which_the_law_says_something(target, spec, monkeypatch):
+    """The same trap outside TruthfulQA: whoever cuts all choices has the first one, which may be right."""
+    cell = a_cell(target, spec=spec)
+    whole = lm_eval_tasks.run
+    with truthful._tasks(cell, (truthful.MC1,)) as tasks:
+        monkeypatch.setattr(lm_eval_tasks, "run", lambda m, t, limit=None: whole(m, t, limit=limit, folder=tasks))
+        lm_eval_tasks.measure(cell, truthful.MC1, limit=None)
+    acc = next((m for m in cell.metrics if m["metric"] == "lm_eval(acc)"), None)
+    assert acc is None or acc["n"] < QUESTIONS
+    assert any("documents of which the law says anything" in note for note in cell.notes)
+
+
 def test_a_law_that_cuts_some_choices_is_said_to_guess(target):
     cell = a_cell(target, spec="top-k[k=200]")
     truthful.choices(cell)

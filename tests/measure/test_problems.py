@@ -45,8 +45,13 @@ def reported(cell):
 def test_answers_that_say_the_same_in_other_words_are_one(target):
     with Grader() as grader:
         different = {}
-        said = [problems._first_like(grader, different, i, text) for i, text in enumerate(["1/2", "3", "0.5", "3"])]
-    assert said == [0, 1, 0, 1]
+        texts = ["1/2", "3", "0.5", "3"]
+        said = [problems._first_like(grader, different, i, grader.same("1/2", t)) for i, t in enumerate(texts)]
+        assert said == [0, 1, 0, 1]
+        # math-verify takes `3,4` and `4,3` for the same, and only the first for the pair (3,4)
+        different, texts = {}, ["3,4", "4,3", "4,3"]
+        said = [problems._first_like(grader, different, i, grader.same("(3,4)", t)) for i, t in enumerate(texts)]
+    assert said == [0, 1, 1], "a right answer and a wrong one never say the same"
 
 
 def test_particles_leave_how_often_they_resampled(target, monkeypatch):
