@@ -70,7 +70,8 @@ interval = "" if rate.low is None else f" [{rate.low:.1%}, {rate.high:.1%}]"
 st.markdown(
     f"**{parts.plain(first, code=True)}** against **{parts.plain(second, code=True)}** on {parts.plain(arena.model)}: "
     f"it gets **{rate.value:.1%}**{interval} of the points, over {rate.n} votes of "
-    f"{len({v.annotator for v in votes})} people. A tie, or both bad, is half a point for each; the interval is over prompts."
+    f"{len({v.annotator for v in votes})} people. A tie, or both bad, is half a point for each; the "
+    "interval is over prompts."
 )
 if agreed is None:
     st.caption("No pair was judged by two people yet, or all always say the same: nothing can be said of agreement.")

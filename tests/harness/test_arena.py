@@ -112,6 +112,29 @@ def test_sets_with_two_pairs_of_one_name_or_none_at_all_are_refused(tmp_path):
         pairs.load(tmp_path / "nowhere")
 
 
+def test_answers_may_hold_whatever_ends_a_line_in_unicode(tmp_path):
+    odd = "one\u2028two\u0085three\u2029\x0bfour"
+    some = [Pair("p", odd, "own", "", (odd, "\ud800"))]
+    made = pairs.save(tmp_path / "s", decoders=["a", "b"], model="m", pairs=some, more={})
+    assert made.pairs[0].answers == (odd, "\ud800")
+
+
+def test_a_damaged_vote_is_named_and_takes_no_other_with_it(arena):
+    arena.vote("p0", "ann", "left")
+    arena.vote("p1", "ann ", "tie")
+    assert [v.annotator for v in arena.votes()] == ["ann", "ann"], "a blank makes nobody else of him"
+    path = arena.folder / pairs.VOTES
+    whole = path.read_text()
+    path.write_text(whole + whole)
+    assert len(arena.votes()) == 2, "a line that stands there twice is one vote"
+    path.write_text("{" + whole)
+    with pytest.raises(SpecError, match="line 1 is no vote"):
+        arena.vote("p2", "ann", "left")
+    path.write_text(whole.replace('"tie"', '"both"'))
+    with pytest.raises(SpecError, match="line 2: 'both' is none of"):
+        arena.votes()
+
+
 # --- What votes say ----------------------------------------------------------------------------------------------
 
 
@@ -144,7 +167,14 @@ def test_ratings_of_three_are_found_again():
 def test_who_wins_all_has_a_finite_rating():
     found = ratings.ratings([Game(f"q{i}", "a", "b", 1.0) for i in range(20)])
     assert math.isfinite(found["a"].value)
+    assert found["a"].low is None, "that all say the same tells little of the next one"
     assert ratings.ratings([]) == {}
+    rate = ratings.win_rate([Game(f"q{i}", "a", "b", 1.0) for i in range(20)])
+    assert (rate.value, rate.high) == (1.0, 1.0)
+    assert 0.8 < rate.low < 0.9
+    two = [Game(f"q{i}", "a", "b", 1.0) for i in range(2)]
+    assert ratings.win_rate(two).low is None
+    assert ratings.ratings(two)["a"].low is None
 
 
 def test_the_interval_is_over_prompts_and_covers():

@@ -167,3 +167,27 @@ def test_bad_options_are_refused_before_anything_is_loaded(capsys):
     ):
         assert main([*base, *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_who_says_something_of_fewer_questions_has_not_won(tmp_path):
+    """A law that decides one question of fifty, and that one rightly, is no better than the default."""
+
+    class Skips(Bed):
+        def __call__(self, spec):
+            outcome = super().__call__(spec)
+            if decoders.build(spec.decoder).p < 0.85:
+                units = Observations.questions(QUESTIONS[:1], [1.0])
+                outcome.metrics[0] |= {"value": 1.0, "ci_low": None, "ci_high": None, "n": 1, "units": units.as_json()}
+            return outcome
+
+    found = tuned(tmp_path / "study", Skips(), method="grid", trials=10)
+    assert decoders.build(found.best.decoder).p >= 0.85
+    assert found.failed > 0
+
+
+def test_a_study_of_other_questions_is_another_one(tmp_path):
+    for basis in ("own", "real"):
+        bed = Bed()
+        tuning.tune(first(), metric="pass_at_1", method="random", trials=3, study_file=tmp_path / "study",
+                    measure=bed, say=lambda text: None, basis=basis)  # fmt: skip
+        assert bed.measured[0] == "top-p", "the default is measured on these questions, too"

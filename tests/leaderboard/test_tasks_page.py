@@ -1,6 +1,7 @@
 """The page Tasks: what an equal budget buys, what cannot be told, and every answer with its question where it is."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -131,3 +132,24 @@ def test_samples_are_exported_with_their_problem_one_line_each(results, capsys):
     assert one["problem"].startswith("What is 3 + 7")
     assert {"ground_truth", "response", "correct"} <= set(one)
     assert next(x for x in found if x["decoder"] == "thrifty")["problem"] is None
+
+
+def test_who_lost_some_samples_has_no_line(cells):
+    """Without its wrong answers a decoder would look right."""
+    (thrifty,) = [c for c in cells[0] if c.decoder == "thrifty"]
+    fewer = {k: v for k, v in cells[1][thrifty.key].items() if not k.startswith(("math-10/", "math-11/"))}
+    found = tasks.at_budget(cells[0], cells[1] | {thrifty.key: fewer}, "answer_tokens", 100, "pass_at_k")
+    assert {o.cell.decoder for o in found} == {"greedy", "temperature"}
+
+
+def test_grades_of_several_kinds_are_not_mixed():
+    judged = [tasks.Sample("turn 1, judge", {"grade": 5}), tasks.Sample("turn 2, judge", {"grade": 7}),
+              tasks.Sample("against greedy", {"points": 1.0})]  # fmt: skip
+    assert tasks.grade(judged) == pytest.approx(0.6)
+    assert tasks.grade([tasks.Sample("mc1", {"score": 1.0}), tasks.Sample("mc2", {"score": 0.4})]) == 1.0
+    assert tasks.grade([tasks.Sample("mc1", {"score": None}), tasks.Sample("0", {"response": "x"})]) is None
+
+
+def test_choices_of_which_little_is_known_are_shown():
+    sample = tasks.Sample("mc1", {"log_probs": [-1.0, "-Infinity", None], "labels": [1]})
+    assert tasks.choices(sample, ["yes"]) == [("yes", 1, -1.0), ("choice 2", None, -math.inf), ("choice 3", None, None)]

@@ -1,12 +1,14 @@
 """One protocol for all answers: prompts, streams, lengths, costs, and going on where an earlier attempt ended."""
 
 import itertools
+import json
 
 import pytest
 import tiny_models
 import torch
 
 from decodathlon.harness import decoder as decoders
+from decodathlon.harness.decoder import Completion
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.measure import asking
 from decodathlon.harness.registry import load_builtins, registry
@@ -133,3 +135,26 @@ def test_costs_are_those_of_the_answers(target):
     assert costs["answer_calls"].estimate().value == pytest.approx(float(tokens.mean()))
     positions = costs["answer_positions"].estimate().value
     assert costs["answer_flops"].estimate().value == pytest.approx(2 * target.parameters * positions)
+
+
+def test_a_kept_answer_to_another_prompt_is_not_taken(target, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    lines = Lines(path)
+    list(asking.ask(a_cell(target, lines=lines), {"q": [5, 6, 7]}, tokens=4))
+    lines.close()
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"text": "forged", "prompt": "another"}) + "\n")
+    ((answer,),) = list(asking.ask(a_cell(target, lines=Lines(path)), {"q": [5, 6, 7]}, tokens=4))
+    assert answer.text == kept["text"]
+
+
+def test_an_answer_by_a_chat_template_may_ask_a_question_itself(target, monkeypatch):
+    said = "Quiz:\n\nQuestion: what is 3 + 4?"
+    cell = a_cell(target)
+    drawn = [Completion([1], "stop", text=said)]
+    monkeypatch.setattr(type(cell.decoder), "generate", lambda self, *given: drawn)
+    ((answer,),) = list(asking.ask(cell, {"q": [5, 6, 7]}, tokens=4))
+    assert answer.text == "Quiz:"
+    monkeypatch.setattr(target, "chat", lambda turns: [1, 2, 3])
+    ((answer,),) = list(asking.ask(cell, {"q": [5, 6, 7]}, tokens=4))
+    assert answer.text == said

@@ -187,3 +187,12 @@ def test_repetition_by_hand():
     assert same[0] == same[1] == pytest.approx(1)
     assert same[2] < 0.2
     assert diversity.self_bleu(["", "a b"])[0] == 0
+
+
+def test_both_turns_of_a_talk_are_one_unit(target):
+    judge = Judge("rule", lambda prompt: Reply("Grade: [[4]]" if "mission" in prompt else "Grade: [[8]]"))
+    cell, _ = measured(target, judge=judge, some=OWN[:8], turns=2)
+    rows = {m["metric"]: m for m in cell.metrics}
+    for metric in ("judge_score", "repetition", "cut_answers", "self_bleu", "answer_tokens"):
+        assert len(rows[metric]["units"]["rows"]) == 8, metric
+        assert rows[metric]["units"]["counts"] == [2] * 8

@@ -219,3 +219,35 @@ def test_the_detectable_difference_is_seen_as_often_as_it_says(n):
 def test_the_detectable_share_matches_the_known_sample_sizes():
     assert statistics.detectable_share(500) == pytest.approx(0.0626, abs=1e-4)
     assert statistics.detectable_share(30) == pytest.approx(0.2557, abs=1e-4)
+
+
+@pytest.mark.parametrize(("a", "b"), [(6, 0), (5, 0), (9, 3), (1, 1), (7, 8), (20, 8)])
+def test_random_signs_of_whole_questions_are_mcnemar(a, b):
+    found = statistics.sign_flip([1.0] * a + [-1.0] * b + [0.0] * 10)
+    assert found == pytest.approx(statistics.mcnemar(a, b), abs=0.0 if a + b <= 14 else 0.01)
+
+
+def test_random_signs_keep_their_level():
+    rng = np.random.default_rng(2)
+    small = [statistics.sign_flip(rng.normal(size=9) ** 3) <= 0.05 for _ in range(600)]
+    assert np.mean(small) == pytest.approx(0.05, abs=0.03)
+    assert statistics.sign_flip([0.0, 0.0]) == 1.0
+    assert statistics.sign_flip([0.25] * 5) == 2 * 0.5**5
+
+
+@pytest.mark.parametrize("ease", [(0.05, 2.0), (0.5, 0.5), (3.0, 3.0)])
+def test_shares_over_questions_cover_the_truth(ease):
+    """Forty questions with four answers each, from hardly ever solved to all alike; 400 worlds."""
+    rng, covered = np.random.default_rng(7), 0
+    truth = ease[0] / sum(ease)
+    for _ in range(400):
+        right = rng.binomial(4, rng.beta(*ease, 40))
+        found = statistics.clustered_share(list(right), [4] * 40)
+        covered += found.low <= truth <= found.high
+    assert covered / 400 > 0.92
+
+
+@pytest.mark.parametrize(("t", "freedom", "p"), [(2.262, 9, 0.05), (0.0, 5, 1.0), (12.706, 1, 0.05), (3.25, 9, 0.01)])
+def test_p_values_of_t_are_those_of_the_tables(t, freedom, p):
+    assert statistics.t_p_value(t, freedom) == pytest.approx(p, abs=2e-4 if freedom > 1 else 6e-3)
+    assert statistics.t_p_value(-t, freedom) == statistics.t_p_value(t, freedom)

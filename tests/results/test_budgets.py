@@ -58,3 +58,12 @@ def test_budgets_double_from_what_the_dearest_pays_for_one_answer():
     assert budgets.budgets([10, 10], 8) == [10, 20, 40, 80]
     assert budgets.budgets([10], 1) == [10]
     assert budgets.budgets([], 1) == []
+
+
+def test_samples_of_others_do_not_break_the_table():
+    samples = {
+        "q/0": {"correct": True, "tokens": None, "log_prob": "-Infinity"},
+        "q/1": {"correct": False, "tokens": 3, "log_prob": "NaN"},
+        "q/2": [1, 2],
+    }
+    assert [g.confidence for g in budgets.graded(samples)["q"]] == [None, None]
