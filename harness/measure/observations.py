@@ -180,7 +180,8 @@ def p_value(a: Observations, b: Observations) -> float | None:
 def visible(a: Observations, b: Observations) -> tuple[float, int]:
     """The smallest difference of two shares that their common questions could have shown, and how many those are."""
     rows = _common(a, b)
-    return statistics.visible_difference(_differences(a._on(rows), b._on(rows))), len(rows)
+    step = 1 / max(1.0, *a.counts, *b.counts)
+    return statistics.visible_difference(_differences(a._on(rows), b._on(rows)), step), len(rows)
 
 
 def _common(a: Observations, b: Observations) -> list[str]:

@@ -331,17 +331,18 @@ def detectable_difference(differences: Sequence[float], *, power: float = 0.8) -
     return float(reach * d.std(ddof=1) / math.sqrt(len(d)))
 
 
-def visible_difference(differences: Sequence[float]) -> float:
+def visible_difference(differences: Sequence[float], step: float = 1.0) -> float:
     """The smallest difference of shares over these questions that could have been seen.
 
     Args:
         differences: of two decoders, question by question, each from -1 to 1.
+        step: the least by which a question may differ: 1 where it is solved or not, 1 / k of k answers.
 
     Returns:
-        What a paired test would have seen with a power of 80 %, and never less than six questions: of fewer that speak
-        for one side alone the exact test does not reach 5 % (2 * 0.5 ** 5 = 0.0625).
+        What a paired test would have seen with a power of 80 %, and never less than a step at six questions: of fewer
+        that speak for one side alone the exact test does not reach 5 % (2 * 0.5 ** 5 = 0.0625).
     """
-    return max(detectable_difference(differences), FEWEST_FOR_INTERVAL / max(1, len(differences)))
+    return max(detectable_difference(differences), FEWEST_FOR_INTERVAL * step / max(1, len(differences)))
 
 
 def detectable_share(n: int, share: float = 0.5, *, power: float = 0.8) -> float:

@@ -66,6 +66,14 @@ def test_where_the_data_cannot_decide_it_is_said_with_what_they_could_have_shown
     assert change(solved(1, 4), solved(2, 4))[0].verdict == "cannot tell: 4 questions are too few for any difference"
 
 
+def test_several_answers_let_smaller_differences_be_seen():
+    names = [f"problem-{i}" for i in range(30)]
+    none = Observations.questions(names, [0.0] * 30, [4.0] * 30)
+    some = Observations.questions(names, [1.0] * 6 + [0.0] * 24, [4.0] * 30)
+    assert visible(none, none)[0] == 6 / 4 / 30
+    assert p_value(some, none) == 2 * 0.5**6, "five points, and seen"
+
+
 def test_the_paired_bootstrap_covers_the_truth():
     """40 problems of shared difficulty, four answers each: 400 worlds, intervals of 95 % (binomial spread 1.1 %)."""
     rng, covered, worlds = np.random.default_rng(5), 0, 400
