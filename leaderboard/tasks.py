@@ -67,10 +67,11 @@ class Sample:
         found: list[str] = []
         for key in ("response", "responses", "verdict", "verdicts"):
             value = self.data.get(key)
-            for one in value if isinstance(value, list) else [value]:
+            for i, one in enumerate(value if isinstance(value, list) else [value]):
                 said = one.get("verdict") or one.get("reason") if isinstance(one, dict) else one
                 if said is not None:
-                    found.append(str(said))
+                    place = f"(this decoder's answer {'second' if i else 'first'}) " if key == "verdicts" else ""
+                    found.append(place + str(said))
         return found
 
     @property
@@ -124,10 +125,22 @@ def grade(samples: Sequence[Sample]) -> float | None:
     return sum(known) / len(known)
 
 
+def kinds(questions: Mapping[str, Sequence[Sample]], *, beside: bool) -> list[str]:
+    """The kinds of questions that make sense: what a judge grades from 1 to 10 is neither right nor wrong."""
+    graded = {s.kind for samples in questions.values() for s in samples} - {None}
+    found = ["all"]
+    if graded - {"grade"}:
+        found += ["right", "some right", "wrong", "not graded"]
+    if any("trouble" in s.data for samples in questions.values() for s in samples):
+        found.append("trouble")
+    return found + (["better", "worse"] if beside and graded else [])
+
+
 def chosen(
     questions: Mapping[str, Sequence[Sample]], which: str, other: Mapping[str, Sequence[Sample]] | None
 ) -> list[str]:
-    """Questions of a kind: `all`, `right`, `wrong`, `some right`, `trouble`, `better` or `worse` than another's."""
+    """Questions of a kind: `all`, `right`, `wrong`, `some right`, `not graded`, `trouble`, `better` or
+    `worse` than another's."""
     found = []
     for question, samples in questions.items():
         mine = grade(samples)
@@ -136,6 +149,7 @@ def chosen(
             "all": True,
             "right": mine == 1,
             "wrong": mine == 0,
+            "not graded": mine is None,
             "some right": mine is not None and 0 < mine < 1,
             "trouble": any(s.data.get("trouble") for s in samples),
             "better": mine is not None and theirs is not None and mine > theirs,

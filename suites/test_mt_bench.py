@@ -12,6 +12,9 @@ from decodathlon import suite
     table=[
         "judge_score",
         "judge_win_rate",
+        "judge_by_place",
+        "judge_of_right",
+        "judge_of_empty",
         "judge_abstentions",
         "cross_entropy",
         "coverage",
@@ -20,6 +23,7 @@ from decodathlon import suite
         "distinct_2",
         "self_bleu",
         "repetition",
+        "cut_answers",
         "answer_tokens",
     ],
     protocol={

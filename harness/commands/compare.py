@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def _run(options: argparse.Namespace) -> int:
         say(line)
     rows = [["suite", "decoder", "slice", "metric", "A", "B", "change", "95 % interval", "pairs", "what it says"]]
     judged = 0
+    scales = {one.scale for pair in pairs for one in pair if one is not None}
     for a, b in pairs:
+        if len(scales) > 1:
+            a, b = (one and replace(one, slice=f"{one.slice} ({one.scale})") for one in (a, b))
         one = a or b
         assert one is not None
         if a is None or b is None:

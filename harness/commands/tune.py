@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from decodathlon.harness import datasets, tuning
@@ -94,7 +95,11 @@ def _run(options: argparse.Namespace) -> int:
     say(f"On {asked} questions of {questions.name} that no report uses. The best of many is too good by chance; what")
     say("counts:")
     best = " ".join(f"--decoder '{row[0]}'" for row in rows[1:])
-    say(f"  pytest suites/ --benchmark --suite {options.suite} --scale {options.scale} {best}")
+    more = "".join(f" --decoder-file {shlex.quote(path)}" for path in options.decoder_file)
+    more += f" --data {shlex.quote(options.data)}" if options.data else ""
+    more += f" --model {shlex.quote(options.model)}" if options.model != Options().model else ""
+    scale = "quick" if options.scale == "smoke" else options.scale
+    say(f"  pytest suites/ --benchmark --suite {options.suite} --scale {scale} {best}{more}")
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from decodathlon.harness.decoder import Completion, Cost, Decoder, Limits
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.measure.observations import Observations
+from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
 
 if TYPE_CHECKING:
@@ -147,7 +148,11 @@ def ask(
     each = max(1, rows // samples)
     batches = [names[i : i + each] for i in range(0, len(names), each)]
     for batch in cell.until_late(batches):
-        found = _known(cell, prompts, batch, samples) or _drawn(cell, prompts, batch, limits, samples)
+        found = _known(cell, prompts, batch, samples)
+        if found:
+            cell.note("an earlier attempt drew some of the answers: their seconds are of another process")
+        else:
+            found = _drawn(cell, prompts, batch, limits, samples)
         for name in batch:
             yield [a for a in found if a.question == name]
 
@@ -185,15 +190,16 @@ def _drawn(
     return found
 
 
-def costs(answers: Sequence[Answer], target: Target) -> dict[str, Observations]:
+def costs(answers: Sequence[Answer], target: Target) -> dict[str, Estimate | Observations]:
     """What an answer cost, so that decoders can be compared at equal any-of-these; drafts are counted apart."""
 
     def per_question(values: Sequence[float]) -> Observations:
         return Observations.grouped([a.question for a in answers], values)
 
-    found = {
+    found: dict[str, Estimate | Observations] = {
         "answer_tokens": per_question([a.tokens for a in answers]),
-        "answer_seconds": per_question([a.seconds for a in answers]),
+        # Answers of one batch take the same time, so they are no units of their own.
+        "answer_seconds": Estimate(sum(a.seconds for a in answers) / len(answers), n=len(answers)),
     }
     if all(a.cost.target_calls for a in answers):  # a decoder that does not tell has not computed for nothing
         found["answer_calls"] = per_question([a.cost.target_calls for a in answers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Question = Mapping[str, Any]
 #: Right and empty answers that a judge grades, so that its grades mean something.
 PROVED = 4
+#: By how much a judge's grades of right answers must lie above those of empty ones to mean something.
+WORTH = 2.0
 
 
 def measure(cell: Cell, questions: Sequence[Question]) -> None:
@@ -34,12 +37,28 @@ def measure(cell: Cell, questions: Sequence[Question]) -> None:
     for metric, found in {**texts(answers), **asking.costs(answers, cell.target)}.items():
         cell.report(metric, found)
     if cell.judge is not None:
-        judged(cell, cell.judge, questions, talks)
+        judge = remembering(cell, cell.judge)
+        judged(cell, judge, questions, talks)
         if cell.versus is not None:
             rival = cell.of(cell.versus)
             theirs, _ = talk(rival, questions)
             cell.late = cell.late or rival.late
-            preferred(cell, cell.judge, cell.versus.spec, questions, talks, theirs)
+            preferred(cell, judge, cell.versus.spec, questions, talks, theirs)
+
+
+def remembering(cell: Cell, judge: judges.Judge) -> judges.Judge:
+    """A judge whose verdicts are kept as they come, and not paid for again by a resumed run; abstentions are."""
+
+    def ask(prompt: str) -> judges.Reply:
+        row = f"judge {judge.name}: {hashlib.sha256(prompt.encode('utf-8', 'replace')).hexdigest()[:16]}"
+        if row in cell.lines.earlier:
+            return judges.Reply(str(cell.lines.earlier[row]["text"]))
+        reply = judge.ask(prompt)
+        if reply.text:
+            cell.lines.keep(row, text=reply.text)
+        return reply
+
+    return judges.Judge(judge.name, ask)
 
 
 def talk(cell: Cell, questions: Sequence[Question]) -> tuple[dict[str, list[Turn]], list[Answer]]:
@@ -126,6 +145,7 @@ def judged(cell: Cell, judge: judges.Judge, questions: Sequence[Question], talks
     if grades:
         cell.report("judge_score", Observations.grouped([_talk_of(row) for row in grades], list(grades.values())))
     known = [q for q in questions if q["reference"]][:PROVED]
+    worth: dict[str, float] = {}
     for metric, text in (("judge_of_right", None), ("judge_of_empty", "")):
         said = [
             judges.grade(
@@ -140,7 +160,13 @@ def judged(cell: Cell, judge: judges.Judge, questions: Sequence[Question], talks
         ]
         stated = [s for s in said if s is not None]
         if stated:
-            cell.report(metric, Estimate(sum(stated) / len(stated), n=len(stated)))
+            worth[metric] = sum(stated) / len(stated)
+            cell.report(metric, Estimate(worth[metric], n=len(stated)))
+    if len(worth) == 2 and worth["judge_of_right"] - worth["judge_of_empty"] < WORTH:
+        cell.note(
+            f"the judge gives right answers {worth['judge_of_right']:.3g} and empty ones {worth['judge_of_empty']:.3g}: "
+            "its grades say nothing"
+        )
 
 
 def preferred(
@@ -169,6 +195,10 @@ def preferred(
     if asked:
         cell.report("judge_pair_abstentions", Estimate(1 - len(points) / asked, n=asked))
         cell.report("judge_by_place", Estimate(by_place / asked, n=asked))
+        if by_place > asked / 2:
+            cell.note(
+                f"the judge preferred the same place in both orders in {by_place} of {asked} pairs: it does not read"
+            )
     if points:
         cell.report(f"judge_win_rate({rival})", Observations.questions(list(points), list(points.values())))
 

@@ -220,7 +220,7 @@ def undecided(smallest: float, questions: int) -> str:
         smallest: the smallest difference of shares that could have been seen.
     """
     if smallest > 1:
-        return f"cannot tell: {questions} questions are too few for any difference"
+        return f"cannot tell: {questions} question{'s are' if questions != 1 else ' is'} too few for any difference"
     return f"cannot tell: {questions} questions show no difference below {math.ceil(100 * smallest - 1e-9)} points"
 
 

@@ -14,9 +14,9 @@ DASH = "–"
 #: Beginnings of notes that the reader of a number must see.
 #: How the remark on a busy machine begins, behind the decoder's name.
 CONTENDED = ": contended:"
-LOUD = ("contended", "throttled", "left behind", "the same seed", "the second run", "audit")
+LOUD = ("contended", "throttled", "left behind", "the same seed", "the second run", "audit", "the judge", "an earlier")
 #: Metrics whose interval the table shows; the others have theirs in the results file.
-INTERVALS_OF = ("ratio_", "ppl_epsilon")
+INTERVALS_OF = ("ratio_", "ppl_epsilon", "pass_at_1", "mc1", "mc2", "bleu_acc", "judge_score", "judge_win_rate")
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -24,8 +24,8 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return DASH
     if math.isinf(value):
-        return "∞"
-    if value != 0 and abs(value) < 1e-3:
+        return "∞" if value > 0 else "-∞"
+    if value != 0 and not 1e-3 <= abs(value) < 1e7:
         return f"{value:.{digits - 1}g}"
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"

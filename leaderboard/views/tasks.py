@@ -102,7 +102,7 @@ with right:
 theirs = by_label.get(rival or "")
 questions = tasks.by_question(parts.ask(found, answers.samples, *mine.key))
 other_questions = tasks.by_question(parts.ask(found, answers.samples, *theirs.key)) if theirs else None
-kinds = ["all", "right", "some right", "wrong", "trouble", *(["better", "worse"] if theirs else [])]
+kinds = tasks.kinds(questions, beside=theirs is not None)
 counts = {kind: tasks.chosen(questions, kind, other_questions) for kind in kinds}
 kind = st.segmented_control(
     "Questions",
