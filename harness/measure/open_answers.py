@@ -163,10 +163,8 @@ def judged(cell: Cell, judge: judges.Judge, questions: Sequence[Question], talks
             worth[metric] = sum(stated) / len(stated)
             cell.report(metric, Estimate(worth[metric], n=len(stated)))
     if len(worth) == 2 and worth["judge_of_right"] - worth["judge_of_empty"] < WORTH:
-        cell.note(
-            f"the judge gives right answers {worth['judge_of_right']:.3g} and empty ones {worth['judge_of_empty']:.3g}: "
-            "its grades say nothing"
-        )
+        right, empty = worth["judge_of_right"], worth["judge_of_empty"]
+        cell.note(f"the judge gives right answers {right:.3g} and empty ones {empty:.3g}: its grades say nothing")
 
 
 def preferred(
@@ -196,9 +194,7 @@ def preferred(
         cell.report("judge_pair_abstentions", Estimate(1 - len(points) / asked, n=asked))
         cell.report("judge_by_place", Estimate(by_place / asked, n=asked))
         if by_place > asked / 2:
-            cell.note(
-                f"the judge preferred the same place in both orders in {by_place} of {asked} pairs: it does not read"
-            )
+            cell.note(f"the judge preferred a place and no answer in {by_place} of {asked} pairs: it does not read")
     if points:
         cell.report(f"judge_win_rate({rival})", Observations.questions(list(points), list(points.values())))
 

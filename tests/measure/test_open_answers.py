@@ -98,7 +98,8 @@ def test_a_judge_grades_and_its_abstentions_are_no_zeros(target):
     cell, found = measured(target, judge=Judge("rule", rule), some=OWN[4:8], turns=1)
     assert found["judge_abstentions"] == 0.25
     assert found["judge_score"] == 10
-    assert found["judge_of_right"] == found["judge_of_empty"] == 10, "this one is worth nothing, and it shows"
+    assert found["judge_of_right"] == found["judge_of_empty"] == 10
+    assert any("its grades say nothing" in note for note in cell.notes), "this one is worth nothing, and it shows"
     assert "Right answer" in asked[0], "reasoning and mathematics are guided"
     assert sum("grade" in s["data"] for s in cell.samples) == 4
 
@@ -141,10 +142,11 @@ def test_a_judge_compares_with_the_baseline_in_both_orders(target, monkeypatch, 
     assert sum(s["data"].get("response") == "Short" for s in cell.samples) == 0, "the row is this decoder's"
     lines.close()
     kept = Lines(tmp_path / "lines.jsonl")
-    assert len(kept.earlier) == 32, "two decoders, eight questions, two turns"
+    answers = [row for row in kept.earlier if not row.startswith("judge ")]
+    assert len(answers) == 32, "two decoders, eight questions, two turns"
     monkeypatch.setattr(type(decoders.build("beam")), "generate", None)  # a resumed run asks for nothing
     monkeypatch.setattr(type(decoders.build("temperature")), "generate", None)
-    _, again = measured(target, "temperature", Judge("rule", longer), OWN[:8], "beam[width=2]", kept, turns=2)
+    _, again = measured(target, "temperature", Judge("rule", None), OWN[:8], "beam[width=2]", kept, turns=2)
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
         k: v for k, v in found.items() if "seconds" not in k
     }
@@ -156,7 +158,8 @@ def test_a_judge_compares_with_the_baseline_in_both_orders(target, monkeypatch, 
 )
 def test_a_judge_that_does_not_read_shows(target, says, points, abstentions, by_place):
     judge = Judge("rule", lambda prompt: Reply(says))
-    _, found = measured(target, "temperature", judge, OWN[:6], "beam[width=2]", turns=1)
+    cell, found = measured(target, "temperature", judge, OWN[:6], "beam[width=2]", turns=1)
+    assert any("it does not read" in note for note in cell.notes) == bool(by_place)
     assert found.get("judge_win_rate(beam[width=2])") == points
     assert (found["judge_pair_abstentions"], found["judge_by_place"]) == (abstentions, by_place)
 
