@@ -218,7 +218,8 @@ def clustered_share(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
     """A share of answers, several to each question, with Wilson's interval on the number that they are worth.
 
     That number follows from how much questions differ: p (1 - p) over the variance of the mean (the design effect of
-    Kish 1965), at least the questions and at most the answers. Student's quantile, because it is estimated.
+    Kish 1965), at least the questions and, where answers are right or wrong, at most these. Student's quantile, because it
+    is estimated.
     """
     s, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     N, total = len(s), float(c.sum())
@@ -226,7 +227,8 @@ def clustered_share(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
         raise ValueError("a share over questions needs at least two of them")
     p = float(s.sum()) / total
     spread = N / (N - 1) * float(np.square(s - p * c).sum()) / total**2
-    worth = min(total, max(float(N), p * (1 - p) / spread)) if spread > 0 else float(N)
+    most = total if bool((s == np.round(s)).all()) else math.inf  # a probability says more than a yes or no
+    worth = min(most, max(float(N), p * (1 - p) / spread)) if spread > 0 else float(N)
     t = t_quantile(0.5 + LEVEL / 2, N - 1)
     centre = (p + t * t / (2 * worth)) / (1 + t * t / worth)
     half = t / (1 + t * t / worth) * math.sqrt(p * (1 - p) / worth + t * t / (4 * worth * worth))

@@ -247,6 +247,14 @@ def test_shares_over_questions_cover_the_truth(ease):
     assert covered / 400 > 0.92
 
 
+def test_shares_of_probabilities_have_the_interval_of_their_mean():
+    """Values that are no yes or no are known better than as many throws of a coin."""
+    x = list(np.random.default_rng(3).normal(0.4, 0.05, 40))
+    found, plain = statistics.clustered_share(x, [1] * 40), statistics.ratio_of_sums(x, [1] * 40)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=1e-3)
+    assert found.high - found.low < 0.3 * (statistics.wilson(16, 40).high - statistics.wilson(16, 40).low)
+
+
 @pytest.mark.parametrize(("t", "freedom", "p"), [(2.262, 9, 0.05), (0.0, 5, 1.0), (12.706, 1, 0.05), (3.25, 9, 0.01)])
 def test_p_values_of_t_are_those_of_the_tables(t, freedom, p):
     assert statistics.t_p_value(t, freedom) == pytest.approx(p, abs=2e-4 if freedom > 1 else 6e-3)
