@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 PORT = 8765
 #: Address of the page and height of the picture.
-PICTURES = {"overview": ("", 900), "trade-off": ("trade-off", 1160)}
+PICTURES = {"overview": ("", 900), "trade-off": ("trade-off", 1160), "tasks": ("tasks?suite=math500", 1180)}
 
 
 def main() -> None:

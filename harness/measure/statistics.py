@@ -218,8 +218,8 @@ def clustered_share(sums: Sequence[float], counts: Sequence[float]) -> Estimate:
     """A share of answers, several to each question, with Wilson's interval on the number that they are worth.
 
     That number follows from how much questions differ: p (1 - p) over the variance of the mean (the design effect of
-    Kish 1965), at least the questions and, where answers are right or wrong, at most these. Student's quantile, because it
-    is estimated.
+    Kish 1965), at least the questions and, where answers are right or wrong, at most these. Student's quantile, because
+    it is estimated.
     """
     s, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     N, total = len(s), float(c.sum())
@@ -344,7 +344,9 @@ def visible_difference(differences: Sequence[float], step: float = 1.0) -> float
         What a paired test would have seen with a power of 80 %, and never less than a step at six questions: of fewer
         that speak for one side alone the exact test does not reach 5 % (2 * 0.5 ** 5 = 0.0625).
     """
-    return max(detectable_difference(differences), FEWEST_FOR_INTERVAL * step / max(1, len(differences)))
+    if len(differences) < FEWEST_FOR_INTERVAL:
+        return math.inf
+    return max(detectable_difference(differences), FEWEST_FOR_INTERVAL * step / len(differences))
 
 
 def detectable_share(n: int, share: float = 0.5, *, power: float = 0.8) -> float:

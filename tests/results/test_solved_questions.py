@@ -1,5 +1,7 @@
 """Shares of solved questions: Wilson's interval, McNemar's exact test, a paired bootstrap, and what cannot be told."""
 
+import math
+
 import numpy as np
 import pytest
 from made_results import cell, day, metric_row
@@ -72,6 +74,8 @@ def test_several_answers_let_smaller_differences_be_seen():
     some = Observations.questions(names, [1.0] * 6 + [0.0] * 24, [4.0] * 30)
     assert visible(none, none)[0] == 6 / 4 / 30
     assert p_value(some, none) == 2 * 0.5**6, "five points, and seen"
+    few = Observations.questions(names[:4], [0.0] * 4, [4.0] * 4)
+    assert visible(few, few)[0] == math.inf, "four questions never reach 5 %"
 
 
 def test_the_paired_bootstrap_covers_the_truth():
