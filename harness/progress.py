@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-#: Seconds between two lines.
-SAY_EVERY = 30.0
+#: Seconds before the first line, and between two.
+FIRST_AFTER, SAY_EVERY = 8.0, 30.0
 T = TypeVar("T")
 
 
 def told(units: Sequence[T], what: str, say: Callable[[str], None]) -> Iterator[T]:
     """The units, one by one; `say` hears how many are done and how long the rest will take."""
-    began = said = time.monotonic()
+    began = time.monotonic()
+    said = began - SAY_EVERY + FIRST_AFTER
     for done, unit in enumerate(units):
         now = time.monotonic()
         if done and now - said > SAY_EVERY:
