@@ -1,6 +1,6 @@
 """How much of a cell of questions is not the model's: prompts, grading, metrics, records, as a share of model time.
 
-python scripts/task_overhead.py [--model SPEC] [--scale quick] [--decoder SPEC] [--data DIR]
+python scripts/task_overhead.py [--model SPEC] [--scale quick] [--decoder SPEC] [--data DIR] [--suite S] [--questions N]
 
 Model time is what is spent in the decoder's `generate`, in its law, and in forward passes; everything else in a cell is
 overhead. Every cell is measured the second time, because the first one pays for imports. What a cell spends once,
@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--scale", default="quick")
     parser.add_argument("--decoder", default="temperature")
+    parser.add_argument("--suite", action="append", choices=SUITES)
+    parser.add_argument("--questions", type=int, default=0, help="in place of those of the scale")
     parser.add_argument("--data", default=environment.data_folder())
     options = parser.parse_args()
     load_builtins()
@@ -62,9 +64,9 @@ def main() -> None:
             setattr(cls, method, watch.around(getattr(cls, method)))
     bench = Bench(lambda text: None)
     plan: list[CellSpec] = []
-    for suite in SUITES:
+    for suite in options.suite or SUITES:
         plan += cells(Options(scale=options.scale, suite=[suite], decoder=[options.decoder], model=options.model,
-                              data=options.data))  # fmt: skip
+                              data=options.data, limit=options.questions))  # fmt: skip
     for spec in plan:
         bench.measure(spec, "warm")
         watch.seconds = 0.0
