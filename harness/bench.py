@@ -140,9 +140,8 @@ class Bench:
         source = Path(inspect.getfile(suite.function)).read_bytes()
         outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
         if suite.judged:
-            outcome.sizes["judge"] = judges.label(
-                spec.judge, spec.judge_url
-            )  # rows of different judges share no line and no rank
+            # rows of different judges share no line and no rank
+            outcome.sizes["judge"] = judges.label(spec.judge, spec.judge_url)
         texts = {}
         name = suite.data_of(spec.slice)
         if name is not None:

@@ -44,10 +44,7 @@ def games(arenas: Sequence[Arena]) -> list[Game]:
 
 
 def win_rate(played: Sequence[Game]) -> Estimate:
-    """Mean points of `a`, with an interval over prompts.
-
-    Student's as long as prompts differ, Wilson's where all say the same: that they do says little of the next one.
-    """
+    """Mean points of `a`, with an interval over prompts; without one below six of them."""
     if not played:
         return Estimate(math.nan, n=0)
     by_prompt = _by_prompt(played)

@@ -74,14 +74,16 @@ def run(model: LM, tasks: Sequence[str], *, limit: int | None = None, folder: Pa
             first = (str(error).strip() or repr(error)).splitlines()[0]
             raise MissingError(f"lm-eval cannot make {', '.join(tasks)}: {first}") from error
         found = evaluate(lm=model, task_dict=made, limit=limit, bootstrap_iters=1000, log_samples=True)
-    made_results = {}
-    for name in found["results"]:
-        samples = found["samples"].get(name)
-        if samples is not None:
-            metrics = _metrics(found["results"][name], samples)
-            higher = found["higher_is_better"].get(name, {})
-            made_results[name] = Result(metrics, higher, samples, str(found["versions"].get(name)))
-    return made_results
+    return {
+        name: Result(
+            _metrics(found["results"][name], samples),
+            found["higher_is_better"].get(name, {}),
+            samples,
+            str(found["versions"].get(name)),
+        )
+        for name, samples in found["samples"].items()
+        if name in found["results"]
+    }
 
 
 def _says_something(sample: Mapping[str, Any]) -> bool:
@@ -108,7 +110,9 @@ def measure(cell: Cell, task: str, *, limit: int | None) -> None:
         decided = [_says_something(s) for s in result.samples]
         metrics = result.metrics
         if not all(decided):
-            metrics = _metrics({}, [s for s, so in zip(result.samples, decided, strict=True) if so], list(metrics))
+            some = [s for s, so in zip(result.samples, decided, strict=True) if so]
+            means = {key: _each(key, some) for key, value in metrics.items() if isinstance(value, Observations)}
+            metrics = {key: each for key, each in means.items() if each is not None}
             cell.note(
                 f"{name}: over the {sum(decided)} of {len(decided)} documents of which the law says anything; "
                 "of equally likely choices lm-eval takes the first, so its own number would be another"
@@ -129,38 +133,33 @@ def measure(cell: Cell, task: str, *, limit: int | None) -> None:
             cell.report(metric, cost)
 
 
-def _metrics(
-    results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()
-) -> dict[str, Estimate | Observations]:
-    """Per metric its units where it is their mean, else the value with the interval of lm-eval's standard error.
-
-    Args:
-        keys: of part of the samples, the metrics that are means over them; lm-eval's own values are of all.
-    """
+def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Estimate | Observations]:
+    """Per metric its units where it is their mean, else the value with the interval of lm-eval's standard error."""
     found: dict[str, Estimate | Observations] = {}
-    for key in keys or results:
-        value = results.get(key)
+    for key, value in results.items():
         metric, _, kind = key.partition(",")
-        if not kind or metric.endswith("_stderr") or (not keys and not isinstance(value, (int, float))):
+        if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        each = [s[metric] for s in samples if s.get("filter", "none") == kind and metric in s]
-        plain = all(isinstance(x, (bool, int, float)) or hasattr(x, "item") for x in each)
-        numbers = [float(x) for x in each] if plain else []
-        is_mean = numbers and (
-            bool(keys) or math.isclose(sum(numbers) / len(numbers), float(value or 0.0), rel_tol=1e-9, abs_tol=1e-12)
-        )
-        if is_mean:
-            rows = [f"doc-{s['doc_id']}" for s in samples if s.get("filter", "none") == kind and metric in s]
-            solved = all(x in (0.0, 1.0) for x in numbers)
-            found[key] = Observations.questions(rows, numbers) if solved else Observations.grouped(rows, numbers)
-            continue
-        if value is None:
+        each = _each(key, samples)
+        if each is not None and math.isclose(sum(each.sums) / len(each.sums), value, rel_tol=1e-9, abs_tol=1e-12):
+            found[key] = each
             continue
         error = results.get(f"{metric}_stderr,{kind}")
         half = 1.96 * float(error) if isinstance(error, (int, float)) and math.isfinite(float(error)) else None
         low, high = (None, None) if half is None else (float(value) - half, float(value) + half)
         found[key] = Estimate(float(value), low, high, len({s["doc_id"] for s in samples}))
     return found
+
+
+def _each(key: str, samples: Sequence[Mapping[str, Any]]) -> Observations | None:
+    """A metric document by document; None where documents have no number of it."""
+    metric, _, kind = key.partition(",")
+    some = [s for s in samples if s.get("filter", "none") == kind and metric in s]
+    if not some or not all(isinstance(s[metric], (bool, int, float)) or hasattr(s[metric], "item") for s in some):
+        return None
+    rows, numbers = [f"doc-{s['doc_id']}" for s in some], [float(s[metric]) for s in some]
+    solved = all(x in (0.0, 1.0) for x in numbers)
+    return Observations.questions(rows, numbers) if solved else Observations(rows, numbers, [1.0] * len(rows))
 
 
 @contextlib.contextmanager

@@ -170,11 +170,8 @@ def p_value(a: Observations, b: Observations) -> float | None:
             return statistics.mcnemar(*_discordant(a, b))
         return statistics.sign_flip(_differences(a, b))
     (x, pull_x), (y, pull_y) = a._influence(), b._influence()
-    pull, N = pull_x - pull_y, len(rows)
-    spread = float(np.square(pull).sum())
-    if N < statistics.FEWEST_FOR_INTERVAL or spread == 0:
-        return None
-    return statistics.t_p_value((x - y) / math.sqrt(N / (N - 1) * spread), N - 1)
+    error = _standard_error(pull_x - pull_y)
+    return None if error is None else statistics.t_p_value((x - y) / error, len(rows) - 1)
 
 
 def visible(a: Observations, b: Observations) -> tuple[float, int]:
@@ -229,11 +226,17 @@ def _median_compared(x: Array, y: Array, scale: str, how: str) -> Estimate | Non
 
 
 def _t_interval(value: float, pull: Array) -> Estimate:
-    N, spread = len(pull), float(np.square(pull).sum())
-    if N < statistics.FEWEST_FOR_INTERVAL or spread == 0:
+    N, error = len(pull), _standard_error(pull)
+    if error is None:
         return Estimate(value, None, None, N)
-    half = statistics.t_quantile(0.5 + statistics.LEVEL / 2, N - 1) * math.sqrt(N / (N - 1) * spread)
+    half = statistics.t_quantile(0.5 + statistics.LEVEL / 2, N - 1) * error
     return Estimate(value, value - half, value + half, N)
+
+
+def _standard_error(pull: Array) -> float | None:
+    """Of what units move so; None where they are too few, or all agree."""
+    N, spread = len(pull), float(np.square(pull).sum())
+    return None if N < statistics.FEWEST_FOR_INTERVAL or spread == 0 else math.sqrt(N / (N - 1) * spread)
 
 
 def _log_interval(value: float, pull: Array) -> Estimate:

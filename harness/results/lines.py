@@ -54,14 +54,23 @@ class Lines:
 
     def of(self, part: str) -> Lines:
         """A part of these lines under names of its own, written to the same file."""
-        mine = Lines(None)
-        mine.earlier = {row.removeprefix(part): e for row, e in self.earlier.items() if row.startswith(part)}
-        mine.write = lambda row, **values: self.write(part + row, **values)  # type: ignore[method-assign]
-        return mine
+        return _Part(self, part)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+class _Part(Lines):
+    """Lines whose names begin alike, as if they were all."""
+
+    def __init__(self, whole: Lines, part: str) -> None:
+        super().__init__(None)
+        self._whole, self._part = whole, part
+        self.earlier = {row.removeprefix(part): e for row, e in whole.earlier.items() if row.startswith(part)}
+
+    def write(self, row: str, **values: Any) -> None:
+        self._whole.write(self._part + row, **values)
 
 
 def _whole(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

@@ -11,9 +11,9 @@ from decodathlon.harness.registry import registry
 from decodathlon.harness.results import audited, measured
 
 DASH = "–"
-#: Beginnings of notes that the reader of a number must see.
 #: How the remark on a busy machine begins, behind the decoder's name.
 CONTENDED = ": contended:"
+#: Beginnings of notes that the reader of a number must see.
 LOUD = ("contended", "throttled", "left behind", "the same seed", "the second run", "audit", "the judge", "an earlier")
 #: Metrics whose interval the table shows; the others have theirs in the results file.
 INTERVALS_OF = ("ratio_", "ppl_epsilon", "pass_at_1", "mc1", "mc2", "bleu_acc", "judge_score", "judge_win_rate")
