@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Info:
     family: str
     claim: Claim | Callable[[Any], Claim]
     sweep: Mapping[str, Sequence[Any]]
+    grid: bool
     bounds: Mapping[str, str]
     needs: frozenset[str]
     headline: str | None
@@ -135,11 +137,17 @@ class Decoder(ABC):
 class Sampler(Decoder):
     """A decoder that draws each token from a next-token law. Generation, perplexity and audit come for free.
 
-    A stateless sampler defines `shape` only. One with per-row state defines `start`, `next_law` and `advance`.
+    A stateless sampler defines `shape` only, and `draw` where it has a way of its own to draw from it. One with per-row
+    state defines `start`, `next_law` and `advance`. (`candidates.py` has the form for laws on a few tokens.)
     """
 
-    #: Uniform numbers per row and token that `next_law` wants besides the one that draws the token.
-    uniforms: ClassVar[int] = 0
+    @property
+    def uniforms(self) -> int:
+        """Uniform numbers per row and token that `next_law` or `draw` wants besides the one that draws the token."""
+        return 0
+
+    #: Whether the state is a tuple of tensors whose shapes never change, so that a step can be captured on a GPU.
+    static_state: ClassVar[bool] = False
 
     def shape(self, logits: Tensor) -> Tensor:
         """(N, V) logits to (N, V) natural log-probabilities that sum to one, -inf where cut."""
@@ -163,6 +171,10 @@ class Sampler(Decoder):
         # Greedy search may pick its one token without drawing; any other `choose` of its own may draw from anything.
         return plain and own.shape is not base.shape and (own.choose is base.choose or self.claim == "greedy-exact")
 
+    def draw(self, logits: Tensor, u: Tensor) -> Tensor:
+        """(B,) tokens from the law `shape`; `u` is (B, 1 + uniforms) in [0, 1). The audit checks that they have it."""
+        return law.draw(self.shape(logits), u[:, 0])
+
     def start(self, rows: int) -> Any:
         """State of so many fresh rows."""
         return None
@@ -177,8 +189,11 @@ class Sampler(Decoder):
 
     def choose(self, logits: Tensor, state: Any, u: Tensor) -> tuple[Tensor, Any]:
         """Draw the next tokens (B,); `u` is (B, 1 + uniforms) in [0, 1)."""
-        log_probs, state = self.next_law(logits, state, u[:, 1:])
-        tokens = law.draw(log_probs, u[:, 0])
+        if type(self).next_law is Sampler.next_law:
+            tokens = self.draw(logits, u)
+        else:
+            log_probs, state = self.next_law(logits, state, u[:, 1:])
+            tokens = law.draw(log_probs, u[:, 0])
         return tokens, self.advance(state, tokens)
 
     def generate(
@@ -198,6 +213,7 @@ def decoder(
     claim: Claim | Callable[[Any], Claim],
     family: str | None = None,
     sweep: Mapping[str, Sequence[Any]] | None = None,
+    grid: bool = False,
     bounds: Mapping[str, str] | None = None,
     needs: Sequence[str] = (),
     headline: str | None = None,
@@ -209,6 +225,7 @@ def decoder(
         claim: the law that it draws from, or a function from the decoder to that.
         family: what the board groups it under; default the name.
         sweep: values per parameter that `--sweep` tries, one parameter at a time.
+        grid: let `--sweep` try every combination of them.
         bounds: intervals per parameter, such as {"p": "(0, 1]"}.
         needs: capabilities that the target must have (see `Target.CAPABILITIES`).
         headline: the spec by which it stands in the headline set; None leaves it out.
@@ -236,6 +253,7 @@ def decoder(
             family=family or name,
             claim=claim,
             sweep=dict(sweep or {}),
+            grid=grid,
             bounds=dict(bounds or {}),
             needs=frozenset(needs),
             headline=headline,
@@ -261,11 +279,9 @@ def build(text: str) -> Decoder:
 
 
 def swept(instance: Decoder) -> list[Decoder]:
-    """The decoder and its neighbours: every sweep value of every parameter, one at a time."""
-    found = [instance]
-    for key, values in instance.info.sweep.items():
-        for value in values:
-            neighbour = dataclasses.replace(cast("Any", instance), **{key: value})
-            if neighbour not in found:
-                found.append(neighbour)
-    return found
+    """The decoder and its neighbours: every sweep value of every parameter, one at a time or in every combination."""
+    sweep = instance.info.sweep
+    one_by_one = ({key: value} for key, values in sweep.items() for value in values)
+    grid = (dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values()))
+    changes = grid if instance.info.grid and sweep else one_by_one
+    return list(dict.fromkeys([instance, *(dataclasses.replace(cast("Any", instance), **c) for c in changes)]))

@@ -72,8 +72,11 @@ def claimed_law(decoder: Decoder, target: Target, length: int) -> Mapping[tuple[
         return toy.law_of(target, head, length, _defined(decoder) if is_defined(decoder) else decoder.shape)
     if isinstance(decoder, Tilted) and claim in ("sharpened", "heuristic"):
         return _tilted(decoder, target, length)
-    if claim == "heuristic" and isinstance(decoder, Chain):  # for information: what it would have if it were exact
+    # For information: what a heuristic would have if it were exact.
+    if claim == "heuristic" and isinstance(decoder, Chain):
         return toy.law_of(target, head, length)
+    if claim == "heuristic" and isinstance(decoder, Sampler) and type(decoder).shape is not Sampler.shape:
+        return toy.law_of(target, head, length, decoder.shape)
     raise UnsupportedError("a law that can be enumerated", f"it claims to be {claim} and does not state its law")
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from decodathlon.harness.candidates import CandidateSampler
 from decodathlon.harness.decoder import Decoder, Sampler
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.law import check
+from decodathlon.harness.measure.copies import CopiesJudge
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Array, Estimate
 
@@ -53,6 +55,8 @@ class Scores:
     #: Number of the window step in which the token was new.
     cluster: Array
     vocabulary: int
+    #: (2, n) of a law that is itself random: what either of two filters makes of it (copies.py); `decoder` has both.
+    filters: Array | None = None
 
 
 def windows(length: int, context: int) -> Iterator[Window]:
@@ -81,7 +85,7 @@ def score(
     Raises:
         UnsupportedError: the decoder has no next-token law of its own.
     """
-    judge = judge_of(decoder)
+    judge = judge_of(decoder, random=True)
     parts: list[tuple[Array, ...]] = []
     all_windows = list(windows(len(tokens), min(context, target.context_length)))
     for number, (begin, end, counted) in enumerate(until_late(all_windows)):
@@ -89,23 +93,35 @@ def score(
         logits = target.logits(torch.tensor([tokens[begin : end - 1]]), at)[0]
         real = torch.tensor(tokens[counted:end], device=logits.device)
         parts.append((*judge(logits, real), np.full(end - counted, number)))
-    decoder_law, model_law, concentration, cluster = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Scores(decoder_law, model_law, concentration, cluster, target.vocab_size)
+    decoder_law, model_law, concentration, *filters, cluster = (
+        np.concatenate(p, axis=-1) for p in zip(*parts, strict=True)
+    )
+    return Scores(decoder_law, model_law, concentration, cluster, target.vocab_size, *filters)
 
 
-def judge_of(decoder: Decoder) -> Callable[[torch.Tensor, torch.Tensor], tuple[Array, ...]]:
-    """What scores one window after another under this decoder's law: (n, V) logits and (n,) real tokens."""
+def judge_of(decoder: Decoder, *, random: bool = False) -> Callable[[torch.Tensor, torch.Tensor], tuple[Array, ...]]:
+    """What scores one window after another under this decoder's law: (n, V) logits and (n,) real tokens.
+
+    Args:
+        random: take a law that is itself random, too: what is said of it is then an estimate (see copies.py).
+
+    Raises:
+        UnsupportedError: the decoder has no law, or a random one.
+    """
     if not isinstance(decoder, Sampler):
         raise UnsupportedError("a next-token law", f"{decoder.spec} draws no token from a law that can be stated")
     if decoder.stateless:
         return partial(_judge, decoder)
     base = Sampler
-    if type(decoder).choose is not base.choose or type(decoder).next_law is base.next_law:
+    by_other_means = type(decoder).choose is not base.choose and not isinstance(decoder, CandidateSampler)
+    if by_other_means or type(decoder).next_law is base.next_law:
         raise UnsupportedError("a law that it draws from", f"{decoder.spec} chooses tokens by other means than its law")
-    if decoder.uniforms:
-        # Averaging over copies of the state token by token would forget what the earlier tokens say of the state.
+    if not decoder.uniforms:
+        return _StatefulJudge(decoder)
+    if not random:
+        # The probability of one text is then a mean over the state's whole past: too noisy to say which text has more.
         raise UnsupportedError("a law without random numbers of its own", f"the law of {decoder.spec} is itself random")
-    return _StatefulJudge(decoder)
+    return _RandomJudge(decoder)
 
 
 def _judge(sampler: Sampler, logits: torch.Tensor, real: torch.Tensor) -> tuple[Array, ...]:
@@ -153,6 +169,17 @@ class _StatefulJudge:
             own.append(law[0, token].double())
             concentration.append(law[0].double().exp().square().sum())
         return tuple(x.cpu().numpy() for x in (torch.stack(own), _raw(logits, real), torch.stack(concentration)))
+
+
+class _RandomJudge:
+    """Scores a sampler whose law is itself random, by the filters of copies.py."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.filters = CopiesJudge(sampler)
+
+    def __call__(self, logits: torch.Tensor, real: torch.Tensor) -> tuple[Array, ...]:
+        both, each, concentration = self.filters(logits, real)
+        return both, _raw(logits, real).cpu().numpy(), concentration, each
 
 
 def mixture_nats(scores: Scores, weight: float, *, uniform: bool) -> Array:
@@ -222,15 +249,21 @@ def metrics(test: Scores, validation: Scores) -> dict[str, Estimate | Observatio
 
     model_weight = tuned_weight(validation, uniform=False)
     uniform_weight = tuned_weight(validation, uniform=True)
+    mixed = mixture_nats(test, model_weight, uniform=False)
     score = np.exp(test.decoder) + 0.5 * (1.0 - test.concentration)
     found: dict[str, Estimate | Observations] = {
-        "ppl": perplexity(-test.decoder),
         "ppl_model": perplexity(-test.model),
-        "coverage": Observations(names, per_cluster(covered.astype(float)), counts, share=True),
-        "ppl_mixture": perplexity(mixture_nats(test, model_weight, uniform=False)),
+        "ppl_mixture": perplexity(mixed),
         "mixture_weight": Estimate(model_weight, n=len(validation.decoder)),
         "ppl_epsilon": perplexity(mixture_nats(test, uniform_weight, uniform=True)),
         "sparsemax_score": Observations(names, per_cluster(score), counts, share=True),
+    }
+    if test.filters is not None:  # a token that no copy could draw may still have a probability: nothing of `ppl`
+        found["copies_error"] = _copies_error(test, model_weight, clusters)
+        return found
+    found |= {
+        "ppl": perplexity(-test.decoder),
+        "coverage": Observations(names, per_cluster(covered.astype(float)), counts, share=True),
     }
     if covered.any():
         inside = per_cluster(np.where(covered, -test.decoder, 0.0))
@@ -240,3 +273,14 @@ def metrics(test: Scores, validation: Scores) -> dict[str, Estimate | Observatio
             [names[i] for i in some], [inside[i] for i in some], [kept[i] for i in some], scale="exp"
         )
     return found
+
+
+def _copies_error(scores: Scores, weight: float, clusters: Sequence[Array]) -> Estimate:
+    """Standard error of the log of `ppl_mixture` for the random numbers of the copies: from how two filters differ.
+
+    Their difference of a window has four times the variance of their mean; windows count as independent.
+    """
+    assert scores.filters is not None
+    one, other = (mixture_nats(replace(scores, decoder=f), weight, uniform=False) for f in scores.filters)
+    apart = [float((one - other)[c].sum()) for c in clusters]
+    return Estimate(math.sqrt(sum(x * x for x in apart)) / 2 / len(one), n=len(clusters))

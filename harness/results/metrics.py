@@ -74,6 +74,13 @@ METRICS: dict[str, Metric] = {
         "Perplexity over the covered tokens only; says nothing about the others.",
         "context",
     ),
+    "copies_error": Metric(
+        "nats",
+        "none",
+        "Of a law that is itself random, whose scores are means over copies of its state: the standard error of "
+        "log(ppl_mixture) for the copies' random numbers, beside that for the text.",
+        "context",
+    ),
     "mixture_weight": Metric(
         "1",
         "none",

@@ -1,6 +1,7 @@
 """Perplexities against closed forms, on a model small enough to compute them by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -196,14 +197,23 @@ class EverySecondIsGreedy(Bare):
         return state + 1
 
 
-class CoinIsGreedy(Bare):
-    """Half the time greedy, by a coin of its own: on average the mean of two laws."""
+class Coins(Bare):
+    """At temperature 2 or 1/2, by a coin per token, or by one coin for a whole text."""
 
     uniforms = 1
+    for_all = False
+
+    def start(self, rows):
+        return torch.full((rows, 1), -1.0)
 
     def next_law(self, logits, state, u):
-        law = torch.where(u < 0.5, one_hot(logits), logits.log_softmax(-1))
+        state = torch.where(state < 0, u.to(state), state) if self.for_all else u.to(state)
+        law = torch.where(state < 0.5, (logits * 2).log_softmax(-1), (logits / 2).log_softmax(-1))
         return law.log_softmax(-1), state
+
+
+class OneCoin(Coins):
+    for_all = True
 
 
 def test_a_state_follows_the_real_text_over_windows(target, tokens):
@@ -215,10 +225,54 @@ def test_a_state_follows_the_real_text_over_windows(target, tokens):
     assert np.allclose(found.concentration[even], model.concentration[even], atol=1e-6)
 
 
-def test_a_law_that_is_itself_random_is_not_scored(target, tokens):
-    """A coin at the start that fixes ten tokens gives them 1/2, not 1/2 to the tenth: per-token averages are no law."""
+def test_a_random_law_is_the_mean_over_what_it_may_be(target, tokens):
+    """A coin per token: the mean of two laws, token by token, with the error of 64 copies."""
+    found = perplexity.score(Coins(), target, tokens, 16)
+    laws = [np.exp(scores_of(target, tokens, f"temperature[temperature={t}]").decoder) for t in (0.5, 2.0)]
+    mean = (laws[0] + laws[1]) / 2
+    assert np.abs(np.exp(found.decoder) - mean).max() < 5 * np.abs(laws[0] - laws[1]).max() / 2 / math.sqrt(64)
+    assert np.abs(np.exp(found.decoder) - mean).mean() > 0, "it is an estimate"
+    # each of the two filters is one of half the copies, and together they are the whole
+    assert np.allclose(np.exp(found.filters).mean(0), np.exp(found.decoder))
+
+
+def test_what_a_state_has_shown_of_itself_counts(target, tokens):
+    """One coin for the whole text: its law is the mean of two laws of whole texts, not of tokens."""
+    tokens = tokens[:24]
+    found = perplexity.score(OneCoin(), target, tokens, 64)
+    laws = [scores_of(target, tokens, f"temperature[temperature={t}]", 64).decoder for t in (0.5, 2.0)]
+    whole = np.logaddexp(np.cumsum(laws[0]), np.cumsum(laws[1])) - math.log(2)
+    predicted = np.diff(whole, prepend=0.0)
+    # the text soon shows which coin it was, and then the prediction is that law's; before, 64 copies of a coin
+    assert np.abs(found.decoder - predicted)[:3].max() < 1.0
+    sure = np.abs(np.cumsum(laws[0]) - np.cumsum(laws[1])) > 12
+    assert sure.any()
+    assert np.allclose(found.decoder[sure][1:], predicted[sure][1:], atol=1e-3)
+
+
+def test_more_copies_come_nearer_to_the_mean_law(target, tokens):
+    """The error falls as one over the root of their number: from 8 to 128 copies by 4, and by 2 to 8 with noise."""
+    from decodathlon.harness.measure.copies import CopiesJudge
+
+    logits = target.logits(torch.tensor([tokens[:-1]]), torch.arange(len(tokens) - 1))[0]
+    real = torch.tensor(tokens[1:])
+    law = (((logits * 2).log_softmax(-1).exp() + (logits / 2).log_softmax(-1).exp()) / 2).gather(1, real[:, None])[:, 0]
+    errors = []
+    for copies in (4, 64):
+        found = [np.exp(CopiesJudge(Coins(), seed, copies)(logits, real)[0]) - law.numpy() for seed in range(5)]
+        errors.append(math.sqrt(np.square(found).mean()))
+    assert 2 < errors[0] / errors[1] < 8
+
+
+def test_of_a_random_law_nothing_is_said_that_copies_cannot_show(target, tokens):
+    scores = perplexity.score(Coins(), target, tokens, 16)
+    found = perplexity.metrics(scores, scores)
+    assert not {"ppl", "coverage", "ppl_conditional"} & set(found)
+    assert 0 < found["copies_error"].value < 0.1
+    half = [perplexity.mixture_nats(replace(scores, decoder=f), 0.3, uniform=False).mean() for f in scores.filters]
+    assert half[0] != half[1]
     with pytest.raises(UnsupportedError, match="the law of bare is itself random"):
-        perplexity.score(CoinIsGreedy(), target, tokens, 16)
+        perplexity.judge_of(Coins())
 
 
 def test_a_law_that_looks_at_its_neighbours_is_an_error(target, tokens):
