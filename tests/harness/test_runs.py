@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,10 @@ def decoders(tmp_path):
 def command(*options):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("DECODATHLON_")}
     words = [sys.executable, "-m", "pytest", "suites/", "--benchmark", "--gates", "none", *map(str, options)]
-    return {"args": words, "cwd": ROOT, "env": inherited | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}}
+    # A shell's background job ignores Ctrl-C, and so would all that it starts.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = inherited | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {"args": words, "cwd": ROOT, "env": environment, "preexec_fn": listening}
 
 
 def measure(*options):
@@ -364,6 +368,7 @@ def test_what_cannot_be_resumed_is_a_usage_error(model, tmp_path):
 
 COUNTING = """
 import time
+from functools import partial
 from decodathlon import suite
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.registry import registry
