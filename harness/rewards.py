@@ -168,8 +168,8 @@ def build(text: str) -> Reward:
     return Reward(text, lambda answers: found.function(answers, bound), found.needs, found.source, bound)
 
 
-class Tilted(Decoder):
-    """A decoder whose law is known up to a constant: that of its proposals, tilted by what a subclass states."""
+class Rewarded(Decoder):
+    """A decoder that draws answers and values them by a reward."""
 
     #: Divides the logits of the proposals.
     temperature: float
@@ -190,6 +190,10 @@ class Tilted(Decoder):
     def shape(self, logits: Tensor) -> Tensor:
         """(N, V) logits to (N, V) log-probabilities: the law that proposals are drawn from, token by token."""
         return law.process(logits, temperature=self.temperature)
+
+
+class Tilted(Rewarded):
+    """A decoder whose law is known up to a constant: that of its proposals, tilted by what a subclass states."""
 
     @abstractmethod
     def log_tilt(self, answers: Sequence[Answer]) -> Tensor:

@@ -24,7 +24,8 @@ from decodathlon import Chain, suite
         "chains": "side by side in one batch; a step's clock includes everything that the chain does",
         "reference": "independent draws of the model's own law, in the same cell",
         "energy": "minus the log-probability under the model; the excess is that of the second half of all steps",
-        "reward": "of a decoder that has one: of the texts on which the chains end, and of the independent draws",
+        "reward": "of a decoder that has one: of the texts on which the chains end, or of as many answers "
+        "as there are independent draws; and of those",
     },
     sizes={
         "smoke": {"chains": 2, "steps": 6, "tokens": 8, "independent": 8},
@@ -41,12 +42,13 @@ def test_mixing(cell):
     from decodathlon.harness.measure import mixing
     from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
-    from decodathlon.harness.rewards import Tilted
+    from decodathlon.harness.rewards import Rewarded
 
     chains, tokens, target = cell.sizes["chains"], cell.sizes["tokens"], cell.target
-    claim, is_chain = cell.decoder.claim, isinstance(cell.decoder, Chain)
-    if not is_chain and (claim != "exact" or not cell.decoder.independent):
-        raise UnsupportedError("a chain, or independent draws of the model's own law", f"it claims to be {claim}")
+    claim, is_chain, valued = cell.decoder.claim, isinstance(cell.decoder, Chain), isinstance(cell.decoder, Rewarded)
+    if not (is_chain or valued) and (claim != "exact" or not cell.decoder.independent):
+        wanted = "a chain, a reward, or independent draws of the model's own law"
+        raise UnsupportedError(wanted, f"it has none and claims to be {claim}")
     independent = mixing.ancestral(target, cell.sizes["independent"], tokens, cell.seed)
     reference = independent.log_prob
     cell.sample("reference", energies=[float(f"{-x:.6g}") for x in reference], seconds=independent.seconds)
@@ -66,22 +68,27 @@ def test_mixing(cell):
         later, taken, moves = energies[:, energies.shape[1] // 2 :], sum(times), max(1, energies.shape[1] - 1)
         rows = [f"chain-{i}" for i in range(chains)]
         cell.report("accept_rate", Observations(rows, [float(a) / moves for a in accepted], [1] * chains, share=True))
-        if isinstance(cell.decoder, Tilted):
+        if valued:
             found = mixing.rewards(cell.decoder, target, step.sequences, step.log_prob.numpy())
             cell.report("reward", Observations(rows, found, [1] * chains))
-            usual = mixing.rewards(cell.decoder, target, independent.sequences, reference)
-            cell.report(
-                "reward_independent", Observations([f"draw-{i}" for i in range(len(usual))], usual, [1] * len(usual))
-            )
         rhat = mixing.split_rhat(later)
         if rhat == rhat:
             cell.report("split_rhat", Estimate(rhat, n=later.size))
         effective = mixing.ess(later)
     else:
-        found, taken = mixing.drawn(cell.decoder, target, cell.sizes["independent"], tokens, cell.seed)
-        later, effective = -found[:, None], float(len(found))
+        answers = cell.sizes["independent"]
+        drawn = mixing.drawn(cell.decoder, target, answers, tokens, cell.seed)
+        later, effective, taken = -drawn.log_prob[:, None], float(answers), drawn.seconds
+        if valued:
+            found = mixing.rewards(cell.decoder, target, drawn.sequences, drawn.log_prob)
+            cell.report("reward", Observations([f"answer-{i}" for i in range(answers)], found, [1] * answers))
     spent = target.spent.since(before)
-    if claim in ("exact", "heuristic"):  # another law has another energy
+    if valued:
+        usual = mixing.rewards(cell.decoder, target, independent.sequences, reference)
+        cell.report(
+            "reward_independent", Observations([f"draw-{i}" for i in range(len(usual))], usual, [1] * len(usual))
+        )
+    if claim == "exact" or (claim == "heuristic" and not valued):  # another law has another energy
         cell.report("energy_excess", mixing.excess(later.mean(1), -reference, tokens))
     if effective == effective:  # a chain that stands still has none
         cell.report("ess_per_s", Estimate(effective / taken, n=later.size))

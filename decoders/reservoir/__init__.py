@@ -4,6 +4,6 @@
 `reward` whole answers by an expensive weight. docs/findings/reservoir.md has the verdict.
 """
 
-from decodathlon.decoders.reservoir import resampled, stream
+from decodathlon.decoders.reservoir import resampled, reward, spatial, stream
 
-__all__ = ["resampled", "stream"]
+__all__ = ["resampled", "reward", "spatial", "stream"]

@@ -23,7 +23,7 @@ from decodathlon.harness.measure import exactness, statistics
 from decodathlon.harness.measure.speed import timed
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
-from decodathlon.harness.rewards import Answer, Tilted
+from decodathlon.harness.rewards import Answer, Rewarded
 from decodathlon.harness.rewards import build as build_reward
 
 if TYPE_CHECKING:
@@ -74,12 +74,12 @@ class Independent(NamedTuple):
     seconds: float
 
 
-def rewards(chain: Tilted, target: Target, sequences: Tensor, log_prob: Array) -> list[float]:
+def rewards(decoder: Rewarded, target: Target, sequences: Tensor, log_prob: Array) -> list[float]:
     """What the decoder's reward makes of texts (B, L) behind the start token."""
     free = 0 if target.start_token is None else 1
     texts = zip(sequences.tolist(), log_prob.tolist(), strict=True)
     answers = [Answer(text[:free], text[free:], p, target) for text, p in texts]
-    return [float(x) for x in build_reward(chain.reward)(answers)]
+    return [float(x) for x in build_reward(decoder.reward)(answers)]
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def ancestral(target: Target, rows: int, tokens: int, seed: int) -> Independent:
     return Independent(texts, score.cpu().numpy(), seconds)
 
 
-def drawn(decoder: Decoder, target: Target, rows: int, tokens: int, seed: int) -> tuple[Array, float]:
+def drawn(decoder: Decoder, target: Target, rows: int, tokens: int, seed: int) -> Independent:
     """The same of a decoder that draws texts independently, by its own code.
 
     Raises:
@@ -119,7 +119,7 @@ def drawn(decoder: Decoder, target: Target, rows: int, tokens: int, seed: int) -
     if {len(a.tokens) for a in answers} != {tokens}:
         raise UnsupportedError("texts of one length", "its answers end earlier")
     sequences = torch.tensor([[*head, *a.tokens] for a in answers], device=target.device)
-    return target.score(sequences, len(head)).cpu().numpy(), seconds
+    return Independent(sequences, target.score(sequences, len(head)).cpu().numpy(), seconds)
 
 
 def ess(values: Array) -> float:

@@ -142,6 +142,40 @@ METRICS: dict[str, Metric] = {
         "1,000; Holm's correction for many decoders raises it by up to a seventh.",
         "context",
     ),
+    "set_tvd_ratio": Metric(
+        "1",
+        "lower",
+        "Of sets of answers to one prompt whose law is known: total variation distance of a set's answers, weighted "
+        "where they come with weights, to the law, over that of as many independent draws. 1 is as good as those.",
+        "exactness",
+    ),
+    "set_tvd_bound": Metric(
+        "1",
+        "none",
+        "The least that set_tvd_ratio can be where every answer alone is an exact draw: each outcome then comes as "
+        "often as its probability says, rounded up or down.",
+        "context",
+    ),
+    "set_variance_ratio": Metric(
+        "1",
+        "lower",
+        "Squared error of the mean over a set, averaged over 64 random functions of the answer, over that of as many "
+        "independent draws.",
+        "exactness",
+    ),
+    "set_distinct_ratio": Metric(
+        "1",
+        "higher",
+        "Different answers in a set, over those that as many independent draws have on average.",
+        "exactness",
+    ),
+    "set_hit_ratio": Metric(
+        "1",
+        "higher",
+        "How often a set holds at least one of the right answers (pass@k), over how often independent draws do; "
+        "averaged over 64 random choices of what is right, each with about one in as many answers.",
+        "exactness",
+    ),
     "energy_excess": Metric(
         "1",
         "none",

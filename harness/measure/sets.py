@@ -1,0 +1,121 @@
+"""Sets of answers to one prompt whose law is known: how well a set covers the law, against independent draws.
+
+Everything is a ratio to what as many independent draws have, which is worked out from the law and not drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from decodathlon.harness.chain import Chain
+from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
+from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.measure import draws, exactness
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.targets import toy
+
+if TYPE_CHECKING:
+    from decodathlon.harness.targets.base import Target
+
+Array = np.ndarray[Any, Any]
+#: Random functions, and random choices of what is right.
+FUNCTIONS = 64
+
+
+class Known(NamedTuple):
+    """A law, and what independent draws of so many rows make of it."""
+
+    outcomes: Sequence[tuple[int, ...]]
+    #: (K,)
+    p: Array
+    rows: int
+    #: (FUNCTIONS, K) functions of an outcome, with mean 0 and variance 1 under the law; and who is right (0 or 1).
+    functions: Array
+    right: Array
+
+    @property
+    def floor(self) -> float:
+        """Mean total variation distance of independent draws."""
+        return exactness.floor(self.p, self.rows).mean
+
+    @property
+    def least(self) -> float:
+        """The same of the best set whose rows are exact draws.
+
+        An integer with mean m strays from it by no less than 2 f (1 - f) on average, f being the fraction of m.
+        """
+        fraction = np.mod(self.rows * self.p, 1.0)
+        return float((fraction * (1 - fraction)).sum()) / self.rows
+
+    @property
+    def distinct(self) -> float:
+        """How many different outcomes independent draws have on average."""
+        return float((1 - (1 - self.p) ** self.rows).sum())
+
+    @property
+    def hits(self) -> Array:
+        """(FUNCTIONS,) how often independent draws hold a right one."""
+        found: Array = 1 - (1 - self.right @ self.p) ** self.rows
+        return found
+
+
+class Found(NamedTuple):
+    """What one set makes of the law, each over what independent draws have."""
+
+    tvd: float
+    squared_error: float
+    distinct: float
+    hits: float
+
+
+def known(decoder: Decoder, target: Target, rows: int) -> Known:
+    """The law that the decoder's answers should cover, and functions of them.
+
+    Raises:
+        UnsupportedError: its answers are not drawn from a law, or one after the other.
+    """
+    if isinstance(decoder, Chain) or decoder.claim not in ("exact", "shaped", "heuristic"):
+        raise UnsupportedError("a set of answers drawn from a law", f"{decoder.spec} claims to be {decoder.claim}")
+    length = target.context_length if not target.stop_tokens else LENGTH
+    shaped = decoder.claim == "shaped" and isinstance(decoder, Sampler)
+    law: Mapping[tuple[int, ...], float]
+    law = draws.claimed_law(decoder, target, length) if shaped else toy.law_of(target, draws.beginning(target), length)
+    outcomes, p = list(law), np.array(list(law.values()))
+    rng = np.random.default_rng(0)
+    functions = rng.standard_normal((FUNCTIONS, len(p)))
+    functions -= (functions @ p)[:, None]
+    functions /= np.sqrt(np.square(functions) @ p)[:, None]
+    right = np.zeros_like(functions)
+    for row in right:
+        order = rng.permutation(len(p))
+        row[order[: 1 + int(np.searchsorted(p[order].cumsum(), 1 / rows))]] = 1.0
+    return Known(outcomes, p, rows, functions, right)
+
+
+#: Tokens of an answer where something ends it.
+LENGTH = 3
+
+
+def drawn(decoder: Decoder, target: Target, law: Known, number: int, seed: int) -> list[Completion]:
+    """One set of answers to the empty prompt."""
+    head, length = draws.beginning(target), max(map(len, law.outcomes))
+    rng = RowRandom(seed, [f"set-{number}-{i}" for i in range(law.rows)])
+    return decoder.generate(target, [head] * law.rows, Limits(length), rng)
+
+
+def judged(answers: Sequence[Completion], law: Known) -> Found:
+    """What a set of answers is worth; an answer's importance weight is in its trace where it has one."""
+    place = {outcome: i for i, outcome in enumerate(law.outcomes)}
+    at = [place[tuple(a.tokens)] for a in answers]
+    weights = np.array([next((e["importance"] for e in a.trace if "importance" in e), 1.0) for a in answers])
+    share = np.bincount(at, weights / weights.sum(), minlength=len(law.p))
+    counted = np.bincount([i for i, w in zip(at, weights, strict=True) if w > 0], minlength=len(law.p)) > 0
+    return Found(
+        tvd=float(0.5 * np.abs(share - law.p).sum()) / law.floor,
+        squared_error=float(np.square(law.functions @ share).mean()) * law.rows,
+        distinct=float(counted.sum()) / law.distinct,
+        hits=float((law.right @ counted > 0).sum() / law.hits.sum()),
+    )
