@@ -15,6 +15,28 @@ if TYPE_CHECKING:
     from decodathlon.harness.randomness import RowRandom
 
 
+class Processed(Sampler):
+    """A sampler of the processed law: on a GPU it draws with one fused operation, without a sort (kernels/sample)."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `law.process` takes beyond the temperature."""
+        return {}
+
+    temperature: float
+
+    def shape(self, logits: Tensor) -> Tensor:
+        return law.process(logits, temperature=self.temperature, **self.settings)
+
+    def draw(self, logits: Tensor, u: Tensor) -> Tensor:
+        if logits.device.type != "cuda":
+            return super().draw(logits, u)
+        from decodathlon.kernels.sample import dispatch, reference
+
+        own = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | self.settings
+        return dispatch.sample(logits, reference.keys(u[:, 0]), self.temperature, **own)
+
+
 @decoder("greedy", claim="greedy-exact", family="greedy", headline="greedy")
 class Greedy(Sampler):
     """The likeliest token at every step."""
@@ -34,13 +56,10 @@ class Greedy(Sampler):
     bounds={"temperature": "[0.01, 100]"},
     sweep={"temperature": [0.5, 0.7, 0.9, 1.1]},
 )
-class Temperature(Sampler):
+class Temperature(Processed):
     """Ancestral sampling from the law with its logits divided by a temperature."""
 
     temperature: float = 1.0
-
-    def shape(self, logits: Tensor) -> Tensor:
-        return law.process(logits, temperature=self.temperature)
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         return law.plainly(logits, self.temperature)
@@ -54,14 +73,15 @@ class Temperature(Sampler):
     sweep={"k": [10, 20, 100, 200]},
     paper="Fan, Lewis, Dauphin 2018, Hierarchical Neural Story Generation",
 )
-class TopK(Sampler):
+class TopK(Processed):
     """Only the k likeliest tokens, renormalised."""
 
     k: int = 50
     temperature: float = 1.0
 
-    def shape(self, logits: Tensor) -> Tensor:
-        return law.process(logits, temperature=self.temperature, top_k=self.k)
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"top_k": self.k}
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)
@@ -76,14 +96,15 @@ class TopK(Sampler):
     sweep={"p": [0.8, 0.9, 0.98]},
     paper="Holtzman, Buys, Du, Forbes, Choi 2020, The Curious Case of Neural Text Degeneration",
 )
-class TopP(Sampler):
+class TopP(Processed):
     """Nucleus sampling: the smallest set of likeliest tokens whose probability reaches p, renormalised."""
 
     p: float = 0.95
     temperature: float = 1.0
 
-    def shape(self, logits: Tensor) -> Tensor:
-        return law.process(logits, temperature=self.temperature, top_p=self.p)
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"top_p": self.p}
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)
@@ -98,14 +119,15 @@ class TopP(Sampler):
     sweep={"p": [0.02, 0.1, 0.2]},
     paper="Nguyen et al. 2024, Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs",
 )
-class MinP(Sampler):
+class MinP(Processed):
     """Tokens with at least the fraction p of the greatest probability, renormalised."""
 
     p: float = 0.05
     temperature: float = 1.0
 
-    def shape(self, logits: Tensor) -> Tensor:
-        return law.process(logits, temperature=self.temperature, min_p=self.p)
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"min_p": self.p}
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)

@@ -20,14 +20,15 @@ def autoregressive(
 ) -> list[Completion]:
     """Complete every prompt, one token per row and target call.
 
-    On a CUDA device a stateless sampler's step is one graph replay (targets/graphs.py); else the loop below runs.
+    On a CUDA device the step of a sampler without a state, or with a static one, is one graph replay
+    (targets/graphs.py); else the loop below runs.
     """
     sampler.check(target)
     if limits.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}")
     noise = rng.uniforms(limits.max_new_tokens, 1 + sampler.uniforms)
     capacity = max(map(len, prompts), default=0) + limits.max_new_tokens
-    if sampler.stateless and target.static_loop and target.device.type == "cuda":
+    if (sampler.stateless or sampler.static_state) and target.static_loop and target.device.type == "cuda":
         from decodathlon.harness.targets import graphs
 
         tokens, log_probs = graphs.run(sampler, target, prompts, noise, limits)

@@ -164,13 +164,16 @@ class Run:
         return list(self._options.suite or registry.names("suite"))
 
     def record_timed(self, suite: str, operation: str, seconds: Sequence[float], watch: Conditions) -> None:
-        """Keep what pytest-benchmark measured of one operation of the harness, like any cell."""
+        """Keep what pytest-benchmark measured of one operation of the harness, or of a kernel, like any cell."""
         assert self._options is not None
-        version = registry.get("suite", suite).version
-        spec = CellSpec(suite, version, operation, HARNESS, HARNESS, self._options.scale, self._options.seed)
+        known_suite = registry.get("suite", suite)
+        metric = known_suite.table[0]
+        spec = CellSpec(
+            suite, known_suite.version, operation, HARNESS, HARNESS, self._options.scale, self._options.seed
+        )
         rounds = Observations.each([f"round-{i}" for i in range(len(seconds))], list(seconds))
-        found, known = rounds.estimate(), METRICS["overhead_s"]
-        row = {"metric": "overhead_s", "value": found.value, "unit": known.unit, "better": known.better,
+        found, known = rounds.estimate(), METRICS[metric]
+        row = {"metric": metric, "value": found.value, "unit": known.unit, "better": known.better,
                "ci_low": found.low, "ci_high": found.high, "n": found.n, "baseline": None, "units": None}  # fmt: skip
         outcome = Outcome(
             spec,

@@ -70,10 +70,27 @@ class Reservoir(CandidateSampler):
         from decodathlon.kernels.reservoir import reference
 
         state = reference.Reservoirs(*(part.to(logits.device) for part in state))
-        log_p = (same_for_all(logits) / self.temperature).log_softmax(-1)
+        scores = same_for_all(logits) / self.temperature
         cross = self.reuse == "cross"
-        state = reference.step(log_p, state, u, top_k=self.top_k, every=self.every, cross=cross, fresh=self.fresh)
+        state = reference.step(scores, state, u, top_k=self.top_k, every=self.every, cross=cross, fresh=self.fresh)
         return Candidates(state.tokens.clamp(min=0), state.log_weight), state
+
+    def choose(self, logits: Tensor, state: Reservoirs, u: Tensor) -> tuple[Tensor, Reservoirs]:
+        """On a GPU the whole step is one operation of two launches (kernels/reservoir)."""
+        if logits.device.type != "cuda":
+            return super().choose(logits, state, u)
+        from decodathlon.kernels.reservoir import dispatch, reference
+
+        return dispatch.step(
+            logits,
+            reference.Reservoirs(*(part.to(logits.device) for part in state)),
+            u,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            every=self.every,
+            cross=self.reuse == "cross",
+            fresh=self.fresh,
+        )
 
 
 @decoder(

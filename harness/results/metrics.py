@@ -543,6 +543,13 @@ METRICS: dict[str, Metric] = {
         "Floating-point operations of an answer, estimated: 2 per parameter and token read.",
         "context",
     ),
+    "kernel_s": Metric(
+        "s",
+        "lower",
+        "Time of one GPU operation of our own as the replay of a CUDA graph, or of the same in plain torch, until the "
+        "device is idle; the row `nothing` is the least that this can be.",
+        "harness",
+    ),
     "overhead_s": Metric(
         "s",
         "lower",

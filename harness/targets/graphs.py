@@ -30,7 +30,7 @@ LOOPS_KEPT = 4
 
 
 class StaticLoop:
-    """Buffers and graphs for B rows of up to `capacity` tokens and a stateless sampler.
+    """Buffers and graphs for B rows of up to `capacity` tokens and a sampler without a state, or with a static one.
 
     Args:
         capture: record CUDA graphs; without it the same fixed-shape step runs eagerly, which is how it is tested.
@@ -47,12 +47,21 @@ class StaticLoop:
         self.noise = torch.zeros(rows, self.capacity, 1 + sampler.uniforms, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(rows, self.capacity, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(rows, self.capacity, device=device)
+        state: Any = sampler.start(rows) if sampler.static_state else ()
+        #: The sampler's state: tensors that a step overwrites.
+        self.state = tuple(part.to(device) for part in state)
+        self._kind: Any = type(state)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def step(self, end: int) -> None:
         """Draw from the current logits, read the token, leave the next logits. Captured as it is."""
         u = self.noise.index_select(1, self.count)[:, 0]
-        token, _ = self.sampler.choose(self.logits.clone(), None, u)
+        if self.state:
+            token, after = self.sampler.choose(self.logits.clone(), self._kind(*self.state), u)
+            for part, value in zip(self.state, after, strict=True):
+                part.copy_(value)
+        else:
+            token, _ = self.sampler.choose(self.logits.clone(), None, u)
         score = self.logits.gather(-1, token[:, None]) - self.logits.logsumexp(-1, keepdim=True)
         self.tokens.index_copy_(1, self.count, token[:, None])
         self.log_probs.index_copy_(1, self.count, score)
@@ -71,6 +80,8 @@ class StaticLoop:
         self.logits.copy_(context.next_logits)
         self.lengths.copy_(context.lengths)
         self.count.zero_()
+        for part, value in zip(self.state, self.sampler.start(self.rows) if self.state else (), strict=True):
+            part.copy_(value)
         self.noise[:, :T].copy_(noise)
         longest = max(map(len, prompts))
         stop = torch.tensor(sorted(self.target.stop_tokens), device=self.lengths.device)
@@ -97,7 +108,7 @@ class StaticLoop:
 
     def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Record `work`; the warm-up runs it for real, so what it moves is put back."""
-        moving = (self.lengths, self.count, self.logits)
+        moving = (self.lengths, self.count, self.logits, *self.state)
         before = [t.clone() for t in moving]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

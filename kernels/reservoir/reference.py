@@ -42,13 +42,29 @@ def start(rows: int, size: int, dtype: torch.dtype = torch.float32) -> Reservoir
     return Reservoirs(tokens, none, none.clone(), torch.zeros(rows, 1, dtype=dtype), torch.zeros(rows, 1).long())
 
 
+def likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and numbers of the k greatest of (B, V), each (B, k); of equals the lower number comes first."""
+    if scores.dtype != torch.float32:
+        ranked = scores.sort(dim=1, descending=True, stable=True)
+        return ranked.values[:, :k], ranked.indices[:, :k]
+    top = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    if not bool((top.values[:, 1:] == top.values[:, :-1]).any()):
+        return top.values[:, :k], top.indices[:, :k]
+    # The bits of a float32 as an integer of the same order, then the number, the lower the greater.
+    bits = (scores + 0.0).view(torch.int32).long()  # no -0.0
+    lower_first = 2**31 - torch.arange(scores.shape[1], device=scores.device)
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) * 2**32 + lower_first
+    chosen = order.topk(k, dim=1).indices
+    return scores.gather(1, chosen), chosen
+
+
 def step(
-    log_p: Tensor, state: Reservoirs, u: Tensor, *, top_k: int, every: int, cross: bool, fresh: Fresh
+    scores: Tensor, state: Reservoirs, u: Tensor, *, top_k: int, every: int, cross: bool, fresh: Fresh
 ) -> Reservoirs:
     """The reservoirs after they have seen the law of the next token.
 
     Args:
-        log_p: (B, V) natural log-probabilities; or (1, V) where all rows have read the same text.
+        scores: (B, V) logits over temperature; or (1, V) where all rows have read the same text.
         state: before the step.
         u: (B, R) uniforms in [0, 1), one per slot: whether its token is kept.
         top_k: fresh tokens come from so many likeliest ones.
@@ -56,33 +72,35 @@ def step(
         cross: compare a kept token with its probability at the step before, not with that at which it entered.
         fresh: the weight of a token that has just entered.
     """
-    if log_p.device.type == "cpu" and every > 1 and int(state.age[0]) % every:  # nothing to do, which saves the time
+    if scores.device.type == "cpu" and every > 1 and int(state.age[0]) % every:  # nothing to do, which saves the time
         return state._replace(age=state.age + 1)
     B = len(state.tokens)
     stored = state.tokens != EMPTY
-    log_now = log_p.expand(B, -1).gather(1, state.tokens.clamp(min=0)).to(state.log_before)
+    total = scores.logsumexp(1, keepdim=True)
+    log_now = (scores.expand(B, -1).gather(1, state.tokens.clamp(min=0)) - total).to(state.log_before)
     log_ratio = torch.where(stored, log_now - state.log_before, float("-inf"))
     # A weight above the greatest so far is kept surely, so what was rejected never was the greatest.
     greatest = torch.cat([state.log_greatest, log_ratio], 1).cummax(1).values[:, 1:]
     kept = stored & (u.to(log_ratio) < (log_ratio - greatest).exp())
 
-    top = log_p.topk(min(top_k, log_p.shape[1]), dim=1)
-    likeliest, log_top = top.indices.expand(B, -1), top.values.expand(B, -1).to(state.log_before)
+    K = min(top_k, scores.shape[1])
+    values, numbers = likeliest(scores, K)
+    top, log_top = numbers.expand(B, -1), (values - total).expand(B, -1).to(state.log_before)
     possible = log_top > float("-inf")
-    known = (likeliest[:, :, None] == state.tokens[:, None, :]).any(2)
+    known = (top[:, :, None] == state.tokens[:, None, :]).any(2)
     new = possible & ~known
     # Where nothing is left, the likeliest tokens come back, as on the very first step.
     new = new | (possible & ~(new.any(1, keepdim=True) | kept.any(1, keepdim=True)))
 
     # The i-th new token goes into the i-th free slot.
-    place = torch.where(new, new.cumsum(1) - 1, likeliest.shape[1])
-    order = torch.zeros(B, likeliest.shape[1] + 1, dtype=torch.long, device=log_p.device)
-    order.scatter_(1, place, torch.arange(likeliest.shape[1], device=log_p.device).expand(B, -1))
+    place = torch.where(new, new.cumsum(1) - 1, K)
+    order = torch.zeros(B, K + 1, dtype=torch.long, device=scores.device)
+    order.scatter_(1, place, torch.arange(K, device=scores.device).expand(B, -1))
     free = ~kept
     rank = free.cumsum(1) - 1
     filled = free & (rank < new.sum(1, keepdim=True))
-    source = order.gather(1, rank.clamp(min=0, max=likeliest.shape[1] - 1))
-    token_in, log_in = likeliest.gather(1, source), log_top.gather(1, source)
+    source = order.gather(1, rank.clamp(min=0, max=K - 1))
+    token_in, log_in = top.gather(1, source), log_top.gather(1, source)
 
     none = torch.full_like(log_in, float("-inf"))
     stepped = Reservoirs(

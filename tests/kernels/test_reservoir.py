@@ -95,9 +95,8 @@ def test_what_was_rejected_does_not_come_straight_back():
     # with no others to take they do, as on the first step
     state = reference.start(1, 2, dtype=torch.float64)
     state = reference.step(before, state, torch.zeros(1, 2), top_k=2, every=1, cross=False, fresh="one")
-    now = torch.tensor([[0.3, 0.31, 0.0, 0.39]], dtype=torch.float64).log()
-    state = reference.step(now[:, [0, 1, 2, 2]], state, torch.full((1, 2), 0.9), top_k=2, every=1, cross=False,
-                           fresh="one")  # fmt: skip
+    now = torch.tensor([[0.3, 0.31, 0.2, 0.19]], dtype=torch.float64).log()
+    state = reference.step(now, state, torch.full((1, 2), 0.9), top_k=2, every=1, cross=False, fresh="one")
     assert state.tokens.tolist() == [[1, 0]]
 
 
@@ -113,3 +112,80 @@ def test_the_law_of_what_is_kept_depends_on_the_order_of_the_slots():
                 log_p, state, torch.full((1, 2), float(share)), top_k=2, every=1, cross=False, fresh="one"
             )
             assert (after.log_weight[0].exp() > 1).tolist() == [float(share) < k for k in kept]
+
+
+# --- The GPU form, interpreted where there is no GPU (conftest.py) -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fused():
+    pytest.importorskip("triton")
+    from decodathlon.kernels.reservoir.triton import step
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def stepped(logits, state, u, temperature, **options):
+        there = reference.Reservoirs(*(part.to(device) for part in state))
+        drawn, new = step(logits.to(device), there, u.to(device), temperature, **options)
+        return drawn.cpu(), reference.Reservoirs(*(part.cpu() for part in new))
+
+    return stepped
+
+
+def walk(fused, logits, *, R, top_k, every=1, cross=False, fresh="one", temperature=1.0, part=1024, seed=0):
+    """Steps through logits (T, B, V) with both forms side by side; everything must agree all the way."""
+    T, B, V = logits.shape
+    ours, theirs = reference.start(B, R), reference.start(B, R)
+    generator = torch.Generator().manual_seed(seed)
+    for t in range(T):
+        u = torch.rand(B, 1 + R, generator=generator, dtype=torch.float64)
+        wide = torch.full((B, V + 5), float("nan"))  # what lies between the rows must not be read
+        wide[:, :V] = logits[t]
+        drawn, ours = fused(
+            wide[:, :V], ours, u, temperature, top_k=top_k, every=every, cross=cross, fresh=fresh, part=part
+        )
+        theirs = reference.step(
+            logits[t] / temperature, theirs, u[:, 1:], top_k=top_k, every=every, cross=cross, fresh=fresh
+        )
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.equal(ours.age, theirs.age)
+        for a, b in zip(ours[1:4], theirs[1:4], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        assert torch.equal(drawn, reference.pick(theirs, u[:, 0]))
+
+
+@pytest.mark.parametrize("fresh", ["one", "probability"])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_fused_step_is_the_step(fused, every, cross, fresh):
+    logits = 3 * torch.randn(5, 4, 501, generator=torch.Generator().manual_seed(1))
+    # neighbouring steps resemble one another, so that tokens are kept
+    walk(fused, logits[:1] + 0.3 * logits, R=8, top_k=32, every=every, cross=cross, fresh=fresh, temperature=0.8)
+
+
+@pytest.mark.parametrize(
+    ("B", "V", "R", "top_k"),
+    [(1, 49152, 32, 64), (4, 50257, 8, 32), (1, 151936, 32, 128), (32, 77, 16, 32), (3, 1000, 5, 7), (2, 9, 16, 64)],
+)
+def test_odd_sizes(fused, B, V, R, top_k):
+    logits = 3 * torch.randn(2, B, V, generator=torch.Generator().manual_seed(V))
+    walk(fused, logits[:1] + 0.3 * logits, R=R, top_k=top_k, part=4096)
+
+
+def test_cut_tokens_ties_and_a_single_one_in_the_fused_step(fused):
+    logits = torch.full((4, 3, 300), -math.inf)
+    logits[:, 0, 13] = 2.0  # a single finite logit
+    logits[:, 1, ::7] = torch.tensor([0.0, -0.0])[torch.arange(43) % 2]  # all alike
+    logits[:, 2] = torch.randn(4, 300, generator=torch.Generator().manual_seed(2)).bfloat16().float()
+    walk(fused, logits, R=8, top_k=16, part=64)
+
+
+def test_the_step_is_an_operation_that_torch_can_hold():
+    from decodathlon.kernels.reservoir import dispatch
+
+    state = reference.start(3, 4)
+    u = torch.rand(3, 5, dtype=torch.float64)
+    args = (torch.randn(3, 50), *state, u, 1.0, 8, 1, False, "one")
+    torch.library.opcheck(dispatch._step, args)
+    drawn, new = dispatch.step(args[0], state, u, temperature=1.0, top_k=8, every=1, cross=False, fresh="one")
+    assert torch.equal(drawn, reference.pick(new, u[:, 0]))

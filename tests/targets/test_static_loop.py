@@ -19,7 +19,8 @@ def target(request):
     return TransformersTarget(tiny_models.build(request.param), name=request.param)
 
 
-@pytest.mark.parametrize("spec", ["greedy", "temperature", "top-p[p=0.8]", "top-k[k=5]", "min-p[p=0.1]"])
+@pytest.mark.parametrize("spec", ["greedy", "temperature", "top-p[p=0.8]", "top-k[k=5]", "min-p[p=0.1]", "reservoir-exact",
+                                  "reservoir", "reservoir[every=2,reuse=cross,size=8,top_k=9]"])  # fmt: skip
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_the_static_step_equals_the_eager_loop(target, spec, ignore_eos, monkeypatch):
     monkeypatch.setattr(graphs, "BUCKETS", (8, 16, 32, 64))  # several buckets within one text
@@ -27,7 +28,7 @@ def test_the_static_step_equals_the_eager_loop(target, spec, ignore_eos, monkeyp
     eager = sampler.generate(target, PROMPTS, limits, RowRandom(3, range(3)))
     loop = graphs.StaticLoop(sampler, target, rows=3, capacity=47, capture=False)
     for _ in range(2):  # the second run finds the buffers as the first left them
-        noise = RowRandom(3, range(3)).uniforms(40, 1)
+        noise = RowRandom(3, range(3)).uniforms(40, 1 + sampler.uniforms)
         tokens, log_probs = loop.run(PROMPTS, noise, limits)
         for b, completion in enumerate(eager):
             n = len(completion.tokens)

@@ -1,0 +1,70 @@
+"""What the timing of a GPU operation needs: inputs, a cache that is flushed before each round, and its check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS, VOCABULARY = 4, 151_936
+#: More than the cache of any GPU holds.
+FLUSHED_BYTES = 256 << 20
+#: What pytest-benchmark's `pedantic` takes: the work, its arguments, and what comes before each round.
+Timed = tuple[Callable[[], Any], tuple[()], dict[str, Any], Callable[[], None]]
+
+
+def logits(rows: int = ROWS, vocabulary: int = VOCABULARY) -> Tensor:
+    """Random ones, spread like a language model's."""
+    generator = torch.Generator().manual_seed(0)
+    return (3 * torch.randn(rows, vocabulary, generator=generator)).cuda()
+
+
+def uniforms(count: int = 1, rows: int = ROWS) -> Tensor:
+    return torch.rand(rows, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cuda()
+
+
+def nothing() -> Timed:
+    """The least that a launch takes."""
+    one = torch.zeros(1, device="cuda")
+    return _timed(_replayed(lambda: one.add_(1)))
+
+
+def checked(works: Mapping[str, Callable[[], Tensor]], form: str) -> Timed:
+    """One of several forms of an operation, after all of them have drawn the same.
+
+    Raises:
+        AssertionError: they have not; then the time of none of them means anything.
+    """
+    found = {name: work().tolist() for name, work in works.items()}
+    assert len(set(map(tuple, found.values()))) == 1, f"the forms draw different tokens: {found}"
+    fused = form == "fused"  # the plain form may ask the host something, and is then no graph
+    return _timed(_replayed(works[form]) if fused else works[form])
+
+
+def _replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The work as the replay of a CUDA graph, as it runs within a decoding step."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def _timed(work: Callable[[], Any]) -> Timed:
+    buffer = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
+
+    def flush() -> None:
+        buffer.zero_()
+        torch.cuda.synchronize()
+
+    def synchronised() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    return synchronised, (), {}, flush

@@ -1,0 +1,61 @@
+"""Kernels: what does a step of our own GPU operations take, beside the same in plain torch? Timed on a GPU only.
+
+No kernel is timed that does not draw what its definition draws. Each round starts with the cache flushed and ends when
+the device is idle; `nothing` is the same around an empty launch, the least that any of them can take.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from decodathlon.harness.suite import timed
+
+kernels = timed("kernels", version=1, asks="What does a step of our own GPU operations take?", table=["kernel_s"])
+pytestmark = pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="kernels are timed on a GPU")
+ROUNDS = 200
+
+
+@kernels
+def test_nothing(benchmark):
+    """An empty launch."""
+    from decodathlon.harness.measure import kernels
+
+    benchmark.pedantic(*kernels.nothing(), rounds=ROUNDS)
+
+
+@kernels
+@pytest.mark.parametrize("form", ["fused", "eager"])
+@pytest.mark.parametrize("cut", ["none", "top_k", "top_p", "min_p"])
+def test_sample(benchmark, cut, form):
+    """One draw for 4 rows over a vocabulary of 151,936."""
+    from decodathlon.harness.measure import kernels
+    from decodathlon.kernels.sample import dispatch, reference
+
+    settings = {"top_k": 50} if cut == "top_k" else {"top_p": 0.95} if cut == "top_p" else {}
+    settings |= {"min_p": 0.05} if cut == "min_p" else {}
+    logits, u = kernels.logits(), kernels.uniforms()
+    key = reference.keys(u[:, 0])
+    args = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    works = {
+        "fused": lambda: dispatch.sample(logits, key, **args),
+        "eager": lambda: reference.sample(logits, key, **args),
+    }
+    benchmark.pedantic(*kernels.checked(works, form), rounds=ROUNDS)
+
+
+@kernels
+@pytest.mark.parametrize("form", ["fused", "eager"])
+def test_reservoir(benchmark, form):
+    """One step of 32 slots and the 64 likeliest, for 4 rows over a vocabulary of 151,936."""
+    from decodathlon.harness.measure import kernels
+    from decodathlon.kernels.reservoir import dispatch, reference
+
+    logits, u = kernels.logits(), kernels.uniforms(33)
+    options = {"top_k": 64, "every": 1, "cross": False, "fresh": "one"}
+    empty = reference.Reservoirs(*(part.to(logits.device) for part in reference.start(len(logits), 32)))
+    _, state = dispatch.step(logits, empty, u, temperature=1.0, **options)
+    works = {
+        "fused": lambda: dispatch.step(logits, state, u, temperature=1.0, **options)[0],
+        "eager": lambda: reference.pick(reference.step(logits, state, u[:, 1:], **options), u[:, 0]),
+    }
+    benchmark.pedantic(*kernels.checked(works, form), rounds=ROUNDS)
