@@ -54,11 +54,11 @@ def test_a_node_gives_each_token_as_often_as_it_should_to_within_one(lm, design)
         assert bool(((counts >= (13 * p - 1e-9).floor()) & (counts <= (13 * p + 1e-9).ceil())).all())
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 30])
+@pytest.mark.parametrize("n", [2, 30])
 def test_merging_gives_n_and_each_as_often_as_its_weight_says(n):
     """4,000 mergings; means within five standard errors, of which there are at most 1/2 over the root of 4,000."""
     generator = torch.Generator().manual_seed(n)
-    for K in (1, 2, 3, 11, 64):
+    for K in (1, 3, 64):
         p = torch.rand(K, generator=generator, dtype=torch.float64) ** 3
         weights = p / p.sum() * n
         counts = torch.zeros(K, dtype=torch.float64)

@@ -165,7 +165,7 @@ def test_the_fused_step_is_the_step(fused, every, cross, fresh):
 
 @pytest.mark.parametrize(
     ("B", "V", "R", "top_k"),
-    [(1, 49152, 32, 64), (4, 50257, 8, 32), (1, 151936, 32, 128), (32, 77, 16, 32), (3, 1000, 5, 7), (2, 9, 16, 64)],
+    [(1, 49152, 32, 64), (1, 50257, 8, 32), (1, 151936, 32, 128), (32, 77, 16, 32), (3, 1000, 5, 7), (2, 9, 16, 64)],
 )
 def test_odd_sizes(fused, B, V, R, top_k):
     logits = 3 * torch.randn(2, B, V, generator=torch.Generator().manual_seed(V))

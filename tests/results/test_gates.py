@@ -229,3 +229,14 @@ def test_a_regression_of_a_tenth_is_seen_in_the_same_recording(tmp_path):
     found = [v.outcome for one in slow for v in gates.judge(loaded, [one])]
     assert found.count("fail") >= 20
     assert found.count("pass") == 0
+
+
+def test_a_rule_on_claims_does_not_mean_who_claims_nothing():
+    (rule,) = [g for g in gates.load(ROOT / gates.FILE) if g.metric == "goodness_p"]
+    heuristic = Measured("a", "audit", 2, "lm", "quick", "guess", "toy", "float64", "cpu", None, 0, "ok", "")
+    (verdict,) = gates.judge([rule], [heuristic])
+    assert verdict.cell is None
+    assert verdict.outcome == "not run"
+    failed = Measured("b", "audit", 2, "lm", "quick", "boom", "toy", "float64", "cpu", None, 0, "failed", "boom")
+    (verdict,) = gates.judge([rule], [failed])
+    assert verdict.cell is failed

@@ -19,8 +19,11 @@ def target(request):
     return TransformersTarget(tiny_models.build(request.param), name=request.param)
 
 
-@pytest.mark.parametrize("spec", ["greedy", "temperature", "top-p[p=0.8]", "top-k[k=5]", "min-p[p=0.1]", "reservoir-exact",
-                                  "reservoir", "reservoir[every=2,reuse=cross,size=8,top_k=9]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    ["greedy", "temperature", "top-p[p=0.8]", "top-k[k=5]", "min-p[p=0.1]", "reservoir-exact", "reservoir",
+     "reservoir[every=2,reuse=cross,size=8,top_k=9]"],
+)  # fmt: skip
 @pytest.mark.parametrize("ignore_eos", [True, False])
 def test_the_static_step_equals_the_eager_loop(target, spec, ignore_eos, monkeypatch):
     monkeypatch.setattr(graphs, "BUCKETS", (8, 16, 32, 64))  # several buckets within one text
