@@ -175,6 +175,7 @@ class Bench:
             sizes=outcome.sizes,
             judge=self._judge(spec) if suite.judged else None,
             versus=versus,
+            profile=spec.profile,
             say=self._say,
         )
         cell.notes += left_out + no_judge

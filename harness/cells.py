@@ -26,8 +26,8 @@ TOY = "toy"
 SHARD_SCHEMA = 2
 
 
-#: Fields of a `CellSpec` that say where something lies, not what is measured.
-_PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken")
+#: Fields of a `CellSpec` that say where something lies or what is looked at besides, not what is measured.
+_PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken", "profile")
 #: Fields that came later: where they say what every cell did before, its id stays what it was.
 _LATER = {"judge": "none", "split": "test", "limit": 0}
 
@@ -56,6 +56,8 @@ class CellSpec:
     #: Which questions: those that are reported, or those that are kept for tuning; and how many (0: as the scale says).
     split: str = "test"
     limit: int = 0
+    #: Whether to look where time and memory go.
+    profile: bool = False
     #: Traceback of a plugin that could not be imported: the cell fails with it, without a measurement.
     broken: str | None = None
 

@@ -33,6 +33,7 @@ class Options:
     lm_eval_task: Sequence[str] = ()
     judge: str = "none"
     judge_url: str = ""
+    profile: bool = False
     #: Of the command tune, not of pytest.
     split: str = "test"
     limit: int = 0
@@ -80,6 +81,7 @@ def cells(options: Options) -> list[CellSpec]:
         "baseline": baseline,
         "data": str(Path(options.data).resolve()) if options.data else None,
         "judge_url": options.judge_url,
+        "profile": options.profile,
         "split": options.split,
         "limit": options.limit,
         "decoder_files": tuple(str(Path(p).resolve()) for p in options.decoder_file),

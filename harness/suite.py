@@ -161,6 +161,7 @@ class Cell:
         sizes: Mapping[str, Any] | None = None,
         judge: Judge | None = None,
         versus: Decoder | None = None,
+        profile: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.suite = suite
@@ -185,6 +186,8 @@ class Cell:
         self.judge = judge
         #: Where there is a judge, the decoder whose answers it compares with this one's; None for that decoder itself.
         self.versus = versus
+        #: Whether to look where time and memory go, too.
+        self.profile = profile
         self._say = say
 
     def begin(self) -> None:

@@ -16,6 +16,7 @@ from decodathlon.harness.results.table import number as written
 if TYPE_CHECKING:
     import altair
 
+    from decodathlon.harness.results.profiles import Box
     from decodathlon.leaderboard.findings import Axis, Point
 
 PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#888888"]
@@ -290,3 +291,55 @@ def _title(axis: Axis, number: Number | None, arrow: str) -> list[str]:
     better = "" if number is None or number.better == "none" else f"better {arrow} ({number.better})"
     unit = "" if number is None or number.unit == "1" else f" in {number.unit}"
     return [f"{axis.metric}{unit}", f"{axis.column}  {better}"]
+
+
+#: Height of a box of a flame graph, and the least share of the width at which its name is written.
+BOX, LEAST_NAMED = 22, 0.06
+PHASES = {"prefill": PALETTE[4], "forward": PALETTE[0], "sampler": PALETTE[5], "generate": GREY}
+
+
+def flame(boxes: Sequence[Box], unit: str) -> altair.LayerChart:
+    """Folded stacks as boxes, those that call below those that are called; the wheel zooms."""
+    import altair as alt
+
+    rows = [
+        {
+            "stack": b.stack.replace(";", " › "), "name": b.name if b.end - b.begin >= LEAST_NAMED else "",
+            "begin": b.begin, "end": b.end, "low": b.depth, "high": b.depth + 0.94,
+            "phase": (b.stack.split(";")[1:2] or ["generate"])[0],
+            "whole": _amount(b.whole, unit), "own": _amount(b.own, unit), "share": f"{b.end - b.begin:.1%}",
+        }
+        for b in boxes
+    ]  # fmt: skip
+    for row in rows:
+        row["phase"] = row["phase"] if row["phase"] in PHASES else "generate"
+    base = alt.Chart(alt.Data(values=rows))
+    at = {
+        "x": alt.X("begin:Q", title="share of the whole", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+        "x2": "end:Q",
+        "y": alt.Y("low:Q", axis=None),
+    }
+    colour = alt.Color(
+        "phase:N",
+        scale=alt.Scale(domain=list(PHASES), range=list(PHASES.values())),
+        legend=alt.Legend(orient="bottom", title=None),
+    )
+    drawn = base.mark_rect(stroke="white", strokeWidth=0.5, opacity=0.75).encode(
+        **at, y2="high:Q", color=colour, tooltip=[f"{t}:N" for t in ("stack", "whole", "own", "share")]
+    )
+    names = base.mark_text(align="left", dx=3, dy=-BOX / 2, baseline="middle", clip=True).encode(
+        x="begin:Q", y="low:Q", text="name:N"
+    )
+    depth = 1 + max((b.depth for b in boxes), default=0)
+    layers: altair.LayerChart = (drawn + names).properties(height=BOX * depth + 60)
+    return layers.interactive(bind_y=False)
+
+
+def flame_in_words(boxes: Sequence[Box], unit: str) -> str:
+    """The greatest parts of a flame graph."""
+    greatest = sorted(boxes, key=lambda b: -b.own)[:5]
+    return "Most by themselves: " + "; ".join(f"{b.stack.replace(';', ' ')} {_amount(b.own, unit)}" for b in greatest)
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{1000 * value:.3g} ms" if unit == "s" else f"{value / 2**20:.3g} MiB"

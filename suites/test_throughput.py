@@ -33,6 +33,7 @@ from decodathlon import Chain, Sampler, suite
 def test_throughput(cell):
     from decodathlon.harness.errors import UnsupportedError
     from decodathlon.harness.measure import memory, speed, texts
+    from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
 
     if isinstance(cell.decoder, Chain):
@@ -56,8 +57,8 @@ def test_throughput(cell):
         )
         pairs.append(pair)
 
-    found = speed.metrics(pairs, sizes["tokens"])
-    for metric, estimate in found.items():
+    speeds = speed.metrics(pairs, sizes["tokens"])
+    for metric, estimate in speeds.items():
         cell.report(metric, estimate)
     for metric, rival in cell.rivals.items():
         cell.report(metric, speed.ratio(pairs, metric), baseline=rival.spec)
@@ -70,9 +71,19 @@ def test_throughput(cell):
         cell.report("greedy_match", Estimate(1 - len(parted) / answers, n=answers), baseline="greedy")
     for remark in speed.remarks(pairs):
         cell.note(remark)
-    if "tpot_s" in found and isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
-        draw = speed.sampler_seconds(cell.decoder, cell.target, batches[0])
-        cell.report("sampler_share", Estimate(draw / found["tpot_s"].estimate().value, n=20))
+    if "tpot_s" in speeds and isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
+        step = speeds["tpot_s"].estimate().value
+        draws = speed.sampler_seconds(cell.decoder, cell.target, batches[0])
+        cell.report("sampler_share", Observations.each([f"draw-{i}" for i in range(len(draws))],
+                                                       [d / step for d in draws]))  # fmt: skip
+    if cell.profile:
+        from decodathlon.harness.measure import profile
+
+        found = profile.profile(cell.decoder, cell.target, batches[0], min(8, sizes["tokens"]), cell.seed)
+        cell.sample("profile", **found.as_sample())
+        for phase in ("forward", "sampler"):
+            cell.report(f"profiled_{phase}_share", Estimate(found.share(getattr(profile, phase.upper())), n=1))
+        cell.report("profiled_slowdown", Estimate(found.profiled_seconds / found.seconds, n=1))
     cell.target.release()
     peak = memory.peak_bytes(
         lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed),

@@ -106,6 +106,17 @@ def _both(run_id, when, decoder, seed, ratio, worse, **more):
     ]
 
 
+#: As harness/measure/profile.py stores it.
+PROFILE = {
+    "seconds": 0.5, "profiled_seconds": 0.75,
+    "time": {"generate": 0.05, "generate;prefill;linear": 0.1, "generate;forward;linear;mm": 0.4,
+             "generate;forward;<b>odd</b>": 0.05, "generate;sampler;topk": 0.15},
+    "memory": {"generate;forward;linear;mm": 3e6, "generate;sampler;topk": 1e6},
+    "stacks": ["generate", "generate;forward", "generate;forward;linear"],
+    "events": [[0, 0.0, 100.0], [1, 10.0, 60.0], [2, 12.0, 40.0]],
+}  # fmt: skip
+
+
 def demo(path):
     """Everything that can happen: sweeps, history, gates, failures, stand-in data, changed code, contention."""
     folder = path.parent / "demo"
@@ -134,7 +145,7 @@ def demo(path):
                 *_both("demo-2", day(19), "mine", 3, 2.0, -0.5),
                 cell("demo-2", "wikitext2", "typical", text_metrics(4), started=day(19), slice="joined", data=stand_in),
                 cell("demo-2", "throughput", "elsewhere", speed_metrics(5, 1.1), started=day(19), slice="batch-1",
-                     scale="smoke"),
+                     scale="smoke", samples=[{"row": "profile", "data": PROFILE}]),
             ],
             started=day(19),
             dirty=True,

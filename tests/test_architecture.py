@@ -90,7 +90,7 @@ def test_on_the_board_streamlit_sql_and_drawing_are_kept_apart():
         name, known = str(path.relative_to(ROOT)), {n.split(".")[0] for n in imports(path)}
         shows = name in STREAMLIT or name.startswith("leaderboard/views/")
         assert ("streamlit" in known) <= shows, f"{name} knows Streamlit"
-        asks = name in ("leaderboard/queries.py", "leaderboard/audit_queries.py", "leaderboard/source.py")
+        asks = name.endswith("queries.py") or name == "leaderboard/source.py"
         assert ("duckdb" in known) <= asks, f"{name} knows DuckDB"
         assert not (asks and "streamlit" in known)
         assert "altair" not in known or name == "leaderboard/charts.py", f"{name} draws"

@@ -12,7 +12,7 @@ from typing import Any
 from decodathlon.harness.commands.command import Command, results_option, say
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.registry import registry
-from decodathlon.harness.results import answers, measured, rows, shards, store
+from decodathlon.harness.results import answers, measured, profiles, rows, shards, store
 
 #: What a page has room for; the other formats have every column.
 MARKDOWN = ("suite", "slice", "scale", "decoder", "claim", "model", "dtype", "dataset", "metric", "value", "ci_low",
@@ -29,11 +29,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one JSON line per answer, window or pair, with its question where the run's lines are at hand",
     )
+    parser.add_argument("--trace", metavar="CELL", help="a profiled cell (its id) as a trace for Chrome or Perfetto")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default the terminal")
     results_option(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.trace is not None:
+        return _trace(options)
     if options.suite is not None:
         registry.get("suite", options.suite)
     path = options.results.resolve()
@@ -65,6 +68,27 @@ def _run(options: argparse.Namespace) -> int:
         names = [d[0] for d in found.description or []]
         table = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     return _out(table, names, options)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    """The newest profile of a cell."""
+    with store.connect(options.results.resolve()) as connection:
+        found = connection.execute(
+            "SELECT s.data FROM sample s JOIN cell c USING (run_id, cell_id) WHERE s.row = 'profile' AND cell_id = ? "
+            "ORDER BY c.started DESC LIMIT 1",
+            [options.trace],
+        ).fetchone()
+        known = connection.execute("SELECT DISTINCT cell_id FROM sample WHERE row = 'profile'").fetchall()
+    if found is None:
+        there = ", ".join(sorted(c for (c,) in known)[:10]) or "none; --profile makes them"
+        raise SpecError(f"export --trace {options.trace}: no profile of that cell is stored; there are {there}")
+    text = json.dumps(profiles.chrome_trace(json.loads(found[0])))
+    if options.out is None:
+        sys.stdout.write(text + "\n")
+        return 0
+    options.out.write_text(text, encoding="utf-8")
+    say(f"a trace in {options.out}: open it in chrome://tracing or ui.perfetto.dev")
+    return 0
 
 
 def _out(table: list[dict[str, Any]], names: list[str], options: argparse.Namespace) -> int:

@@ -167,13 +167,14 @@ def _names(pairs: Sequence[Pair]) -> list[str]:
 
 
 @torch.no_grad()
-def sampler_seconds(sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], repeats: int = 20) -> float:
-    """Median seconds of one draw (law and sampling) for the batch."""
+def sampler_seconds(
+    sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], repeats: int = 20
+) -> list[float]:
+    """Seconds of so many draws (law and sampling) for the batch."""
     context = target.open(prompts, capacity=max(map(len, prompts)) + 1)
     noise = RowRandom(0, range(len(prompts))).uniforms(1 + sampler.uniforms).to(context.next_logits.device)
     state = sampler.start(len(prompts))
-    times = [timed(target, lambda: sampler.choose(context.next_logits, state, noise))[0] for _ in range(repeats)]
-    return statistics.median(times).value
+    return [timed(target, lambda: sampler.choose(context.next_logits, state, noise))[0] for _ in range(repeats)]
 
 
 class Divergence(NamedTuple):

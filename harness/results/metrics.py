@@ -308,6 +308,25 @@ METRICS: dict[str, Metric] = {
         "Share of a decoding step that the draw takes (law and sampling, without the model).",
         "speed",
     ),
+    "profiled_forward_share": Metric(
+        "1",
+        "none",
+        "Under --profile: share of a call, prefill apart, that the target's forward passes take; what neither these "
+        "nor the sampler take is the host's.",
+        "context",
+    ),
+    "profiled_sampler_share": Metric(
+        "1",
+        "none",
+        "The same of the sampler; sampler_share is measured without the profiler.",
+        "context",
+    ),
+    "profiled_slowdown": Metric(
+        "1",
+        "none",
+        "A call under the profiler over the same call without: what its shares must be taken with.",
+        "context",
+    ),
     "peak_memory_bytes": Metric(
         "B",
         "lower",

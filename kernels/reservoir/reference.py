@@ -16,6 +16,8 @@ from torch import Tensor
 
 #: What a slot without a token holds.
 EMPTY = -1
+#: Tokens beyond the k likeliest among which those that are as likely as the last of them are looked for.
+TIES = 32
 #: Weight of a token in the step in which it enters: 1, or its probability.
 Fresh = Literal["one", "probability"]
 
@@ -44,18 +46,15 @@ def start(rows: int, size: int, dtype: torch.dtype = torch.float32) -> Reservoir
 
 def likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and numbers of the k greatest of (B, V), each (B, k); of equals the lower number comes first."""
-    if scores.dtype != torch.float32:
-        ranked = scores.sort(dim=1, descending=True, stable=True)
-        return ranked.values[:, :k], ranked.indices[:, :k]
-    top = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    if not bool((top.values[:, 1:] == top.values[:, :-1]).any()):
-        return top.values[:, :k], top.indices[:, :k]
-    # The bits of a float32 as an integer of the same order, then the number, the lower the greater.
-    bits = (scores + 0.0).view(torch.int32).long()  # no -0.0
-    lower_first = 2**31 - torch.arange(scores.shape[1], device=scores.device)
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) * 2**32 + lower_first
-    chosen = order.topk(k, dim=1).indices
-    return scores.gather(1, chosen), chosen
+    m = min(k + TIES, scores.shape[1])
+    top = scores.topk(m, dim=1)
+    # By number first, then stably by value; where the last value may go on behind these, everything is sorted so.
+    numbers, order = top.indices.sort(dim=1)
+    ranked = top.values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    if m == scores.shape[1] or bool((top.values[:, k - 1] > top.values[:, m - 1]).all()):
+        return ranked.values[:, :k], numbers.gather(1, ranked.indices)[:, :k]
+    whole = scores.sort(dim=1, descending=True, stable=True)
+    return whole.values[:, :k], whole.indices[:, :k]
 
 
 def step(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 #: Where the screenshots are kept; DECODATHLON_SCREENSHOTS names another folder.
 VARIABLE = "DECODATHLON_SCREENSHOTS"
 PAGES = {"overview": "", "trade-off": "trade-off", "tasks": "tasks", "exactness": "exactness", "arena": "arena",
-         "decoder": "decoder?decoder=top-p", "run": "run", "about": "about"}  # fmt: skip
+         "profile": "profile", "decoder": "decoder?decoder=top-p", "run": "run", "about": "about"}  # fmt: skip
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(chromium is None, reason="there is no chromium: apt-get install chromium")
