@@ -44,12 +44,8 @@ class LocallyTypical(Sampler):
         log_p = (logits / self.temperature).log_softmax(-1)
         if self.mass == 1:  # the whole law, which a rounded sum may reach too early
             return log_p
-        distance = (-log_p - entropy(log_p)).abs()
-        ranked, order = distance.sort(dim=-1)
-        p = log_p.gather(-1, order).double().exp()
-        before = (p.cumsum(-1) - p) / p.sum(-1, keepdim=True)
-        last = ((before < self.mass).sum(-1, keepdim=True) - 1).clamp(min=0)
-        return only(log_p, distance <= ranked.gather(-1, last))
+        p = log_p.double().exp()
+        return only(log_p, law.least((-log_p - entropy(log_p)).abs(), p / p.sum(-1, keepdim=True), self.mass))
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)

@@ -52,16 +52,40 @@ def test_every_law_sums_to_one_also_for_one_token_and_for_ties():
 
 def test_the_guessed_nucleus_equals_the_sorted_one(monkeypatch):
     x = logits(vocabulary=5000) * torch.tensor([[3.0], [1], [0.1], [2], [1], [0.01], [1]])  # from sharp to flat
-    quick = {p: process(x, top_p=p) for p in (0.3, 0.9, 0.9999)}  # within each guess, and beyond both
-    monkeypatch.setattr(law, "_NUCLEUS_GUESSES", ())
+    quick = {p: process(x, top_p=p) for p in (0.3, 0.9, 0.9999)}  # within the guess, and beyond it
+    monkeypatch.setattr(law, "_NUCLEUS_GUESS", 10**9)
     for p, found in quick.items():
         assert torch.equal(found, process(x, top_p=p))
+    monkeypatch.setattr(law, "_HISTOGRAM_FROM", 10**9)
+    for p, found in quick.items():
+        assert torch.equal(found, process(x, top_p=p))
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 49152])
+def test_the_least_keys_by_histogram_are_those_by_sorting(vocabulary, monkeypatch):
+    """Sharp and flat laws, ties, tokens that are cut, keys around 0, and masses up to all there is."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    x = torch.randn(8, vocabulary, generator=generator) * torch.tensor([20.0, 5, 2, 1, 0.3, 0.01, 3, 3])[:, None]
+    x[6] = x[6].bfloat16().float()
+    x[7, 100:] = -math.inf
+    log_p = x.log_softmax(-1)
+    p = log_p.double().exp()
+    p = p / p.sum(-1, keepdim=True)
+    surprise = -log_p
+    apart = (surprise - (p * log_p.nan_to_num(neginf=0.0)).sum(-1, keepdim=True).float().neg()).abs()
+    masses = (1e-9, 0.1, 0.5, 0.9, 0.999, 0.9999999)
+    quick = [law.least(key, p, mass) for key in (surprise, apart) for mass in masses]
+    monkeypatch.setattr(law, "_HISTOGRAM_FROM", 10**9)
+    slow = [law.least(key, p, mass) for key in (surprise, apart) for mass in masses]
+    for a, b in zip(quick, slow, strict=True):
+        assert float((p * (a ^ b)).sum(-1).max()) < 1e-12, "at most what rounds to nothing differs"
+        assert bool(a.any(-1).all())
 
 
 def test_ties_are_kept_together_whatever_the_device_sorts_first(monkeypatch):
     x = logits(rows=50, vocabulary=2000).bfloat16().float()
     quick = {p: process(x, top_p=p) for p in (0.3, 0.9)}
-    monkeypatch.setattr(law, "_NUCLEUS_GUESSES", ())
+    monkeypatch.setattr(law, "_NUCLEUS_GUESS", 10**9)
     for p, found in quick.items():
         assert torch.equal(found, process(x, top_p=p))
         turned = process(x.flip(-1), top_p=p).flip(-1)
