@@ -131,7 +131,14 @@ def test_a_template_works_as_it_is_on_every_suite(model, tmp_path, form):
     choosing = {status for suite, part, status in rows if (suite, part) == ("truthfulqa", "choice")}
     found = {suite: status for suite, part, status in rows if (suite, part) != ("truthfulqa", "choice")}
     by_law = "ok" if form == "sampler" else "unsupported"
-    expected = {"throughput": "ok", "wikitext2": by_law, "audit": by_law, "ising": by_law, "mixing": "unsupported"}
+    expected = {
+        "throughput": "ok",
+        "wikitext2": by_law,
+        "audit": by_law,
+        "ising": by_law,
+        "mixing": "unsupported",
+        "sets": "ok",
+    }
     expected |= dict.fromkeys(("aime25", "math500", "mt_bench", "truthfulqa"), "ok")
     assert found == expected
     assert choosing == {by_law}, "to choose takes a law"

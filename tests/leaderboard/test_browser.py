@@ -100,9 +100,16 @@ def _shot(page, path):
 def _ready(page):
     """Waits until Streamlit has drawn the page, and nothing went wrong in it."""
     page.get_by_test_id("stMainBlockContainer").get_by_role("heading").first.wait_for(timeout=30_000)
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')", timeout=30_000)
-    page.wait_for_function("!document.querySelector('[data-stale=true]')", timeout=30_000)
-    page.wait_for_timeout(400)  # charts are drawn after the page
+    # A page may be drawn again at once, for its address; what is clicked meanwhile is lost. So nothing must have run
+    # for a while, which is also the time that charts take after the page.
+    page.evaluate("window.lastRun = performance.now()")
+    quiet = """() => {
+        const app = document.querySelector('[data-testid=stApp]');
+        const busy = app.dataset.testScriptState !== 'notRunning' || document.querySelector('[data-stale=true]');
+        if (busy) window.lastRun = performance.now();
+        return performance.now() - window.lastRun > 700;
+    }"""
+    page.wait_for_function(quiet, timeout=60_000)
     assert page.get_by_test_id("stException").count() == 0
 
 
@@ -200,6 +207,7 @@ def test_a_blind_vote_by_keyboard(browser, tmp_path):
         for number, key in enumerate(("ArrowLeft", "ArrowDown")):
             page.get_by_text(f"{number} of 2 judged").wait_for(timeout=10_000)
             assert page.get_by_text("min-p").count() == 0
+            _ready(page)  # a key that meets a page being drawn is lost
             page.keyboard.press(key)
         page.get_by_text("You have judged them all").wait_for(timeout=10_000)
     arena = pairs.load(pairs.home(results) / "mine")

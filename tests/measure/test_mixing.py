@@ -149,7 +149,8 @@ def test_what_does_not_run_is_not_measured(monkeypatch):
     """Independent draws are those of the decoder itself, by its own code."""
     lm = toy.enumerable_lm()
     one = decoders.build("temperature")
-    log_probs, seconds = mixing.drawn(one, lm, 500, 3, 0)
+    sequences, log_probs, seconds = mixing.drawn(one, lm, 500, 3, 0)
+    assert sequences.shape == (500, 4)
     reference = mixing.ancestral(lm, 500, 3, 0).log_prob
     assert seconds > 0
     assert log_probs.mean() == pytest.approx(reference.mean(), abs=0.2)
