@@ -25,7 +25,7 @@ from decodathlon import suite
     targets={"lm": "enumerable-lm[vocabulary=4]", "ring-4": "ising[n=4,beta=0.21]"},
     sizes={
         "smoke": {"slices": ["lm"], "sets": 20, "rows": 8},
-        "quick": {"slices": ["lm", "ring-4"], "sets": 150, "rows": 16},
+        "quick": {"slices": ["lm", "ring-4"], "sets": 1000, "rows": 16},
         "full": {"slices": ["lm", "ring-4"], "sets": 1500, "rows": 16},
     },
 )
