@@ -29,7 +29,7 @@ class Processed(Sampler):
         return law.process(logits, temperature=self.temperature, **self.settings)
 
     def draw(self, logits: Tensor, u: Tensor) -> Tensor:
-        if logits.device.type != "cuda":
+        if logits.device.type != "cuda" or type(self).shape is not Processed.shape:
             return super().draw(logits, u)
         from decodathlon.kernels.sample import dispatch, reference
 

@@ -55,6 +55,8 @@ class GumbelTop(Decoder):
         self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
     ) -> list[Completion]:
         self.check(target)
+        if limits.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}")
         sets: dict[tuple[int, ...], list[int]] = {}
         for b, prompt in enumerate(prompts):
             sets.setdefault(tuple(prompt), []).append(b)
@@ -104,7 +106,7 @@ class GumbelTop(Decoder):
         answers = []
         for b in range(B):
             one = kept[min(b, len(kept) - 1)]
-            weight = math.exp(one.log_prob) / chance(one.log_prob, threshold) if b < len(kept) else 0.0
+            weight = math.exp(one.log_prob - log_chance(one.log_prob, threshold)) if b < len(kept) else 0.0
             answers.append(
                 Completion(
                     tokens=list(one.tokens),
@@ -118,9 +120,11 @@ class GumbelTop(Decoder):
         return answers
 
 
-def chance(log_prob: float, threshold: float) -> float:
-    """That a text's key lies above the threshold: 1 - exp(-exp(log p - threshold))."""
-    return -math.expm1(-math.exp(min(700.0, log_prob - threshold))) if threshold > -math.inf else 1.0
+def log_chance(log_prob: float, threshold: float) -> float:
+    """Log of the chance that a text's key lies above the threshold: 1 - exp(-exp(log p - threshold))."""
+    above = min(700.0, log_prob - threshold)
+    # for what is very unlikely the chance is exp(above), which is no number of its own any more
+    return above if above < -30 else math.log(-math.expm1(-math.exp(above)))
 
 
 def below(keys: Tensor, greatest: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ LENGTH = 3
     protocol={
         "target": "a random two-layer Llama in float64 with four tokens, read by the same code as a real model; texts "
         "of at most three tokens, 40 outcomes, the stop token among them",
-        "draws": "independent: a chain's last state, one answer per call of what is spread over equal prompts",
+        "draws": "independent: a chain's last state, of what is spread over equal prompts one answer per set of four",
         "law": "greedy-exact: the one text; exact: the target's; shaped: by the decoder's definition where it has one, "
         "else by its own shape; sharpened: the proposals' times the tilt that it states",
         "definition": "of a shaped law, also compared with its shape on 200 laws of 64 tokens; of a chain that states "

@@ -15,6 +15,7 @@ from decodathlon import suite
         "set_hit_ratio",
         "answer_positions",
         "goodness_p",
+        "visible_tvd",
     ],
     protocol={
         "set": "so many answers to the empty prompt in one call; weighted where the decoder gives weights, else equal",

@@ -33,7 +33,7 @@ PAPER = "after Bitterli et al. 2020, ReSTIR, and Kettunen, Lin, Ramamoorthi, Bas
 @decoder(
     "reservoir",
     claim="heuristic",
-    bounds={"size": "[1, 32]", "top_k": "[1, 1024]", "every": "[1, 2]", "temperature": "[0.01, 100]"},
+    bounds={"size": "[1, 128]", "top_k": "[1, 1024]", "every": "[1, 2]", "temperature": "[0.01, 100]"},
     sweep={"size": [8, 16, 32], "top_k": [32, 64, 128], "every": [1, 2], "reuse": ["within", "cross"]},
     grid=True,
     paper=PAPER,

@@ -4,7 +4,8 @@ The law of a text is then a mean over all that the state could have been: p(x_1)
 averages the law over the states that agree with the earlier tokens. So copies of the state follow the real text side by
 side, the mean of their laws is the prediction, and behind each token those that expected it are copied in the place of
 those that did not (Gordon, Salmond and Smith 1993). Where no copy could have drawn the token it tells nothing of the
-state, and all of them go on.
+state, and all of them go on. As with every filter, predictions carry a bias of one over the number of copies; only
+where the state is forgotten from token to token are they unbiased.
 
 There are two filters with random numbers of their own, so that what depends on these numbers can be told.
 """
@@ -34,7 +35,8 @@ class CopiesJudge:
     """Two filters that follow a text over its windows.
 
     What it gives for a window of n tokens: the log of the mean prediction (n,), that of either filter (2, n), and the
-    sum over all tokens of the product of the filters' laws (n,), which estimates that of the squared law without bias.
+    sum over all tokens of the product of the filters' laws (n,), for that of the squared law: as the filters have
+    random numbers of their own, the noise of either does not add to it.
     """
 
     def __init__(self, sampler: Sampler, seed: int = 0, copies: int = COPIES) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from decodathlon.harness import law
+from decodathlon.harness.candidates import CandidateSampler
 from decodathlon.harness.chain import Chain
 from decodathlon.harness.decoder import Decoder, Limits, Sampler
 from decodathlon.harness.errors import RewardError, UnsupportedError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Target
 
 
+#: Answers of a set of which an audit takes one.
+SET = 4
 #: Laws, and tokens of each, on which a shape is compared with its definition.
 LAWS, TOKENS = 200, 64
 
@@ -67,7 +70,8 @@ def claimed_law(decoder: Decoder, target: Target, length: int) -> Mapping[tuple[
     if claim == "exact":
         return toy.law_of(target, head, length)
     if claim == "shaped" and isinstance(decoder, Sampler):
-        if not decoder.stateless:
+        by_shape = isinstance(decoder, CandidateSampler) and type(decoder).shape is not Sampler.shape
+        if not decoder.stateless and not by_shape:
             return _followed(decoder, target, length)
         return toy.law_of(target, head, length, _defined(decoder) if is_defined(decoder) else decoder.shape)
     if isinstance(decoder, Tilted) and claim in ("sharpened", "heuristic"):
@@ -171,15 +175,17 @@ def beginning(target: Target) -> list[int]:
 
 
 def answers(decoder: Decoder, target: Target, draws: int, length: int, seed: int) -> list[tuple[int, ...]]:
-    """Independent answers to the empty prompt; of what is spread over equal prompts on purpose one per call."""
+    """Independent answers to the empty prompt; of what is spread over equal prompts on purpose one of each set."""
     rng, limits = RowRandom(seed, [f"draw-{i}" for i in range(draws)]), Limits(length)
     # A chain begins behind no prompt as it does for a user; what it puts there is part of what is audited.
     prompt = [] if isinstance(decoder, Chain) else beginning(target)
     if decoder.independent:
-        found = decoder.generate(target, [prompt] * draws, limits, rng)
-        return [tuple(a.tokens) for a in found]
-    ones = (RowRandom(seed, [f"draw-{i}"]) for i in range(draws))
-    return [tuple(decoder.generate(target, [beginning(target)], limits, one)[0].tokens) for one in ones]
+        return [tuple(a.tokens) for a in decoder.generate(target, [prompt] * draws, limits, rng)]
+    found = []
+    for i in range(draws):  # one of each set, every place in turn
+        one = RowRandom(seed, [f"draw-{i}-{place}" for place in range(SET)])
+        found.append(tuple(decoder.generate(target, [prompt] * SET, limits, one)[i % SET].tokens))
+    return found
 
 
 def trials(

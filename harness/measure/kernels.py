@@ -28,22 +28,19 @@ def uniforms(count: int = 1, rows: int = ROWS) -> Tensor:
 def nothing() -> Timed:
     """The least that a launch takes."""
     one = torch.zeros(1, device="cuda")
-    return _timed(_replayed(lambda: one.add_(1)))
+    return replayed(lambda: one.add_(1))
 
 
-def checked(works: Mapping[str, Callable[[], Tensor]], form: str) -> Timed:
-    """One of several forms of an operation, after all of them have drawn the same.
-
+def check(works: Mapping[str, Callable[[], Tensor]]) -> None:
+    """
     Raises:
-        AssertionError: they have not; then the time of none of them means anything.
+        AssertionError: the forms of an operation draw different tokens; then the time of none of them means anything.
     """
     found = {name: work().tolist() for name, work in works.items()}
     assert len(set(map(tuple, found.values()))) == 1, f"the forms draw different tokens: {found}"
-    fused = form == "fused"  # the plain form may ask the host something, and is then no graph
-    return _timed(_replayed(works[form]) if fused else works[form])
 
 
-def _replayed(work: Callable[[], Any]) -> Callable[[], Any]:
+def replayed(work: Callable[[], Any]) -> Timed:
     """The work as the replay of a CUDA graph, as it runs within a decoding step."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -53,10 +50,11 @@ def _replayed(work: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+    return plain(graph.replay)
 
 
-def _timed(work: Callable[[], Any]) -> Timed:
+def plain(work: Callable[[], Any]) -> Timed:
+    """The work as it is, launch by launch."""
     buffer = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
 
     def flush() -> None:

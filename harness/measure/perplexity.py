@@ -259,7 +259,7 @@ def metrics(test: Scores, validation: Scores) -> dict[str, Estimate | Observatio
         "sparsemax_score": Observations(names, per_cluster(score), counts, share=True),
     }
     if test.filters is not None:  # a token that no copy could draw may still have a probability: nothing of `ppl`
-        found["copies_error"] = _copies_error(test, model_weight, clusters)
+        found |= _copies(test, uniform_weight, clusters)
         return found
     found |= {
         "ppl": perplexity(-test.decoder),
@@ -275,12 +275,18 @@ def metrics(test: Scores, validation: Scores) -> dict[str, Estimate | Observatio
     return found
 
 
-def _copies_error(scores: Scores, weight: float, clusters: Sequence[Array]) -> Estimate:
-    """Standard error of the log of `ppl_mixture` for the random numbers of the copies: from how two filters differ.
+def _copies(scores: Scores, weight: float, clusters: Sequence[Array]) -> dict[str, Estimate]:
+    """What the number of copies does to the log of `ppl_epsilon`: noise, and a bias that more copies would take away.
 
-    Their difference of a window has four times the variance of their mean; windows count as independent.
+    The filters' difference of a window has four times the variance of their mean; windows count as independent. The log
+    of a mean of few is too low on average, by half as much for twice as many, so one filter against both together shows
+    what is left, where the copies are many enough for that rule.
     """
     assert scores.filters is not None
-    one, other = (mixture_nats(replace(scores, decoder=f), weight, uniform=False) for f in scores.filters)
+    one, other = (mixture_nats(replace(scores, decoder=f), weight, uniform=True) for f in scores.filters)
     apart = [float((one - other)[c].sum()) for c in clusters]
-    return Estimate(math.sqrt(sum(x * x for x in apart)) / 2 / len(one), n=len(clusters))
+    both = mixture_nats(scores, weight, uniform=True)
+    return {
+        "copies_error": Estimate(math.sqrt(sum(x * x for x in apart)) / 2 / len(one), n=len(clusters)),
+        "copies_bias": Estimate(float((one + other).mean() / 2 - both.mean()), n=len(one)),
+    }

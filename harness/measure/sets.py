@@ -5,6 +5,7 @@ Everything is a ratio to what as many independent draws have, which is worked ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from decodathlon.harness.chain import Chain
 from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
 from decodathlon.harness.errors import UnsupportedError
-from decodathlon.harness.measure import draws, exactness
+from decodathlon.harness.measure import draws
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.targets import toy
 
@@ -38,8 +39,11 @@ class Known(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """Mean total variation distance of independent draws."""
-        return exactness.floor(self.p, self.rows).mean
+        """Mean total variation distance of independent draws, by de Moivre's mean deviation of a binomial number."""
+        k = np.floor(self.rows * self.p) + 1
+        choose = np.array([math.comb(self.rows, int(x)) if x <= self.rows else 0 for x in k], dtype=float)
+        deviations = 2 * k * choose * self.p**k * (1 - self.p) ** np.maximum(self.rows - k + 1, 0)
+        return float(deviations.sum()) / (2 * self.rows)
 
     @property
     def least(self) -> float:
@@ -84,6 +88,8 @@ def known(decoder: Decoder, target: Target, rows: int) -> Known:
     law: Mapping[tuple[int, ...], float]
     law = draws.claimed_law(decoder, target, length) if shaped else toy.law_of(target, draws.beginning(target), length)
     outcomes, p = list(law), np.array(list(law.values()))
+    if p.max() > 1 - 1e-9:
+        raise UnsupportedError("a law of several answers", f"{decoder.spec} always gives the same one here")
     rng = np.random.default_rng(0)
     functions = rng.standard_normal((FUNCTIONS, len(p)))
     functions -= (functions @ p)[:, None]
@@ -109,6 +115,9 @@ def drawn(decoder: Decoder, target: Target, law: Known, number: int, seed: int) 
 def judged(answers: Sequence[Completion], law: Known) -> Found:
     """What a set of answers is worth; an answer's importance weight is in its trace where it has one."""
     place = {outcome: i for i, outcome in enumerate(law.outcomes)}
+    strange = [a.tokens for a in answers if tuple(a.tokens) not in place]
+    if strange:
+        raise ValueError(f"{strange[0]} is no answer that the law knows: it was drawn from another one")
     at = [place[tuple(a.tokens)] for a in answers]
     weights = np.array([next((e["importance"] for e in a.trace if "importance" in e), 1.0) for a in answers])
     share = np.bincount(at, weights / weights.sum(), minlength=len(law.p))

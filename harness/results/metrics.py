@@ -78,7 +78,14 @@ METRICS: dict[str, Metric] = {
         "nats",
         "none",
         "Of a law that is itself random, whose scores are means over copies of its state: the standard error of "
-        "log(ppl_mixture) for the copies' random numbers, beside that for the text.",
+        "log(ppl_epsilon) for the copies' random numbers, beside that for the text.",
+        "context",
+    ),
+    "copies_bias": Metric(
+        "nats",
+        "none",
+        "What twice as many copies would roughly take from log(ppl_epsilon), which few copies make too high; a large "
+        "one says that the score is an upper bound only. A mixture with a weight of 1 does not depend on it.",
         "context",
     ),
     "mixture_weight": Metric(
@@ -173,7 +180,8 @@ METRICS: dict[str, Metric] = {
         "1",
         "higher",
         "How often a set holds at least one of the right answers (pass@k), over how often independent draws do; "
-        "averaged over 64 random choices of what is right, each with about one in as many answers.",
+        "averaged over 64 random choices of what is right, each with a probability of at least one in as many answers "
+        "as a set has.",
         "exactness",
     ),
     "energy_excess": Metric(

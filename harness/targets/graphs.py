@@ -57,7 +57,8 @@ class StaticLoop:
         """Draw from the current logits, read the token, leave the next logits. Captured as it is."""
         u = self.noise.index_select(1, self.count)[:, 0]
         if self.state:
-            token, after = self.sampler.choose(self.logits.clone(), self._kind(*self.state), u)
+            state = self._kind(*self.state) if hasattr(self._kind, "_fields") else self.state
+            token, after = self.sampler.choose(self.logits.clone(), state, u)
             for part, value in zip(self.state, after, strict=True):
                 part.copy_(value)
         else:

@@ -10,6 +10,8 @@ from torch import Tensor
 from . import reference
 from .reference import Fresh, Reservoirs
 
+#: Likeliest tokens up to which the GPU form is compiled and tested; more take registers that no program has.
+MOST_FUSED = 128
 #: Whether the GPU form can be had.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -41,7 +43,7 @@ def _step(
     u: Tensor, temperature: float, top_k: int, every: int, cross: bool, fresh: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     state = Reservoirs(tokens, log_before, log_weight, log_greatest, age)
-    if logits.device.type == "cuda" and HAS_TRITON and logits.dtype != torch.float64:
+    if logits.device.type == "cuda" and HAS_TRITON and logits.dtype != torch.float64 and top_k <= MOST_FUSED:
         from .triton import step as fused
 
         drawn, new = fused(
@@ -52,8 +54,9 @@ def _step(
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         new = reference.step(scores, state, u[:, 1:], top_k=top_k, every=every, cross=cross, fresh=kind)
         drawn = reference.pick(new, u[:, 0])
-    # an operation gives back nothing that it was given, nor a view of anything
-    return drawn, *(part.clone() for part in new)
+        # an operation gives back nothing that it was given, nor a view of anything
+        new = Reservoirs(*(part.clone() for part in new))
+    return drawn, *new
 
 
 @_step.register_fake

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decodathlon.decoders.reservoir.spatial import merged
-from decodathlon.decoders.without_replacement import below, chance
+from decodathlon.decoders.without_replacement import below, log_chance
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.measure import exactness, sets
@@ -148,7 +148,29 @@ def test_more_rows_than_texts_repeat_the_last_one_at_weight_zero():
     assert len({tuple(a.tokens) for a in answers}) == 4
     assert [a.trace[-1]["importance"] > 0 for a in answers] == [True] * 4 + [False] * 2
     assert sum(a.trace[-1]["importance"] for a in answers) == pytest.approx(1.0)
-    assert chance(-3.0, -math.inf) == 1.0
+    assert log_chance(-3.0, -math.inf) == 0.0
+
+
+def test_texts_whose_probability_is_no_number_have_weights(lm):
+    """2,000 tokens at about a nat each: exp(-2,000) is 0."""
+    assert log_chance(-2000.0, -1990.0) == -10.0 + math.log1p(-math.exp(-10) / 2) or log_chance(
+        -2000.0, -1990.0
+    ) == pytest.approx(math.log(-math.expm1(-math.exp(-10.0))))
+    assert log_chance(-2000.0, -1900.0) == -100.0
+
+    class Flat(Ising):
+        context_length = 2000
+
+        def next_logits_of_all(self, prefixes):
+            return torch.zeros(len(prefixes), 2, dtype=torch.float64)
+
+    ring = Flat(2, 0.3)
+    ring.context_length = 2000
+    answers = decoders.build("gumbel-top").generate(ring, [[]] * 3, Limits(1500), RowRandom(0, range(3)))
+    assert all(a.log_prob == pytest.approx(-1500 * math.log(2)) for a in answers)
+    assert all(math.isfinite(a.trace[-1]["importance"]) for a in answers)
+    with pytest.raises(ValueError, match="at least 1"):
+        decoders.build("gumbel-top").generate(ring, [[]], Limits(0), RowRandom(0, [0]))
 
 
 # --- The suite's measures ----------------------------------------------------------------------------------------
@@ -189,3 +211,36 @@ def test_weights_count(lm):
     own = sets.judged([decoders_completion(law.outcomes[i], law.p[i]) for i in best], law)
     assert own.tvd < even.tvd
     assert own.hits == even.hits
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_audit_sees_a_design_whose_places_are_not_exact(lm, monkeypatch, seed):
+    """Were all answers of a node the likeliest token, a set of one would not show it; a set of four does."""
+    from decodathlon.decoders.reservoir import spatial
+    from decodathlon.harness.measure import draws
+
+    decoder, law = decoders.build("reservoir-spatial[design=merge]"), law_of(lm, [0], 3)
+
+    def p_value():
+        counts, p = exactness.counted(draws.answers(decoder, lm, 600, 3, seed), law)
+        return exactness.p_value(counts, p)
+
+    assert p_value() > 1e-3
+    monkeypatch.setattr(spatial, "merged", lambda weights, n, u: weights.argmax().repeat(n))
+    assert p_value() < 1e-6
+
+
+def test_a_law_without_a_choice_and_answers_from_elsewhere_are_told(lm):
+    from decodathlon.harness.errors import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match="always gives the same one"):
+        sets.known(decoders.build("top-k[k=1]"), lm, 8)
+    law = sets.known(decoders.build("temperature"), lm, 2)
+    with pytest.raises(ValueError, match="no answer that the law knows"):
+        sets.judged([decoders_completion((3, 3, 3, 3, 3)), decoders_completion(law.outcomes[0])], law)
+
+
+def test_the_floor_is_that_of_simulated_draws(lm):
+    law = sets.known(decoders.build("temperature"), lm, 16)
+    simulated = exactness.floor(law.p, 16, repeats=20_000)
+    assert law.floor == pytest.approx(simulated.mean, abs=5 * simulated.spread / math.sqrt(20_000))

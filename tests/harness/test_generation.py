@@ -99,3 +99,23 @@ def test_streams_belong_to_keys_not_places():
     assert torch.equal(a.uniforms(4)[0], b.uniforms(4)[1])
     assert not torch.equal(RowRandom(0, ["x"]).uniforms(4), RowRandom(1, ["x"]).uniforms(4))
     assert torch.equal(RowRandom(0, ["x"]).uniforms(9, 2)[:, :4], RowRandom(0, ["x"]).uniforms(4, 2))
+
+
+def test_a_baseline_with_another_shape_draws_from_that_also_where_the_fused_draw_would_not_know_it(monkeypatch):
+    """On a GPU the fused draw has the parameters, not `shape`; a subclass must not lose what it defines."""
+    import torch
+
+    from decodathlon.decoders.baselines import TopK
+    from decodathlon.harness import law
+
+    class First(TopK):
+        def shape(self, logits):
+            return law.one_hot(logits)
+
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda")
+
+    logits = torch.zeros(1, 5).as_subclass(OnGPU)
+    assert logits.device.type == "cuda"
+    drawn = First(k=3).draw(logits, torch.full((1, 1), 0.9, dtype=torch.float64))
+    assert int(drawn) == 0

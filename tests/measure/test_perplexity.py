@@ -264,13 +264,27 @@ def test_more_copies_come_nearer_to_the_mean_law(target, tokens):
     assert 2 < errors[0] / errors[1] < 8
 
 
+def _scored(target, tokens, copies):
+    from decodathlon.harness.measure.copies import CopiesJudge
+
+    logits = target.logits(torch.tensor([tokens[:-1]]), torch.arange(len(tokens) - 1))[0]
+    real = torch.tensor(tokens[1:])
+    both, each, concentration = CopiesJudge(Coins(), 0, copies)(logits, real)
+    model = logits.log_softmax(-1).gather(-1, real[:, None])[:, 0].double().numpy()
+    return Scores(both, model, concentration, np.arange(len(real)) // 8, logits.shape[-1], each)
+
+
 def test_of_a_random_law_nothing_is_said_that_copies_cannot_show(target, tokens):
     scores = perplexity.score(Coins(), target, tokens, 16)
     found = perplexity.metrics(scores, scores)
     assert not {"ppl", "coverage", "ppl_conditional"} & set(found)
     assert 0 < found["copies_error"].value < 0.1
-    half = [perplexity.mixture_nats(replace(scores, decoder=f), 0.3, uniform=False).mean() for f in scores.filters]
+    half = [perplexity.mixture_nats(replace(scores, decoder=f), 0.3, uniform=True).mean() for f in scores.filters]
     assert half[0] != half[1]
+    # one filter's logs are too low on average, and by about twice as much as those of both
+    few, many = (perplexity.metrics(s, s)["copies_bias"].value for s in (
+        _scored(target, tokens, 2), _scored(target, tokens, 64)))  # fmt: skip
+    assert few > 4 * abs(many)
     with pytest.raises(UnsupportedError, match="the law of bare is itself random"):
         perplexity.judge_of(Coins())
 
