@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +28,8 @@ Array = np.ndarray[Any, Any]
 FUNCTIONS = 64
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True)
+class Known:
     """A law, and what independent draws of so many rows make of it."""
 
     outcomes: Sequence[tuple[int, ...]]
@@ -37,7 +40,7 @@ class Known(NamedTuple):
     functions: Array
     right: Array
 
-    @property
+    @cached_property
     def floor(self) -> float:
         """Mean total variation distance of independent draws, by de Moivre's mean deviation of a binomial number."""
         k = np.floor(self.rows * self.p) + 1
@@ -45,7 +48,7 @@ class Known(NamedTuple):
         deviations = 2 * k * choose * self.p**k * (1 - self.p) ** np.maximum(self.rows - k + 1, 0)
         return float(deviations.sum()) / (2 * self.rows)
 
-    @property
+    @cached_property
     def least(self) -> float:
         """The same of the best set whose rows are exact draws.
 
@@ -54,12 +57,12 @@ class Known(NamedTuple):
         fraction = np.mod(self.rows * self.p, 1.0)
         return float((fraction * (1 - fraction)).sum()) / self.rows
 
-    @property
+    @cached_property
     def distinct(self) -> float:
         """How many different outcomes independent draws have on average."""
         return float((1 - (1 - self.p) ** self.rows).sum())
 
-    @property
+    @cached_property
     def hits(self) -> Array:
         """(FUNCTIONS,) how often independent draws hold a right one."""
         found: Array = 1 - (1 - self.right @ self.p) ** self.rows
