@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Distance of neighbouring float64 codes.
-_RESOLUTION = 2.0**-53
+RESOLUTION = 2.0**-53
 
 
 class Code(NamedTuple):
@@ -25,6 +25,13 @@ class Code(NamedTuple):
     at: Tensor
     #: (B,) how coarse that has become; every token magnifies it.
     coarseness: Tensor
+
+
+def magnified(at: Tensor, coarseness: Tensor, low: Tensor, high: Tensor) -> Code:
+    """What is left of codes `at` (B,) within the stretches from low to high (B,) that hold them."""
+    width = (high - low).clamp(min=RESOLUTION)
+    rest = ((at - low) / width).clamp(0.0, 1.0 - RESOLUTION)
+    return Code(rest, (coarseness / width).clamp(max=1.0))
 
 
 @decoder(
@@ -54,7 +61,7 @@ class Arithmetic(Sampler):
         """The token whose stretch of the cumulative law holds the code; the code is then magnified to that stretch."""
         fresh = u[:, 0].double().contiguous()
         if state is None:
-            at, coarseness = fresh, torch.full_like(fresh, _RESOLUTION)
+            at, coarseness = fresh, torch.full_like(fresh, RESOLUTION)
         else:
             # Noise as coarse as the code leaves a uniform number uniform (modulo 1) and fills the digits it has lost.
             at = (state.at + fresh * state.coarseness).remainder(1.0)
@@ -64,9 +71,7 @@ class Arithmetic(Sampler):
         tokens = torch.searchsorted(cumulative, at[:, None], right=True).clamp_(max=logits.shape[-1] - 1)
         high = cumulative.gather(1, tokens)[:, 0]
         low = torch.where(tokens[:, 0] > 0, cumulative.gather(1, (tokens - 1).clamp_(min=0))[:, 0], 0.0)
-        width = (high - low).clamp_(min=_RESOLUTION)
-        rest = ((at - low) / width).clamp_(0.0, 1.0 - _RESOLUTION)
-        return tokens[:, 0], Code(rest, (coarseness / width).clamp_(max=1.0))
+        return tokens[:, 0], magnified(at, coarseness, low, high)
 
     def generate(
         self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from decodathlon.decoders.arithmetic import RESOLUTION, magnified
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Completion, Limits, Sampler, decoder
 from decodathlon.harness.generation import completions, token_log_prob
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from decodathlon.harness.randomness import RowRandom
 
 Design = Literal["lattice", "merge", "systematic", "independent"]
-#: Distance of neighbouring numbers of the lattice, once a row has a number of its own.
-_RESOLUTION = 2.0**-53
 
 
 @dataclass
@@ -126,7 +125,7 @@ class ReservoirSpatial(Sampler):
         n = len(rows)
         order = noise[rows, 0, 1].argsort()
         at = (order.double() / n + noise[rows[0], 0, 0]).remainder(1.0)
-        return _Node(rows, at, torch.full((n,), _RESOLUTION, dtype=torch.float64))
+        return _Node(rows, at, torch.full((n,), RESOLUTION, dtype=torch.float64))
 
     def _drawn(self, p: Tensor, node: _Node, noise: Tensor, rng: RowRandom) -> Tensor:
         """(n,) the next tokens of a node's rows from the law p (V,); `noise` (B, 2) is of this step."""
@@ -139,7 +138,7 @@ class ReservoirSpatial(Sampler):
         if self.design == "lattice":
             return _magnified(cumulative, node, own[:, 0])
         if self.design == "systematic" and n > 1:
-            at = ((own[:, 1].argsort().double() + own[0, 0]) / n).clamp_(max=1 - _RESOLUTION)
+            at = ((own[:, 1].argsort().double() + own[0, 0]) / n).clamp_(max=1 - RESOLUTION)
         else:
             at = own[:, 0]
         return torch.searchsorted(cumulative, at.contiguous(), right=True).clamp_(max=len(p) - 1)
@@ -185,9 +184,7 @@ def _magnified(cumulative: Tensor, node: _Node, fresh: Tensor) -> Tensor:
     tokens = torch.searchsorted(cumulative, at, right=True).clamp_(max=len(cumulative) - 1)
     high = cumulative[tokens]
     low = torch.where(tokens > 0, cumulative[(tokens - 1).clamp(min=0)], 0.0)
-    width = (high - low).clamp_(min=_RESOLUTION)
-    node.at = ((at - low) / width).clamp_(0.0, 1.0 - _RESOLUTION)
-    node.coarseness = (node.coarseness / width).clamp_(max=1.0)
+    node.at, node.coarseness = magnified(at, node.coarseness, low, high)
     return tokens
 
 
