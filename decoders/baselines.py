@@ -106,6 +106,16 @@ class TopP(Processed):
     def settings(self) -> dict[str, Any]:
         return {"top_p": self.p}
 
+    @property
+    def uniforms(self) -> int:
+        return law.ATTEMPTS - 1
+
+    def draw(self, logits: Tensor, u: Tensor) -> Tensor:
+        if logits.device.type != "cpu" or self.p == 1 or type(self).shape is not TopP.shape:
+            return super().draw(logits, u)
+        log_p = law.process(logits, temperature=self.temperature)
+        return law.draw_least(-log_p, log_p, self.p, u)
+
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)
         return [x if sum(other for other in p if other > x) < self.p else 0.0 for x in p]

@@ -15,13 +15,8 @@ if TYPE_CHECKING:
 
 
 def entropy(log_p: Tensor) -> Tensor:
-    """(N, 1) entropy in nats of the laws (N, V)."""
-    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1, keepdim=True)
-
-
-def only(log_p: Tensor, kept: Tensor) -> Tensor:
-    """The laws (N, V) given that the token is among `kept`."""
-    return log_p.masked_fill(~kept, float("-inf")).log_softmax(-1)
+    """(N, 1) entropy in nats of the laws (N, V); what is cut has no part in it."""
+    return -torch.linalg.vecdot(log_p.softmax(-1), log_p.clamp(min=torch.finfo(log_p.dtype).min))[:, None]
 
 
 @decoder(
@@ -40,12 +35,25 @@ class LocallyTypical(Sampler):
     mass: float = 0.95
     temperature: float = 1.0
 
+    @property
+    def uniforms(self) -> int:
+        return law.ATTEMPTS - 1
+
+    def keyed(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each token's surprise lies from the entropy, and the law before truncation, both (N, V)."""
+        log_p = law.process(logits, temperature=self.temperature)
+        return (log_p + entropy(log_p)).abs_(), log_p
+
     def shape(self, logits: Tensor) -> Tensor:
-        log_p = (logits / self.temperature).log_softmax(-1)
+        key, log_p = self.keyed(logits)
         if self.mass == 1:  # the whole law, which a rounded sum may reach too early
             return log_p
-        p = log_p.double().exp()
-        return only(log_p, law.least((-log_p - entropy(log_p)).abs(), p / p.sum(-1, keepdim=True), self.mass))
+        return law.only(log_p, law.least(key, log_p, self.mass))
+
+    def draw(self, logits: Tensor, u: Tensor) -> Tensor:
+        if self.mass == 1:
+            return super().draw(logits, u)
+        return law.draw_least(*self.keyed(logits), self.mass, u)
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)
@@ -69,9 +77,9 @@ class Eta(Sampler):
     temperature: float = 1.0
 
     def shape(self, logits: Tensor) -> Tensor:
-        log_p = (logits / self.temperature).log_softmax(-1)
+        log_p = law.process(logits, temperature=self.temperature)
         threshold = (0.5 * math.log(self.epsilon) - entropy(log_p)).clamp(max=math.log(self.epsilon))
-        return only(log_p, log_p >= threshold.minimum(log_p.max(-1, keepdim=True).values))
+        return law.only(log_p, log_p >= threshold.minimum(log_p.amax(-1, keepdim=True)))
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)
@@ -80,11 +88,11 @@ class Eta(Sampler):
 
 
 class Surprise(NamedTuple):
-    """State of Mirostat: how much surprise each row may have, and what each token of the current step would bring."""
+    """State of Mirostat: how much surprise each row may have, and the law that it is measured by."""
 
     #: (B, 1) in bits.
     most: Tensor
-    #: (B, V) in bits; None before the first step.
+    #: (B, V) log-probabilities, in nats; None before the first step.
     of_tokens: Tensor | None
 
 
@@ -109,12 +117,12 @@ class Mirostat(Sampler):
         return Surprise(torch.full((rows, 1), 2 * self.tau, dtype=torch.float64), None)
 
     def next_law(self, logits: Tensor, state: Surprise, u: Tensor) -> tuple[Tensor, Surprise]:
-        log_p = (logits / self.temperature).log_softmax(-1)
-        bits = -log_p.double() / math.log(2)
-        most = state.most.to(bits.device)
-        return only(log_p, bits <= most.maximum(bits.min(-1, keepdim=True).values)), Surprise(most, bits)
+        log_p = law.process(logits, temperature=self.temperature)
+        most = state.most.to(log_p.device)
+        floor = (-most * math.log(2)).to(log_p).minimum(log_p.amax(-1, keepdim=True))
+        return law.only(log_p, log_p >= floor), Surprise(most, log_p)
 
     def advance(self, state: Surprise, tokens: Tensor) -> Any:
         assert state.of_tokens is not None
-        error = state.of_tokens.gather(-1, tokens[:, None]) - self.tau
-        return Surprise(state.most - self.rate * error, None)
+        bits = -state.of_tokens.gather(-1, tokens[:, None]).double() / math.log(2)
+        return Surprise(state.most - self.rate * (bits - self.tau), None)

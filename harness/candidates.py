@@ -28,9 +28,13 @@ class Candidates(NamedTuple):
 
     def pick(self, u: Tensor) -> Tensor:
         """(B,) tokens by inversion in the order of the candidates; `u` is (B,) in [0, 1)."""
+        return self.tokens.gather(1, self.place(u))[:, 0]
+
+    def place(self, u: Tensor) -> Tensor:
+        """(B, 1) places of what `pick` takes."""
         cumulative = self.log_weights.double().softmax(1).cumsum(1)
         above = cumulative > u.to(cumulative)[:, None] * cumulative[:, -1:]
-        return self.tokens.gather(1, above.int().argmax(1, keepdim=True))[:, 0]
+        return above.int().argmax(1, keepdim=True)
 
 
 class CandidateSampler(Sampler):

@@ -14,10 +14,14 @@ from decodathlon.harness.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: On a CPU a nucleus is looked for among so many tokens first.
-_NUCLEUS_GUESS = 256
+#: On a CPU the least keys are looked for among so many tokens first.
+_GUESS = 256
 #: Tokens from which on a histogram by the leading 16 bits of the keys is faster than sorting them; and its bins.
 _HISTOGRAM_FROM, _BINS = 4096, 1 << 15
+#: Probability from which on it is quicker to draw tokens until one belongs to a set than to find the set.
+_MOSTLY_KEPT = 0.5
+#: Numbers that `draw_least` is given for one token.
+ATTEMPTS = 5
 #: How far the log of a law's total probability may lie from 0: float32 sums over 150,000 tokens.
 SUM_TOLERANCE = 1e-3
 #: Tokens whose probabilities `draw` adds up before it looks at any one of them.
@@ -42,12 +46,12 @@ def process(
     if top_k > 0:
         k = min(top_k, logits.shape[-1])
         last = log_probs.topk(k, dim=-1).values[..., -1:]
-        log_probs = _renormalised(log_probs, log_probs >= last)
+        log_probs = only(log_probs, log_probs >= last)
     if top_p < 1.0:
-        log_probs = _renormalised(log_probs, _nucleus(log_probs, top_p))
+        log_probs = only(log_probs, least(-log_probs, log_probs, top_p))
     if min_p > 0.0:
-        top = log_probs.max(-1, keepdim=True).values
-        log_probs = _renormalised(log_probs, log_probs >= top + math.log(min_p))
+        top = log_probs.amax(-1, keepdim=True)
+        log_probs = only(log_probs, log_probs >= top + math.log(min_p))
     return log_probs
 
 
@@ -84,7 +88,7 @@ def one_hot(logits: Tensor) -> Tensor:
 
 
 def draw(log_probs: Tensor, u: Tensor) -> Tensor:
-    """One token per row by inversion of the cumulative law: exact up to float64 rounding, one uniform per token.
+    """One token per row by inversion of the cumulative law, summed in float64; one uniform per token.
 
     Args:
         log_probs: (N, V).
@@ -93,33 +97,36 @@ def draw(log_probs: Tensor, u: Tensor) -> Tensor:
     Returns:
         (N,) int64; never a token of probability zero.
     """
-    # First the block, then the token in it: a cumulative sum over 50,000 tokens is slow, a sum is not.
-    N, V = log_probs.shape
-    p = log_probs.double().exp()
-    if V <= _BLOCK:
-        cumulative = p.cumsum(-1)
-        total = cumulative[:, -1:]
-        offset = (u.to(cumulative)[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
-        return _first_above(cumulative, offset)[:, 0]
-    if V % _BLOCK:
-        p = torch.nn.functional.pad(p, (0, _BLOCK - V % _BLOCK))
-    blocks = p.view(N, -1, _BLOCK)
-    before = blocks.sum(-1).cumsum(-1)
-    threshold = u.to(before)[:, None] * before[:, -1:]
-    block = _first_above(before, threshold)
-    offset = threshold - torch.cat([torch.zeros_like(threshold), before], dim=1).gather(1, block)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].cumsum(-1)
-    # Rounding may put the offset at the very end of its block; the last token with any probability takes it.
-    offset = offset.minimum(inside[:, -1:].nextafter(torch.zeros_like(offset)))
-    return (block * _BLOCK + _first_above(inside, offset))[:, 0]
+    return draw_several(log_probs, u[:, None])[:, 0]
 
 
 def draw_several(log_probs: Tensor, u: Tensor) -> Tensor:
     """(N, k) tokens, k independent ones from each row of (N, V) by as many uniforms (N, k); the law is summed once."""
-    cumulative = log_probs.double().exp().cumsum(-1)
-    total = cumulative[:, -1:]
-    offset = (u.to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))
-    return _first_above(cumulative, offset.contiguous())
+    # softmax, because exp itself is five times as slow where tokens are cut
+    return _inverted(log_probs.softmax(-1) if log_probs.shape[1] > _BLOCK else log_probs.double().exp(), u)
+
+
+def _inverted(p: Tensor, u: Tensor) -> Tensor:
+    """(N, k) tokens by inversion of the cumulative sum of (N, V) weights; `u` is (N, k)."""
+    # First the block, then the token in it: a cumulative sum over 50,000 tokens is slow, a sum is not.
+    (N, V), k = p.shape, u.shape[1]
+    if V <= _BLOCK:
+        cumulative = p.double().cumsum(-1)
+        total = cumulative[:, -1:]
+        offset = (u.to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))
+        return _first_above(cumulative, offset.contiguous())
+    if V % _BLOCK:
+        p = torch.nn.functional.pad(p, (0, _BLOCK - V % _BLOCK))
+    blocks = p.view(N, -1, _BLOCK)
+    before = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold = u.to(before) * before[:, -1:]
+    block = _first_above(before, threshold)
+    offset = threshold - torch.cat([torch.zeros_like(before[:, :1]), before], dim=1).gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).double().cumsum(-1)
+    # Rounding may put the offset at the very end of its block; the last token with any probability takes it.
+    end = inside[:, :, -1]
+    offset = offset.minimum(end.nextafter(torch.zeros_like(end)))
+    return block * _BLOCK + _first_above(inside, offset[:, :, None]).view(N, k)
 
 
 def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
@@ -127,53 +134,91 @@ def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
-def _renormalised(log_probs: Tensor, kept: Tensor) -> Tensor:
-    return log_probs.masked_fill(~kept, float("-inf")).log_softmax(-1)
+def only(log_probs: Tensor, kept: Tensor) -> Tensor:
+    """The laws (N, V) given that the token is among `kept` (N, V)."""
+    return torch.where(kept, log_probs, float("-inf")).log_softmax(-1)
 
 
-def _nucleus(log_probs: Tensor, p: float) -> Tensor:
-    """(N, V) bool: the smallest set of likeliest tokens whose probability reaches p, and what ties with its last."""
-    if log_probs.device.type == "cpu" and log_probs.shape[-1] > _NUCLEUS_GUESS:
-        # Most laws of a language model reach it among few tokens, found faster than the whole is gone through.
-        values = log_probs.topk(_NUCLEUS_GUESS, dim=-1).values
-        mass = values.double().exp().cumsum(-1)
-        found = mass[..., -1] >= p
-        kept = log_probs >= _last(values, mass, p)
-        if not bool(found.all()):
-            rest = log_probs[~found]
-            kept[~found] = least(-rest, rest.double().exp(), p)
-        return kept
-    return least(-log_probs, log_probs.double().exp(), p)
-
-
-def _last(values: Tensor, mass: Tensor, p: float) -> Tensor:
-    """(N, 1) of values by rank the last that starts below p; `mass` (N, V) is what the ranks so far have."""
-    before = torch.cat([torch.zeros_like(mass[..., :1]), mass[..., :-1]], dim=-1)
-    return values.gather(-1, ((before < p).sum(-1, keepdim=True) - 1).clamp(min=0))
-
-
-def least(key: Tensor, p: Tensor, mass: float) -> Tensor:
+def least(key: Tensor, log_probs: Tensor, mass: float) -> Tensor:
     """(N, V) bool: the tokens of the least keys whose probabilities reach `mass`, and whatever ties with the last.
 
     Args:
-        key: (N, V), not below 0 but for rounding.
-        p: (N, V) probabilities in float64.
+        key: (N, V).
+        log_probs: (N, V).
     """
-    if key.device.type != "cpu" or key.shape[-1] < _HISTOGRAM_FROM or key.dtype != torch.float32:
+    V = key.shape[-1]
+    if key.device.type != "cpu" or V <= _GUESS:
         ranked, order = key.sort(dim=-1)
-        return key <= _last(ranked, p.gather(-1, order).cumsum(-1), mass)
-    # Sorting 50,000 keys takes milliseconds. Their leading bits are in order, so a histogram by them says in which of
-    # its bins the mass is reached, and only that one is sorted.
-    N, rows = len(key), torch.arange(len(key))[:, None]
-    bins = key.clamp(min=0).view(torch.int32) >> 16
-    per_bin = torch.bincount((bins + rows * _BINS).flatten(), p.flatten(), minlength=N * _BINS).view(N, _BINS)
-    reached = per_bin.cumsum(-1)
-    last = (reached < mass).sum(-1).clamp(max=_BINS - 1)
-    kept = torch.empty_like(key, dtype=torch.bool)
-    for row in range(N):
-        inside = (bins[row] == last[row]).nonzero()[:, 0]
-        ranked, order = key[row, inside].sort()
-        before = float(reached[row, last[row]] - per_bin[row, last[row]])
-        upto = _last(ranked[None], before + p[row, inside][order].cumsum(0)[None], mass) if len(inside) else None
-        kept[row] = key[row] <= upto[0] if upto is not None else True
-    return kept
+        return key <= _last(ranked, _gathered(log_probs, order).cumsum(-1), mass)
+    # Most laws of a language model reach the mass among few tokens, found faster than the whole is gone through.
+    first = key.topk(_GUESS, dim=-1, largest=False)
+    cumulative = _gathered(log_probs, first.indices).cumsum(-1)
+    found = cumulative[:, -1] >= mass
+    if bool(found.all()):
+        return key <= _last(first.values, cumulative, mass)
+    last = torch.empty_like(key[:, :1])
+    last[found] = _last(first.values[found], cumulative[found], mass)
+    last[~found] = _last_of_all(key[~found], log_probs[~found], mass)
+    return key <= last
+
+
+def draw_least(key: Tensor, log_probs: Tensor, mass: float, u: Tensor) -> Tensor:
+    """(N,) tokens from `only(log_probs, least(key, log_probs, mass))`; `u` is (N, k), k uniforms in [0, 1) for each.
+
+    On a CPU that set is not looked for: a token that is drawn from the whole law belongs to it if the tokens of lesser
+    keys fall short of the mass. What does not is drawn anew; who fails k - 1 times draws from the set after all.
+    """
+    left = torch.arange(len(key), device=key.device)
+    tokens = torch.empty_like(left)
+    if key.device.type == "cpu" and key.shape[1] > _GUESS and mass >= _MOSTLY_KEPT:
+        p = log_probs.softmax(-1)
+        for column in range(u.shape[1] - 1):
+            mine, keys = (p, key) if len(left) == len(p) else (p[left], key[left])
+            drawn = _inverted(mine, u[left, column, None])
+            nearer = keys < keys.gather(1, drawn)
+            kept = (mine * nearer).sum(-1, dtype=torch.float64) < mass
+            tokens[left[kept]] = drawn[kept, 0]
+            left = left[~kept]
+            if not len(left):
+                return tokens
+    law = log_probs[left]
+    tokens[left] = draw(only(law, least(key[left], law, mass)), u[left, -1])
+    return tokens
+
+
+def _gathered(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    return log_probs.gather(-1, tokens).double().exp()
+
+
+def _last(ranked: Tensor, cumulative: Tensor, mass: float) -> Tensor:
+    """(N, 1) of keys by rank the last whose token starts below `mass`; `cumulative` (N, V) is what the ranks have."""
+    before = torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], dim=-1)
+    return ranked.gather(-1, ((before < mass).sum(-1, keepdim=True) - 1).clamp(min=0))
+
+
+def _last_of_all(key: Tensor, log_probs: Tensor, mass: float) -> Tensor:
+    """What `_last` finds among all keys; sorting 50,000 takes milliseconds, so only those that matter are sorted."""
+    if key.dtype != torch.float32 or key.shape[-1] < _HISTOGRAM_FROM:
+        ranked, order = key.sort(dim=-1)
+        return _last(ranked, _gathered(log_probs, order).cumsum(-1), mass)
+    # The leading bits of numbers that are not negative are in order: a histogram by them says in which of its bins the
+    # mass is reached, and only the keys in that one are sorted, those of all rows at once.
+    bits = (key.clamp(min=0) + 0.0).view(torch.int32)  # -0.0 has a leading bit
+    bins = bits >> 16
+    rows = torch.arange(len(key), dtype=torch.int32)[:, None]
+    p = log_probs.double().exp()
+    per_bin = torch.bincount((bins + rows * _BINS).flatten(), p.flatten(), minlength=len(key) * _BINS)
+    reached = per_bin.view(len(key), _BINS).cumsum(-1)
+    enough = reached[:, -1:].clamp(max=mass)  # rounding may leave the sum of all below it
+    last = (reached < enough).sum(-1, keepdim=True)
+    row, token = (bins == last.int()).nonzero(as_tuple=True)
+    ranked, order = ((row << 32) | bits[row, token]).sort()
+    row, mine = row[order], p[row, token][order]
+    # What lies before each: the bins before its own, and of its own row the keys before it.
+    sums = mine.cumsum(0) - mine
+    begins = torch.searchsorted(row, torch.arange(len(key)))
+    below = (reached - per_bin.view_as(reached)).gather(-1, last)[:, 0]
+    enters = sums - sums[begins][row] + below[row] < enough[row, 0]
+    counted = torch.zeros(len(key), dtype=torch.long).scatter_add_(0, row, enters.long())
+    found = ranked[begins + counted.clamp(min=1) - 1] & 0xFFFFFFFF
+    return found.to(torch.int32).view(torch.float32)[:, None]

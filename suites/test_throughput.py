@@ -5,7 +5,7 @@ from decodathlon import Chain, Sampler, suite
 
 @suite(
     "throughput",
-    version=2,
+    version=3,
     asks="How fast is the decoder, and how much memory does it take?",
     data="wikitext-2-raw-v1",
     rivals=["greedy", "hf-generate"],
@@ -22,6 +22,7 @@ from decodathlon import Chain, Sampler, suite
         "order": "each pair runs all decoders forth and back (A B B A); who is first turns from pair to pair",
         "warm_up": "each decoder once on the first prompts, not timed",
         "stop": "the same number of tokens for all, stop tokens ignored",
+        "sampler_share": "from the first token to the last, in a further run on every pair's prompts",
         "clock": "wall-clock around generate, prefill included; on CUDA synchronised before and after",
     },
     sizes={
@@ -33,7 +34,6 @@ from decodathlon import Chain, Sampler, suite
 def test_throughput(cell):
     from decodathlon.harness.errors import UnsupportedError
     from decodathlon.harness.measure import memory, speed, texts
-    from decodathlon.harness.measure.observations import Observations
     from decodathlon.harness.measure.statistics import Estimate
 
     if isinstance(cell.decoder, Chain):
@@ -72,10 +72,7 @@ def test_throughput(cell):
     for remark in speed.remarks(pairs):
         cell.note(remark)
     if "tpot_s" in speeds and isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
-        step = speeds["tpot_s"].estimate().value
-        draws = speed.sampler_seconds(cell.decoder, cell.target, batches[0])
-        cell.report("sampler_share", Observations.each([f"draw-{i}" for i in range(len(draws))],
-                                                       [d / step for d in draws]))  # fmt: skip
+        cell.report("sampler_share", speed.sampler_shares(cell.decoder, cell.target, pairs, sizes["tokens"], cell.seed))
     if cell.profile and cell.target.device.type != "cpu":
         cell.note("no profile: the replay of a CUDA graph has no phases that a profiler could tell apart")
     elif cell.profile:

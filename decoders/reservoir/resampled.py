@@ -137,11 +137,13 @@ class ReservoirIMH(Resampling):
 
     def candidates(self, logits: Tensor, state: Tensor | None, u: Tensor) -> tuple[Candidates, Tensor]:
         log_p, log_q, after = self.laws(logits, state)
-        present = drawn(log_p if self.begin == "target" else log_q, u[:, :1])
-        for move in range(self.moves):
-            mine = u[:, 1 + move * (self.m + 1) :]
-            tokens = torch.cat([present, drawn(log_q, mine[:, : self.m])], 1)
-            pool = Candidates(tokens, at(log_p, tokens) - at(log_q, tokens))
-            if move + 1 < self.moves:
-                present = pool.pick(mine[:, self.m])[:, None]
-        return pool, after
+        u = u.reshape(-1, self.moves, self.m + 1)
+        tokens = drawn(log_q, u.flatten(1)).view_as(u)
+        if self.begin == "target":
+            tokens[:, 0, :1] = drawn(log_p, u[:, 0, :1])
+        weights = (at(log_p, tokens.flatten(1)) - at(log_q, tokens.flatten(1))).view_as(tokens)
+        for move in range(1, self.moves):  # the first place belongs to what the move before has taken
+            taken = Candidates(tokens[:, move - 1], weights[:, move - 1]).place(u[:, move, 0])
+            for of in (tokens, weights):
+                of[:, move, :1] = of[:, move - 1].gather(1, taken)
+        return Candidates(tokens[:, -1], weights[:, -1]), after

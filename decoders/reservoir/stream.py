@@ -42,6 +42,7 @@ class Reservoir(CandidateSampler):
     """R likely tokens are kept from step to step and drawn in proportion to how their probability has changed.
 
     `reuse=within` compares a token's probability with that at which it entered, `cross` with that of the last step.
+    `none` begins with an empty reservoir at every step: what remains of the sampler without the idea.
     """
 
     static_state: ClassVar[bool] = True
@@ -49,7 +50,7 @@ class Reservoir(CandidateSampler):
     size: int = 32
     top_k: int = 64
     every: int = 1
-    reuse: Literal["within", "cross"] = "within"
+    reuse: Literal["within", "cross", "none"] = "within"
     fresh: Literal["one", "probability"] = "one"
     temperature: float = 1.0
 
@@ -69,15 +70,17 @@ class Reservoir(CandidateSampler):
     def candidates(self, logits: Tensor, state: Reservoirs, u: Tensor) -> tuple[Candidates, Reservoirs]:
         from decodathlon.kernels.reservoir import reference
 
+        state = self.start(len(u)) if self.reuse == "none" else state
         state = reference.Reservoirs(*(part.to(logits.device) for part in state))
-        scores = same_for_all(logits) / self.temperature
+        scores = same_for_all(logits)
+        scores = scores / self.temperature if self.temperature != 1 else scores
         cross = self.reuse == "cross"
         state = reference.step(scores, state, u, top_k=self.top_k, every=self.every, cross=cross, fresh=self.fresh)
         return Candidates(state.tokens.clamp(min=0), state.log_weight), state
 
     def choose(self, logits: Tensor, state: Reservoirs, u: Tensor) -> tuple[Tensor, Reservoirs]:
         """On a GPU the whole step is one operation of two launches (kernels/reservoir)."""
-        if logits.device.type != "cuda":
+        if logits.device.type != "cuda" or self.reuse == "none":
             return super().choose(logits, state, u)
         from decodathlon.kernels.reservoir import dispatch, reference
 

@@ -166,15 +166,32 @@ def _names(pairs: Sequence[Pair]) -> list[str]:
     return [f"pair-{i}-{hashlib.blake2b(text, digest_size=4).hexdigest()}" for i, text in enumerate(prompts)]
 
 
-@torch.no_grad()
-def sampler_seconds(
-    sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], repeats: int = 20
-) -> list[float]:
-    """Seconds of so many draws (law and sampling) for the batch."""
-    context = target.open(prompts, capacity=max(map(len, prompts)) + 1)
-    noise = RowRandom(0, range(len(prompts))).uniforms(1 + sampler.uniforms).to(context.next_logits.device)
-    state = sampler.start(len(prompts))
-    return [timed(target, lambda: sampler.choose(context.next_logits, state, noise))[0] for _ in range(repeats)]
+def sampler_shares(sampler: Sampler, target: Target, pairs: Sequence[Pair], tokens: int, seed: int) -> Observations:
+    """What the draws (law and sampling) take of the time from the first token to the last, in a further run per pair.
+
+    Draws that are repeated by themselves find the logits in a warm cache and would look cheaper than they are.
+    """
+    shares = [_sampler_share(sampler, target, pair.prompts, tokens, seed + i) for i, pair in enumerate(pairs)]
+    return Observations.each(_names(pairs), shares)
+
+
+def _sampler_share(sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> float:
+    spent: list[float] = []
+    ended: list[float] = []
+    drawn = sampler.choose
+
+    def watched(*args: Any) -> Any:
+        seconds, result = timed(target, partial(drawn, *args))
+        spent.append(seconds)
+        ended.append(time.perf_counter())
+        return result
+
+    object.__setattr__(sampler, "choose", watched)
+    try:
+        generate(sampler, target, prompts, tokens, seed)
+    finally:
+        object.__delattr__(sampler, "choose")
+    return sum(spent[1:]) / (ended[-1] - ended[0])
 
 
 class Divergence(NamedTuple):

@@ -313,7 +313,7 @@ METRICS: dict[str, Metric] = {
     "sampler_share": Metric(
         "1",
         "lower",
-        "Share of a decoding step that the draw takes (law and sampling, without the model).",
+        "Share of a decoding step that the draw takes (law and sampling, without the model), while it generates.",
         "speed",
     ),
     "profiled_forward_share": Metric(

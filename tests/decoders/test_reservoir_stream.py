@@ -76,15 +76,24 @@ def test_a_canonical_candidate_keeps_the_integral_and_helps_the_law(m):
 def test_a_move_of_the_chain_leaves_the_law_alone(m):
     sampler = decoders.build(f"reservoir-imh[m={m},moves=1,begin=target]")
     assert sampler.claim == "exact"
-    # the last uniform is not used by the only move
-    choices, widths = zip(ranges(P[0]), *[ranges(Q[0])] * m, ([0.5], [1.0]), strict=True)
+    choices, widths = zip(ranges(P[0]), *[ranges(Q[0])] * m, strict=True)
     law, _ = law_of(sampler, choices, widths, before=Q.log())
     assert torch.allclose(law, P[0], atol=1e-12)
     begun_elsewhere = decoders.build(f"reservoir-imh[m={m},moves=1]")
-    choices, widths = zip(ranges(Q[0]), *[ranges(Q[0])] * m, ([0.5], [1.0]), strict=True)
+    choices, widths = zip(ranges(Q[0]), *[ranges(Q[0])] * m, strict=True)
     law, _ = law_of(begun_elsewhere, choices, widths, before=Q.log())
     assert begun_elsewhere.claim == "heuristic"
     assert (law - P[0]).abs().sum() > 0.1
+
+
+def test_so_do_two_moves():
+    """The number that picks after the first move takes 400 even steps, which leave so much of a rounding."""
+    sampler = decoders.build("reservoir-imh[m=1,moves=2,begin=target]")
+    steps = [(i + 0.5) / 400 for i in range(400)]
+    even = (steps, [1 / 400] * 400)
+    choices, widths = zip(ranges(P[0]), ranges(Q[0]), even, ranges(Q[0]), strict=True)
+    law, _ = law_of(sampler, choices, widths, before=Q.log())
+    assert torch.allclose(law, P[0], atol=1 / 400)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
@@ -146,3 +155,12 @@ def test_the_first_token_is_uniform_over_the_reservoir_unless_it_enters_with_its
         sampler = decoders.build(f"reservoir[size=2,top_k=3,fresh={fresh}]")
         law, _ = sampler.next_law(logits, sampler.start(3), torch.zeros(3, 2))
         assert law.exp()[1].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_reuse_every_token_is_like_the_first():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    control, top = decoders.build("reservoir[size=8,reuse=none,fresh=probability]"), decoders.build("top-k[k=8]")
+    state = control.start(3)
+    for step in range(3):
+        law, state = control.next_law(logits * (step + 1), state, torch.full((3, 8), 0.5))
+        assert torch.allclose(law.exp().float(), top.shape(logits * (step + 1)).exp(), atol=1e-6)

@@ -14,6 +14,7 @@ from transformers import (
 
 from decodathlon import draw, process
 from decodathlon.harness import law
+from decodathlon.harness.measure import exactness
 
 
 def logits(rows=7, vocabulary=1000, seed=0):
@@ -53,7 +54,7 @@ def test_every_law_sums_to_one_also_for_one_token_and_for_ties():
 def test_the_guessed_nucleus_equals_the_sorted_one(monkeypatch):
     x = logits(vocabulary=5000) * torch.tensor([[3.0], [1], [0.1], [2], [1], [0.01], [1]])  # from sharp to flat
     quick = {p: process(x, top_p=p) for p in (0.3, 0.9, 0.9999)}  # within the guess, and beyond it
-    monkeypatch.setattr(law, "_NUCLEUS_GUESS", 10**9)
+    monkeypatch.setattr(law, "_GUESS", 10**9)
     for p, found in quick.items():
         assert torch.equal(found, process(x, top_p=p))
     monkeypatch.setattr(law, "_HISTOGRAM_FROM", 10**9)
@@ -70,22 +71,36 @@ def test_the_least_keys_by_histogram_are_those_by_sorting(vocabulary, monkeypatc
     x[7, 100:] = -math.inf
     log_p = x.log_softmax(-1)
     p = log_p.double().exp()
-    p = p / p.sum(-1, keepdim=True)
     surprise = -log_p
     apart = (surprise - (p * log_p.nan_to_num(neginf=0.0)).sum(-1, keepdim=True).float().neg()).abs()
     masses = (1e-9, 0.1, 0.5, 0.9, 0.999, 0.9999999)
-    quick = [law.least(key, p, mass) for key in (surprise, apart) for mass in masses]
+    guessed = [law.least(key, log_p, mass) for key in (surprise, apart) for mass in masses]
+    monkeypatch.setattr(law, "_GUESS", 1)
+    quick = [law.least(key, log_p, mass) for key in (surprise, apart) for mass in masses]
     monkeypatch.setattr(law, "_HISTOGRAM_FROM", 10**9)
-    slow = [law.least(key, p, mass) for key in (surprise, apart) for mass in masses]
-    for a, b in zip(quick, slow, strict=True):
+    slow = [law.least(key, log_p, mass) for key in (surprise, apart) for mass in masses]
+    for a, b in zip(guessed + quick, slow + slow, strict=True):
         assert float((p * (a ^ b)).sum(-1).max()) < 1e-12, "at most what rounds to nothing differs"
         assert bool(a.any(-1).all())
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 5])
+@pytest.mark.parametrize("mass", [0.5, 0.8, 0.95])
+def test_draws_from_the_least_keys_have_the_law_of_that_set(mass, attempts):
+    """40,000 draws in float64 laws of 300 tokens; the test of the audit at one in 10,000."""
+    generator = torch.Generator().manual_seed(int(100 * mass) + attempts)
+    log_p = (2 * torch.randn(1, 300, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    key = (log_p + 3).abs()  # neither the likeliest nor the least likely first
+    whole = law.only(log_p, law.least(key, log_p, mass))[0].exp()
+    u = torch.rand(40_000, attempts, generator=generator, dtype=torch.float64)
+    drawn = law.draw_least(key.expand(len(u), -1), log_p.expand(len(u), -1), mass, u)
+    assert exactness.p_value(drawn.bincount(minlength=300).numpy(), whole.numpy()) > 1e-4
 
 
 def test_ties_are_kept_together_whatever_the_device_sorts_first(monkeypatch):
     x = logits(rows=50, vocabulary=2000).bfloat16().float()
     quick = {p: process(x, top_p=p) for p in (0.3, 0.9)}
-    monkeypatch.setattr(law, "_NUCLEUS_GUESS", 10**9)
+    monkeypatch.setattr(law, "_GUESS", 10**9)
     for p, found in quick.items():
         assert torch.equal(found, process(x, top_p=p))
         turned = process(x.flip(-1), top_p=p).flip(-1)
