@@ -136,7 +136,7 @@ class Bench:
         suite: Suite = registry.get("suite", spec.suite)
         decoder = decoders.build(spec.decoder)
         outcome.decoder = describe(decoder)
-        outcome.sizes = dict(suite.sizes[spec.scale]) | ({"questions": spec.limit} if spec.limit else {})
+        outcome.sizes = dict(suite.sizes[spec.scale]) | ({suite.tuned_by: spec.limit} if spec.limit else {})
         source = Path(inspect.getfile(suite.function)).read_bytes()
         outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
         if suite.judged:
@@ -147,7 +147,7 @@ class Bench:
         if name is not None:
             texts = {split: self._text(name, split, spec.data) for split in datasets.splits(name)}
             if spec.split == "validation":  # a tuner sees those alone
-                texts = {"test": texts["validation"]}
+                texts = dict.fromkeys(texts, texts["validation"])
             outcome.data = texts["test"].record()
             if "validation" in texts:
                 outcome.data |= {"validation_sha256": texts["validation"].sha256}

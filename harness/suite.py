@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from decodathlon.harness import datasets
 from decodathlon.harness.progress import told
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results.journal import Journal
@@ -75,6 +76,16 @@ class Suite:
     def data_sets(self) -> set[str]:
         """All data sets that it reads."""
         return set() if self.data is None else {self.data} if isinstance(self.data, str) else set(self.data.values())
+
+    @property
+    def tuned_by(self) -> str:
+        """What of its validation data a tuner measures so many of, `questions` or `tokens`; empty where it has none."""
+        if not any("validation" in datasets.splits(name) for name in self.data_sets):
+            return ""
+        sizes = self.sizes.values()
+        if all("questions" in size for size in sizes):
+            return "questions"
+        return "tokens" if all("validation" in size for size in sizes) else ""
 
 
 F = TypeVar("F", bound=Callable[..., None])

@@ -1,4 +1,4 @@
-"""Tuning: the best parameters of a decoder on questions that no report uses. Trials are Optuna's, measurements ours.
+"""Tuning: the best parameters of a decoder on questions or a text that no report uses, by Optuna's trials.
 
 A study is a file that grows; who stops it goes on with it. Every decoder of one call gets the same number of trials,
 its default setting among them.
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from decodathlon.harness import datasets, spec
 from decodathlon.harness import decoder as decoders
+from decodathlon.harness import spec
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.decoder import Decoder
 from decodathlon.harness.errors import MissingError, SpecError
@@ -64,9 +64,11 @@ def check(suite: str, metric: str | None) -> str:
         SpecError: the suite has no questions to spare, or does not report the metric.
     """
     found: Suite = registry.get("suite", suite)
-    spare = [name for name in found.data_sets if "validation" in datasets.splits(name)]
-    if not spare or not all("questions" in found.sizes[scale] for scale in found.sizes):
-        raise SpecError(f"--suite {suite} has no questions that are kept for tuning; math500 and truthfulqa have")
+    if not found.tuned_by:
+        raise SpecError(
+            f"--suite {suite} has nothing that is kept for tuning; "
+            "math500 and truthfulqa have questions, wikitext2 has a text"
+        )
     chosen = metric or found.table[0]
     if chosen not in METRICS or METRICS[chosen].better == "none":
         raise SpecError(f"--metric {chosen}: it has no better and worse")

@@ -11,6 +11,7 @@ from decodathlon import suite
         "set_tvd_ratio",
         "set_tvd_bound",
         "set_variance_ratio",
+        "set_weighted_variance_ratio",
         "set_distinct_ratio",
         "set_hit_ratio",
         "answer_positions",
@@ -52,6 +53,8 @@ def test_sets(cell):
     cell.report("set_tvd_ratio", mean([f.tvd for f in found]))
     cell.report("set_tvd_bound", Estimate(law.least / law.floor, n=rows))
     cell.report("set_variance_ratio", mean([f.squared_error for f in found]))
+    if cell.decoder.claim != "heuristic":
+        cell.report("set_weighted_variance_ratio", mean([f.weighted_error for f in found]))
     cell.report("set_distinct_ratio", mean([f.distinct for f in found]))
     cell.report("set_hit_ratio", mean([f.hits for f in found]))
     if all(positions):

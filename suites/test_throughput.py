@@ -72,7 +72,9 @@ def test_throughput(cell):
     for remark in speed.remarks(pairs):
         cell.note(remark)
     if "tpot_s" in speeds and isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
-        cell.report("sampler_share", speed.sampler_shares(cell.decoder, cell.target, pairs, sizes["tokens"], cell.seed))
+        shares = speed.sampler_shares(cell.decoder, cell.target, pairs, sizes["tokens"], cell.seed)
+        if shares is not None:
+            cell.report("sampler_share", shares)
     if cell.profile and cell.target.device.type != "cpu":
         cell.note("no profile: the replay of a CUDA graph has no phases that a profiler could tell apart")
     elif cell.profile:

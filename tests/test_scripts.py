@@ -4,9 +4,12 @@ import csv
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.results.measured import Measured, Number
 from decodathlon.harness.targets import toy
 
 load_builtins()
@@ -69,3 +72,54 @@ def test_under_a_length_reward_the_chain_comes_nearer_than_truncated_gibbs():
     assert sum(exact.values()) == pytest.approx(1.0)
     far, chain = (made.distance(made.shares(x), exact) for x in (way.truncated("aligned"), way.chain("qalign", 24)))
     assert chain < 0.1 < far
+
+
+@pytest.fixture(scope="module")
+def verdict():
+    return script("reservoir_verdict")
+
+
+def beside(name, ratio, worse, noise=0.002):
+    """A setting's two cells: so much faster than ancestral sampling, so many nats worse in its mixture."""
+    rng = np.random.default_rng(len(name))
+    pairs, windows = [f"pair-{i}" for i in range(10)], [f"window-{i}" for i in range(16)]
+    common = {"suite_version": 1, "scale": "quick", "decoder": name, "model": "m", "dtype": "d", "device": "cpu",
+              "dataset": "t", "seed": 0, "status": "ok", "reason": ""}  # fmt: skip
+
+    def number(units):
+        return Number(units.estimate(), "1", "higher", units)
+
+    def speed(value):
+        return number(Observations.each(pairs, list(np.log(value) + rng.normal(0, noise, 10)), scale="exp"))
+
+    nats = np.random.default_rng(0).normal(3.2, 0.3, 16) + worse
+    text = Observations(windows, list(100 * nats), [100] * 16, scale="exp")
+    speeds = {"ratio_to_baseline": speed(ratio), "ratio_to_self": speed(1.0)}
+    return [
+        Measured(name + "s", "throughput", slice="batch-4", metrics=speeds, **common),
+        Measured(name + "t", "wikitext2", slice="joined", metrics={"ppl_mixture": number(text)}, **common),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "worse", "noise", "expected"),
+    [
+        (1.0, -0.02, 0.002, ("holds", "fails")),  # some 0.5 less perplexity at the same speed
+        (1.4, 0.0, 0.002, ("fails", "holds")),  # faster at the very same perplexity
+        (0.95, 0.0, 0.002, ("fails", "fails")),  # slower, and nothing gained
+        (1.0, -0.02, 0.1, ("not decided", "fails")),  # too noisy to call the speed the same
+        (1.0, 1.0, 0.002, ("fails", "fails")),
+    ],
+)
+def test_a_criterion_of_the_note_holds_only_where_intervals_say_so(verdict, ratio, worse, noise, expected):
+    cells = [*beside("temperature", 1.0, 0.0), *beside("reservoir", ratio, worse, noise)]
+    found = verdict.judged(cells, ["reservoir", "reservoir[size=8]"])
+    assert (found["reservoir"]["quality"], found["reservoir"]["speed"]) == expected
+    assert set(found["reservoir[size=8]"].values()) == {"not measured"}
+    (row, _) = verdict.rows(cells, ["reservoir", "temperature"])
+    assert row["ratio_to_temperature"] == pytest.approx(ratio, rel=0.1)
+    assert (row["ppl_mixture_less"] == 0) == (worse == 0)
+
+
+def test_the_note_has_36_settings(verdict):
+    assert len(verdict.settings()) == 36

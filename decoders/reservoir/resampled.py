@@ -44,11 +44,11 @@ class Resampling(CandidateSampler):
         """The law before: none."""
         return None
 
-    def laws(self, logits: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def laws(self, logits: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The law and that of the source, each (B, V) or (1, V), and the state for the next step."""
         log_p = self.shape(same_for_all(logits))
         if self.source == "uniform":
-            return log_p, torch.full_like(log_p, 0.0).log_softmax(1), log_p
+            return log_p, torch.full_like(log_p, 0.0).log_softmax(1), None
         log_q = log_p if before is None else same_for_all(before)
         return log_p, log_q, log_p.expand(len(logits), -1)
 
@@ -77,7 +77,7 @@ class ReservoirRIS(Resampling):
     def uniforms(self) -> int:
         return self.m
 
-    def candidates(self, logits: Tensor, state: Tensor | None, u: Tensor) -> tuple[Candidates, Tensor]:
+    def candidates(self, logits: Tensor, state: Tensor | None, u: Tensor) -> tuple[Candidates, Tensor | None]:
         log_p, log_q, after = self.laws(logits, state)
         tokens = drawn(log_q, u)
         return Candidates(tokens, at(log_p, tokens) - at(log_q, tokens)), after
@@ -104,7 +104,7 @@ class ReservoirMIS(Resampling):
     def uniforms(self) -> int:
         return self.m + 1
 
-    def candidates(self, logits: Tensor, state: Tensor | None, u: Tensor) -> tuple[Candidates, Tensor]:
+    def candidates(self, logits: Tensor, state: Tensor | None, u: Tensor) -> tuple[Candidates, Tensor | None]:
         log_p, log_q, after = self.laws(logits, state)
         tokens = torch.cat([drawn(log_q, u[:, : self.m]), drawn(log_p, u[:, self.m :])], 1)
         p = at(log_p, tokens)
@@ -135,7 +135,7 @@ class ReservoirIMH(Resampling):
     def uniforms(self) -> int:
         return self.moves * (self.m + 1)
 
-    def candidates(self, logits: Tensor, state: Tensor | None, u: Tensor) -> tuple[Candidates, Tensor]:
+    def candidates(self, logits: Tensor, state: Tensor | None, u: Tensor) -> tuple[Candidates, Tensor | None]:
         log_p, log_q, after = self.laws(logits, state)
         u = u.reshape(-1, self.moves, self.m + 1)
         tokens = drawn(log_q, u.flatten(1)).view_as(u)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from decodathlon.harness import law
 from decodathlon.harness.candidates import Candidates, CandidateSampler, same_for_all
 from decodathlon.harness.decoder import Sampler, decoder
+from decodathlon.harness.errors import SpecError
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class Reservoir(CandidateSampler):
     fresh: Literal["one", "probability"] = "one"
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.reuse == "none" and self.every > 1:
+            raise SpecError(f"{self.info.name}: with reuse=none there is nothing to keep for every={self.every} steps")
+
     @property
     def uniforms(self) -> int:
         return self.size
@@ -70,8 +75,8 @@ class Reservoir(CandidateSampler):
     def candidates(self, logits: Tensor, state: Reservoirs, u: Tensor) -> tuple[Candidates, Reservoirs]:
         from decodathlon.kernels.reservoir import reference
 
-        state = self.start(len(u)) if self.reuse == "none" else state
         state = reference.Reservoirs(*(part.to(logits.device) for part in state))
+        state = reference.emptied(state) if self.reuse == "none" else state
         scores = same_for_all(logits)
         scores = scores / self.temperature if self.temperature != 1 else scores
         cross = self.reuse == "cross"
@@ -80,13 +85,14 @@ class Reservoir(CandidateSampler):
 
     def choose(self, logits: Tensor, state: Reservoirs, u: Tensor) -> tuple[Tensor, Reservoirs]:
         """On a GPU the whole step is one operation of two launches (kernels/reservoir)."""
-        if logits.device.type != "cuda" or self.reuse == "none":
+        if logits.device.type != "cuda":
             return super().choose(logits, state, u)
         from decodathlon.kernels.reservoir import dispatch, reference
 
+        state = reference.Reservoirs(*(part.to(logits.device) for part in state))
         return dispatch.step(
             logits,
-            reference.Reservoirs(*(part.to(logits.device) for part in state)),
+            reference.emptied(state) if self.reuse == "none" else state,
             u,
             temperature=self.temperature,
             top_k=self.top_k,

@@ -1,4 +1,4 @@
-"""`decodathlon tune`: the best parameters of decoders, found on questions that no report uses."""
+"""`decodathlon tune`: the best parameters of decoders, found on questions or a text that no report uses."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from decodathlon.harness.results.table import DASH, aligned
 
 #: What a study is called where nobody says otherwise, in the folder where one stands.
 STUDY = "tuning.journal"
+#: How much is measured per trial where nobody says.
+DEFAULT_SIZE = {"questions": 50, "tokens": 4096}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +29,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder", action="append", required=True, metavar="SPEC",
         help="what is tuned; repeatable, and every one gets as many trials: name the baseline, too",
     )  # fmt: skip
-    parser.add_argument("--suite", required=True, metavar="NAME", help="math500 or truthfulqa")
+    parser.add_argument("--suite", required=True, metavar="NAME", help="math500, truthfulqa or wikitext2")
     parser.add_argument("--slice", metavar="NAME", help="of a suite with several parts (default its first)")
     parser.add_argument("--metric", metavar="NAME", help="what to tune for (default the suite's first)")
     parser.add_argument("--method", choices=tuning.METHODS, default="tpe", help="default tpe")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="of every decoder, its default among them")
     parser.add_argument(
-        "--validation", type=int, default=50, metavar="N", help="questions; at most 50 are kept for this"
+        "--validation",
+        type=int,
+        metavar="N",
+        help="questions (default 50, and no more are kept for this), or tokens of text (default 4096)",
     )
     parser.add_argument(
         "--study", type=Path, default=Path(STUDY), metavar="FILE", help=f"default {STUDY}; is gone on with"
@@ -49,18 +54,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     for name in ("trials", "validation"):
-        if getattr(options, name) < 1:
-            raise SpecError(f"--{name} {getattr(options, name)}: at least 1")
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise SpecError(f"--{name} {number}: at least 1")
     for path in options.decoder_file:
         registry.load_file(path)
     metric = tuning.check(options.suite, options.metric)
     for text in options.decoder:
         tuning.space(decoders.build(text))
+    counted = registry.get("suite", options.suite).tuned_by
+    size = options.validation or DEFAULT_SIZE[counted]
     planned = cells(
         Options(
             scale=options.scale, decoder=options.decoder, suite=[options.suite], model=options.model, seed=options.seed,
             data=options.data or environment.data_folder(), device=options.device, dtype=options.dtype,
-            decoder_file=options.decoder_file, split="validation", limit=options.validation,
+            decoder_file=options.decoder_file, split="validation", limit=size,
         )
     )  # fmt: skip
     parts = list(dict.fromkeys(c.slice for c in planned))
@@ -76,8 +83,8 @@ def _run(options: argparse.Namespace) -> int:
 
     name = registry.get("suite", options.suite).data_of(part)
     questions = datasets.find(name, "validation", planned[0].data, say)
-    asked = min(len(questions.rows), options.validation)
-    if asked < options.validation:
+    asked = min(len(questions.rows), size) if counted == "questions" else size
+    if asked < size:
         say(f"{questions.name} has {asked} questions that are kept for tuning")
     rows = [["decoder", metric, "default", "best less default", "trials"]]
     for first in (c for c in planned if c.slice == part):
@@ -92,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
     for line in aligned(rows):
         say(line)
     say()
-    say(f"On {asked} questions of {questions.name} that no report uses. The best of many is too good by chance; what")
+    say(f"On {asked} {counted} of {questions.name} that no report uses. The best of many is too good by chance; what")
     say("counts:")
     best = " ".join(f"--decoder '{row[0]}'" for row in rows[1:])
     more = "".join(f" --decoder-file {shlex.quote(path)}" for path in options.decoder_file)

@@ -67,7 +67,7 @@ class CopiesJudge:
             p = found.log_weights.double().softmax(1)
             own = torch.where(found.tokens == token, p, 0.0).sum(1)
             mean = torch.zeros(2, V, dtype=torch.float64, device=row.device)
-            mean.scatter_add_(1, found.tokens.view(2, -1), p.view(2, -1) / self.copies)
+            mean.scatter_add_(1, found.tokens.reshape(2, -1), p.reshape(2, -1) / self.copies)
             return mean, own
         log_law, self._state = self.sampler.next_law(logits.clone(), self._state, u)
         if checked:

@@ -131,7 +131,8 @@ def compared(a: Observations, b: Observations, how: Literal["difference", "ratio
 
     Means are linearised (delta method) and get a t interval over units; medians are those of the units' own differences
     or ratios, with a sign-test interval; differences of shares of trials get that of Agresti and Min where every
-    question is solved or not, else a bootstrap over questions, and hold 0 where `p_value` does not exclude that.
+    question is solved or not, else a bootstrap over questions, and hold 0 where `p_value` does not exclude that. Means
+    that agree in every unit, no unit being like another, are one and the same: their difference is 0 and nothing else.
 
     Returns:
         n is the number of common units. None where they have none, differ in kind, or are not finite.
@@ -146,6 +147,9 @@ def compared(a: Observations, b: Observations, how: Literal["difference", "ratio
         return _median_compared(np.asarray(a.values()), np.asarray(b.values()), a.scale, how)
     if a.trials and b.trials and how == "difference":
         return _trials_compared(a, b)
+    if _one_and_the_same(a, b):
+        exactly = 0.0 if how == "difference" else 1.0
+        return Estimate(exactly, exactly, exactly, len(rows))
     (x, pull_x), (y, pull_y) = a._influence(), b._influence()
     if how == "ratio":
         if x <= 0 or y <= 0:
@@ -184,6 +188,12 @@ def visible(a: Observations, b: Observations) -> tuple[float, int]:
 def _common(a: Observations, b: Observations) -> list[str]:
     theirs = set(b.rows)
     return [row for row in a.rows if row in theirs]
+
+
+def _one_and_the_same(a: Observations, b: Observations) -> bool:
+    """Whether A and B agree in every one of enough units, while no unit is like another: then they do not differ."""
+    same = (a.sums, a.counts) == (b.sums, b.counts)
+    return same and len(a.rows) >= statistics.FEWEST_FOR_INTERVAL and len(set(a.values())) == len(a.rows)
 
 
 def _differences(a: Observations, b: Observations) -> list[float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from decodathlon.harness import decoder as decoders
 from decodathlon.harness.chain import Chain
 from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
 from decodathlon.harness.errors import UnsupportedError
@@ -74,6 +75,8 @@ class Found(NamedTuple):
 
     tvd: float
     squared_error: float
+    #: With weights that pay for the chance to be drawn, where independent draws had none.
+    weighted_error: float
     distinct: float
     hits: float
 
@@ -87,9 +90,14 @@ def known(decoder: Decoder, target: Target, rows: int) -> Known:
     if isinstance(decoder, Chain) or decoder.claim not in ("exact", "shaped", "heuristic"):
         raise UnsupportedError("a set of answers drawn from a law", f"{decoder.spec} claims to be {decoder.claim}")
     length = target.context_length if not target.stop_tokens else LENGTH
-    shaped = decoder.claim == "shaped" and isinstance(decoder, Sampler)
+    # what claims nothing approximates the target's law, at its temperature if it has one
+    temperature = getattr(decoder, "temperature", 1.0) if decoder.claim == "heuristic" else 1.0
+    named = decoders.build(f"temperature[temperature={temperature}]") if temperature != 1.0 else decoder
     law: Mapping[tuple[int, ...], float]
-    law = draws.claimed_law(decoder, target, length) if shaped else toy.law_of(target, draws.beginning(target), length)
+    if named.claim == "shaped" and isinstance(named, Sampler):
+        law = draws.claimed_law(named, target, length)
+    else:
+        law = toy.law_of(target, draws.beginning(target), length)
     outcomes, p = list(law), np.array(list(law.values()))
     if p.max() > 1 - 1e-9:
         raise UnsupportedError("a law of several answers", f"{decoder.spec} always gives the same one here")
@@ -125,9 +133,11 @@ def judged(answers: Sequence[Completion], law: Known) -> Found:
     weights = np.array([next((e["importance"] for e in a.trace if "importance" in e), 1.0) for a in answers])
     share = np.bincount(at, weights / weights.sum(), minlength=len(law.p))
     counted = np.bincount([i for i, w in zip(at, weights, strict=True) if w > 0], minlength=len(law.p)) > 0
+    paid = np.where(counted, law.p / (1 - (1 - law.p) ** law.rows), 0.0)
     return Found(
         tvd=float(0.5 * np.abs(share - law.p).sum()) / law.floor,
         squared_error=float(np.square(law.functions @ share).mean()) * law.rows,
+        weighted_error=float(np.square(law.functions @ (paid / paid.sum())).mean()) * law.rows,
         distinct=float(counted.sum()) / law.distinct,
         hits=float((law.right @ counted > 0).sum() / law.hits.sum()),
     )

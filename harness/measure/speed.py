@@ -166,16 +166,23 @@ def _names(pairs: Sequence[Pair]) -> list[str]:
     return [f"pair-{i}-{hashlib.blake2b(text, digest_size=4).hexdigest()}" for i, text in enumerate(prompts)]
 
 
-def sampler_shares(sampler: Sampler, target: Target, pairs: Sequence[Pair], tokens: int, seed: int) -> Observations:
+def sampler_shares(
+    sampler: Sampler, target: Target, pairs: Sequence[Pair], tokens: int, seed: int
+) -> Observations | None:
     """What the draws (law and sampling) take of the time from the first token to the last, in a further run per pair.
 
     Draws that are repeated by themselves find the logits in a warm cache and would look cheaper than they are.
+
+    Returns:
+        None where it has a loop of its own, which does not draw by `choose`.
     """
     shares = [_sampler_share(sampler, target, pair.prompts, tokens, seed + i) for i, pair in enumerate(pairs)]
-    return Observations.each(_names(pairs), shares)
+    return None if None in shares else Observations.each(_names(pairs), [s for s in shares if s is not None])
 
 
-def _sampler_share(sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> float:
+def _sampler_share(
+    sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int
+) -> float | None:
     spent: list[float] = []
     ended: list[float] = []
     drawn = sampler.choose
@@ -191,7 +198,7 @@ def _sampler_share(sampler: Sampler, target: Target, prompts: Sequence[Sequence[
         generate(sampler, target, prompts, tokens, seed)
     finally:
         object.__delattr__(sampler, "choose")
-    return sum(spent[1:]) / (ended[-1] - ended[0])
+    return sum(spent[1:]) / (ended[-1] - ended[0]) if len(ended) > 1 else None
 
 
 class Divergence(NamedTuple):

@@ -84,7 +84,7 @@ METRICS: dict[str, Metric] = {
     "copies_bias": Metric(
         "nats",
         "none",
-        "What twice as many copies would roughly take from log(ppl_epsilon), which few copies make too high; a large "
+        "How much too high few copies roughly leave log(ppl_epsilon), seen from what half of them make of it; a large "
         "one says that the score is an upper bound only. A mixture with a weight of 1 does not depend on it.",
         "context",
     ),
@@ -168,6 +168,13 @@ METRICS: dict[str, Metric] = {
         "lower",
         "Squared error of the mean over a set, averaged over 64 random functions of the answer, over that of as many "
         "independent draws.",
+        "exactness",
+    ),
+    "set_weighted_variance_ratio": Metric(
+        "1",
+        "lower",
+        "The same if each different answer is weighed by p / (1 - (1 - p)^B), its probability over its chance to be "
+        "among B independent draws, and weights are normalised: what who knows p can make of independent draws.",
         "exactness",
     ),
     "set_distinct_ratio": Metric(

@@ -44,6 +44,13 @@ def start(rows: int, size: int, dtype: torch.dtype = torch.float32) -> Reservoir
     return Reservoirs(tokens, none, none.clone(), torch.zeros(rows, 1, dtype=dtype), torch.zeros(rows, 1).long())
 
 
+def emptied(state: Reservoirs) -> Reservoirs:
+    """Reservoirs like these that hold nothing, on the same device."""
+    none = torch.full_like(state.log_before, float("-inf"))
+    tokens = torch.full_like(state.tokens, EMPTY)
+    return Reservoirs(tokens, none, none, torch.zeros_like(state.log_greatest), torch.zeros_like(state.age))
+
+
 def likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and numbers of the k greatest of (B, V), each (B, k); of equals the lower number comes first."""
     m = min(k + TIES, scores.shape[1])

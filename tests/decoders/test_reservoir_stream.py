@@ -9,6 +9,7 @@ import torch
 from decodathlon.decoders.reservoir.stream import survivor
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
+from decodathlon.harness.errors import SpecError
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets.toy import enumerable_lm
@@ -164,3 +165,5 @@ def test_without_reuse_every_token_is_like_the_first():
     for step in range(3):
         law, state = control.next_law(logits * (step + 1), state, torch.full((3, 8), 0.5))
         assert torch.allclose(law.exp().float(), top.shape(logits * (step + 1)).exp(), atol=1e-6)
+    with pytest.raises(SpecError, match="with reuse=none there is nothing to keep for every=2 steps"):
+        decoders.build("reservoir[reuse=none,every=2]")

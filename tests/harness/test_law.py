@@ -97,6 +97,23 @@ def test_draws_from_the_least_keys_have_the_law_of_that_set(mass, attempts):
     assert exactness.p_value(drawn.bincount(minlength=300).numpy(), whole.numpy()) > 1e-4
 
 
+@pytest.mark.parametrize("mass", [0.6, 0.9, 0.99])
+def test_the_set_in_float32_is_that_of_a_plain_reading_in_float64(mass):
+    """As large and as flat as a language model's laws: guess, histogram and rejection, against sorting in float64."""
+    x = torch.randn(4, 49_152, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [2], [3], [5]])
+    p, order = x.double().softmax(-1).sort(-1, descending=True)
+    before = torch.nn.functional.pad(p.cumsum(-1)[:, :-1], (1, 0))
+    plain = torch.zeros_like(x, dtype=torch.bool).scatter(-1, order, before < mass)
+    log_p = x.log_softmax(-1)
+    kept = law.least(-log_p, log_p, mass)
+    apart = (x.double().softmax(-1) * (kept ^ plain)).sum(-1)
+    assert float(apart.max()) < 1e-5
+    u = torch.rand(4, 200, law.ATTEMPTS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for draws in u.unbind(1):
+        drawn = law.draw_least(-log_p, log_p, mass, draws)
+        assert bool(kept.gather(1, drawn[:, None]).all())
+
+
 def test_ties_are_kept_together_whatever_the_device_sorts_first(monkeypatch):
     x = logits(rows=50, vocabulary=2000).bfloat16().float()
     quick = {p: process(x, top_p=p) for p in (0.3, 0.9)}

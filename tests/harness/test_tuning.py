@@ -110,7 +110,7 @@ def test_a_setting_that_the_decoder_refuses_is_one_without_a_score(tmp_path, mon
 
 
 def test_what_cannot_be_tuned_is_named():
-    with pytest.raises(SpecError, match="has no questions that are kept for tuning; math500 and truthfulqa have"):
+    with pytest.raises(SpecError, match="has nothing that is kept for tuning; math500 and truthfulqa have"):
         tuning.check("aime25", None)
     with pytest.raises(SpecError, match="has no better and worse"):
         tuning.check("math500", "answer_tokens")
@@ -118,6 +118,7 @@ def test_what_cannot_be_tuned_is_named():
         tuning.space(decoders.build("greedy"))
     assert tuning.check("math500", None) == "pass_at_1"
     assert tuning.check("truthfulqa", "mc2") == "mc2"
+    assert tuning.check("wikitext2", None) == "ppl_epsilon"
 
 
 def test_the_validation_questions_are_no_reported_ones(monkeypatch, tmp_path):

@@ -35,13 +35,14 @@ def test_the_compiler_takes_them(gpu):
             sample._sample,
             dict(logits="*bf16", keys="*i64", out="*i64", V="i32", stride="i32", inverse_temperature="fp32",
                  top_k="i32", top_p="fp32", log_min_p="fp32"),
-            BLOCK=1024, TOP_K=True, TOP_P=True, MIN_P=True,
+            BLOCK=4096, TOP_K=True, TOP_P=True, MIN_P=True,
         )
+        # as `step` asks for V = 151,936, and the most likely tokens and slots
         compiled(
             reservoir._survey,
             dict(logits="*bf16", tops="*i64", maxima="*fp32", sums="*fp32", V="i32", stride="i32",
                  inverse_temperature="fp32", PARTS="i32"),
-            PART=512, K=32,
+            PART=4096, K=128,
         )
         state = dict(tokens="*i64", before="*fp32", weights="*fp32", greatest="*fp32", age="*i64")
         compiled(
@@ -49,7 +50,7 @@ def test_the_compiler_takes_them(gpu):
             dict(logits="*bf16", tops="*i64", maxima="*fp32", sums="*fp32", u="*fp64", drawn="*i64", stride="i32",
                  u_stride="i32", inverse_temperature="fp32", PARTS="i32", top_k="i32", R="i32",
                  **state, **{{n + "_out": t for n, t in state.items()}}),
-            MERGED=512, PARTS_UP=64, K=32, SLOTS=32, EVERY=2, CROSS=True, ONE=True, EMPTY=-1,
+            MERGED=8192, PARTS_UP=64, K=128, SLOTS=128, EVERY=2, CROSS=True, ONE=True, EMPTY=-1,
         )
         """
     )

@@ -87,3 +87,14 @@ def test_medians_compare_by_the_median_of_the_units_own_differences():
     assert compared(a, b, "ratio").value == pytest.approx(2)
     assert compared(a, b, "difference").value == pytest.approx(1)
     assert compared(Observations.each(rows(7), [4.0] * 7), Observations.each(rows(7), [2.0] * 7), "ratio").value == 2
+
+
+def test_what_agrees_in_every_unit_does_not_differ():
+    """Two laws that gave each of the same windows the same nats; but equal ones and zeros are no evidence."""
+    found = Observations(rows(8), [3.0 + i for i in range(8)], [10] * 8, scale="exp")
+    assert compared(found, found, "difference") == (0.0, 0.0, 0.0, 8)
+    assert compared(found, found, "ratio") == (1.0, 1.0, 1.0, 8)
+    nothing = Observations(rows(8), [0.0] * 8, [10] * 8)
+    assert compared(nothing, nothing, "difference") == (0.0, None, None, 8)
+    few = Observations(rows(5), [3.0 + i for i in range(5)], [10] * 5)
+    assert compared(few, few, "difference").low is None

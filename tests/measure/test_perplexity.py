@@ -320,3 +320,19 @@ def test_a_decoder_that_adds_nothing_has_mixture_weight_one(target, tokens):
     test = scores_of(target, tokens, "temperature")
     assert np.array_equal(test.decoder, test.model)
     assert estimates(test, test)["mixture_weight"].value == 1.0
+
+
+SAMPLERS = ["reservoir", "reservoir[reuse=cross,every=2]", "reservoir[reuse=none]", "reservoir-ris", "reservoir-mis",
+            "reservoir-imh", "reservoir-imh[moves=1]", "reservoir-imh[begin=target]", "reservoir-ris[source=uniform]",
+            "reservoir-mis[source=uniform]", "reservoir-imh[source=uniform]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_of_candidates_is_scored(target, tokens, name):
+    """Whatever state it keeps; what draws from the law itself, by many candidates, is near the model."""
+    found = scores_of(target, tokens[:24], name)
+    assert np.all(np.exp(found.decoder) <= 1 + 1e-9)
+    if "begin=target" in name:
+        model = scores_of(target, tokens[:24], "temperature")
+        # 64 copies of laws on a few of 60 tokens, each for itself an honest one
+        assert abs(found.decoder[np.isfinite(found.decoder)].mean() - model.decoder.mean()) < 1.0

@@ -1,5 +1,7 @@
 """Rows become tokens with their ids; paired runs are mirrored, counted by one rule, and told apart from rounding."""
 
+import time
+
 import pytest
 import tiny_models
 import torch
@@ -146,3 +148,23 @@ def test_peak_memory_sees_what_was_allocated_and_freed():
 
     peak = memory.peak_bytes(work, "cpu")
     assert peak - before > 60 << 20
+
+
+def test_the_share_of_the_sampler_is_that_of_its_draws(target):
+    """A draw that waits 20 ms takes most of a step of a tiny model, one that does nothing takes little."""
+    pairs = [Pair(prompts=[[3, 4], [5, 6]]) for _ in range(2)]
+
+    class Waits(type(decoders.build("greedy"))):
+        def choose(self, logits, state, u):
+            time.sleep(0.02)
+            return super().choose(logits, state, u)
+
+    slow = speed.sampler_shares(Waits(), target, pairs, 5, 0).values()
+    quick = speed.sampler_shares(decoders.build("greedy"), target, pairs, 5, 0).values()
+    assert 0.5 < min(slow) <= max(slow) < 1
+    assert max(quick) < min(slow)
+    assert "choose" not in vars(decoders.build("greedy"))
+
+
+def test_who_has_a_loop_of_its_own_has_no_share(target):
+    assert speed.sampler_shares(decoders.build("reservoir-spatial"), target, [Pair(prompts=[[3], [3]])], 4, 0) is None
