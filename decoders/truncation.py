@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def entropy(log_p: Tensor) -> Tensor:
-    """(N, 1) entropy in nats of the laws (N, V); what is cut has no part in it."""
-    return -torch.linalg.vecdot(log_p.softmax(-1), log_p.clamp(min=torch.finfo(log_p.dtype).min))[:, None]
+def entropy(log_p: Tensor, p: Tensor | None = None) -> Tensor:
+    """(N, 1) entropy in nats of the laws (N, V); what is cut has no part in it. `p` is exp(log_p), if at hand."""
+    p = log_p.softmax(-1) if p is None else p
+    return -torch.linalg.vecdot(p, log_p.clamp(min=torch.finfo(log_p.dtype).min))[:, None]
 
 
 @decoder(
@@ -39,21 +40,18 @@ class LocallyTypical(Sampler):
     def uniforms(self) -> int:
         return law.ATTEMPTS - 1
 
-    def keyed(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """How far each token's surprise lies from the entropy, and the law before truncation, both (N, V)."""
-        log_p = law.process(logits, temperature=self.temperature)
-        return (log_p + entropy(log_p)).abs_(), log_p
-
     def shape(self, logits: Tensor) -> Tensor:
-        key, log_p = self.keyed(logits)
+        log_p = law.process(logits, temperature=self.temperature)
         if self.mass == 1:  # the whole law, which a rounded sum may reach too early
             return log_p
-        return law.only(log_p, law.least(key, log_p, self.mass))
+        return law.only(log_p, law.least((log_p + entropy(log_p)).abs_(), log_p, self.mass))
 
     def draw(self, logits: Tensor, u: Tensor) -> Tensor:
         if self.mass == 1:
             return super().draw(logits, u)
-        return law.draw_least(*self.keyed(logits), self.mass, u)
+        log_p = law.process(logits, temperature=self.temperature)
+        p = log_p.softmax(-1)
+        return law.draw_least((log_p + entropy(log_p, p)).abs_(), log_p, self.mass, u, p)
 
     def definition(self, logits: Sequence[float]) -> list[float]:
         p = law.plainly(logits, self.temperature)

@@ -162,8 +162,10 @@ def least(key: Tensor, log_probs: Tensor, mass: float) -> Tensor:
     return key <= last
 
 
-def draw_least(key: Tensor, log_probs: Tensor, mass: float, u: Tensor) -> Tensor:
+def draw_least(key: Tensor, log_probs: Tensor, mass: float, u: Tensor, p: Tensor | None = None) -> Tensor:
     """(N,) tokens from `only(log_probs, least(key, log_probs, mass))`; `u` is (N, k), k uniforms in [0, 1) for each.
+
+    `p` is exp(log_probs), where somebody has it.
 
     On a CPU that set is not looked for: a token that is drawn from the whole law belongs to it if the tokens of lesser
     keys fall short of the mass. What does not is drawn anew; who fails k - 1 times draws from the set after all.
@@ -171,7 +173,7 @@ def draw_least(key: Tensor, log_probs: Tensor, mass: float, u: Tensor) -> Tensor
     left = torch.arange(len(key), device=key.device)
     tokens = torch.empty_like(left)
     if key.device.type == "cpu" and key.shape[1] > _GUESS and mass >= _MOSTLY_KEPT:
-        p = log_probs.softmax(-1)
+        p = log_probs.softmax(-1) if p is None else p
         for column in range(u.shape[1] - 1):
             mine, keys = (p, key) if len(left) == len(p) else (p[left], key[left])
             drawn = _inverted(mine, u[left, column, None])
