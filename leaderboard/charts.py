@@ -23,7 +23,7 @@ PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#9
 #: Legible on white and on black.
 GREY = "#888888"
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
-#: Above so many points their names would cover one another; then only those on the front are written.
+#: Above so many points their names would cover one another; then only those likely on the front are written.
 MOST_LABELS = 16
 #: Above this ratio of the largest to the smallest value an axis is logarithmic.
 WIDE = 8
@@ -45,7 +45,7 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis) -> altair.LayerChart:
             "front": "yes" if p.on_front else "no",
             "probability": "–" if p.probability is None else f"{p.probability:.0%}",
             "pale": bool(p.doubts),
-            "label": p.decoder if len(points) <= MOST_LABELS or p.on_front else "",
+            "label": p.decoder if len(points) <= MOST_LABELS or p.likely else "",
         }
         for p in points
         if all(math.isfinite(n.estimate.value) for n in (p.x, p.y))

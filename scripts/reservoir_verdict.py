@@ -33,7 +33,7 @@ TABLE, FIGURE = PLACE / "reservoir.csv", PLACE / "reservoir.svg"
 CRITERIA = {"quality": PLACE / "reservoir-quality.toml", "speed": PLACE / "reservoir-speed.toml"}
 MODEL, SCALE, BASE = "smollm2-135m-instruct", "quick", "temperature"
 #: The sampler without its idea, as the note leaves open and as it ought to be.
-CONTROLS = ("reservoir[reuse=none]", "reservoir[reuse=none,size=8]", "reservoir-exact")
+CONTROLS = ("reservoir[reuse=none]", "reservoir[size=8,reuse=none]", "reservoir-exact")
 RIVALS = (BASE, "top-k", "top-p", "min-p", "greedy")
 SPEED, TEXT = ("throughput", "batch-4"), ("wikitext2", "joined")
 ACROSS, UPWARDS = f"ratio_to_baseline({BASE})", "sparsemax_score"
@@ -66,7 +66,7 @@ def judged(cells: Sequence[Measured], specs: Sequence[str]) -> dict[str, dict[st
 def rows(cells: Sequence[Measured], specs: Sequence[str]) -> list[dict[str, Any]]:
     """A line per decoder: its speed and perplexity beside ancestral sampling, and the verdicts."""
     at = {(c.decoder, c.suite, c.slice): c for c in cells}
-    verdicts = judged(cells, specs)
+    verdicts = judged(cells, specs) | {BASE: dict.fromkeys(CRITERIA, "–")}  # what all are held against
     base = at.get((BASE, *TEXT))
     found = []
     for spec in specs:
