@@ -108,10 +108,10 @@ def draw_several(log_probs: Tensor, u: Tensor) -> Tensor:
 
 def _inverted(p: Tensor, u: Tensor) -> Tensor:
     """(N, k) tokens by inversion of the cumulative sum of (N, V) weights; `u` is (N, k)."""
-    # First the block, then the token in it: a cumulative sum over 50,000 tokens is slow, a sum is not. Many tokens of one
-    # law are drawn from its cumulative sum all the same.
+    # First the block, then the token in it: a cumulative sum over 50,000 tokens is slow, a sum is not. For many tokens of
+    # one law it is worth its while.
     (N, V), k = p.shape, u.shape[1]
-    if V <= k * _BLOCK:
+    if k * _BLOCK >= V:
         cumulative = p.double().cumsum(-1)
         total = cumulative[:, -1:]
         offset = (u.to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.registry import load_builtins
@@ -123,3 +124,14 @@ def test_a_criterion_of_the_note_holds_only_where_intervals_say_so(verdict, rati
 
 def test_the_note_has_36_settings(verdict):
     assert len(verdict.settings()) == 36
+
+
+def test_a_reservoir_keeps_all_of_a_law_that_stays_and_loses_the_likeliest_token_where_laws_jump():
+    held = script("reservoir_kept").held
+    law = torch.linspace(0, 5, 200)[None]
+    assert held([law] * 20, 8, cross=False) == (1.0, 1.0, 1.0)
+    # what was likely is unlikely at the next step and back again behind it: nothing of it may come straight back
+    jumps = [law if step % 2 else law.flip(1) for step in range(20)]
+    found = held(jumps, 8, cross=True)
+    assert found.kept < 0.1
+    assert found.greatest > 100
