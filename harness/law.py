@@ -108,8 +108,8 @@ def draw_several(log_probs: Tensor, u: Tensor) -> Tensor:
 
 def _inverted(p: Tensor, u: Tensor) -> Tensor:
     """(N, k) tokens by inversion of the cumulative sum of (N, V) weights; `u` is (N, k)."""
-    # First the block, then the token in it: a cumulative sum over 50,000 tokens is slow, a sum is not. For many tokens of
-    # one law it is worth its while.
+    # First the block, then the token in it: a cumulative sum over 50,000 tokens is slow, a sum is not, unless many
+    # tokens are drawn from one law.
     (N, V), k = p.shape, u.shape[1]
     if k * _BLOCK >= V:
         cumulative = p.double().cumsum(-1)

@@ -1,4 +1,4 @@
-"""What a reservoir of the founding note holds while text is written: how much is kept, and is the likeliest token in it?
+"""What a reservoir of the founding note holds while text is written: what is kept, and is the likeliest token there?
 
     python scripts/reservoir_kept.py                        # SmolLM2-135M-Instruct, a minute on two cores
     python scripts/reservoir_kept.py --model stories-260k
