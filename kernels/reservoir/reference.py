@@ -18,6 +18,8 @@ from torch import Tensor
 EMPTY = -1
 #: Tokens beyond the k likeliest among which those that are as likely as the last of them are looked for.
 TIES = 32
+#: Tokens beyond which log_softmax, which adds one number to the next, rounds float32 by more than 1e-5.
+MOST_TERMS = 1 << 16
 #: Weight of a token in the step in which it enters: 1, or its probability.
 Fresh = Literal["one", "probability"]
 
@@ -84,8 +86,10 @@ def step(
     stored = state.tokens != EMPTY
     K = min(top_k, scores.shape[1])
     values, numbers = likeliest(scores, K)
-    # logsumexp by way of log_softmax, which is twice as fast
-    total = values[:, :1] - scores.log_softmax(1).gather(1, numbers[:, :1])
+    if scores.shape[1] <= MOST_TERMS:  # twice as fast
+        total = values[:, :1] - scores.log_softmax(1).gather(1, numbers[:, :1])
+    else:
+        total = scores.logsumexp(1, keepdim=True)
     log_now = (scores.expand(B, -1).gather(1, state.tokens.clamp(min=0)) - total).to(state.log_before)
     log_ratio = torch.where(stored, log_now - state.log_before, float("-inf"))
     # A weight above the greatest so far is kept surely, so what was rejected never was the greatest.
