@@ -163,6 +163,8 @@ def tune(
     }
     if base.spec not in found:
         found[base.spec] = _measured(first, metric, measure)
+        if found[base.spec].reason.startswith("unsupported"):
+            raise SpecError(f"{base.spec} cannot be tuned on {first.suite}: {found[base.spec].reason}")
         trial = study.ask()
         _tell(study, trial, found[base.spec])
         done.append(study.get_trials(deepcopy=False)[trial.number])

@@ -1,11 +1,11 @@
 """Does any setting of the reservoir sampler meet one of its founding note's two criteria? From stored rows.
 
     python scripts/reservoir_verdict.py                  # from results.duckdb
-    python scripts/reservoir_verdict.py --results FILE   # from your own
+    python scripts/reservoir_verdict.py --results FILE --out FOLDER   # from your own
 
-Prints every setting with its verdict, and writes docs/findings/reservoir.csv and reservoir.svg, the front of speed and
-quality, beside the rivals. A criterion is a file of gates (reservoir-quality.toml and reservoir-speed.toml, there): it
-holds where every gate passes, fails where one fails, and is not decided otherwise.
+Prints every setting with its verdict (rivals are there for scale), and writes docs/findings/reservoir.csv and
+reservoir.svg, the front of speed and quality. A criterion is a file of gates (reservoir-quality.toml and
+reservoir-speed.toml, there): it holds where every gate passes, fails where one fails, and is not decided otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import csv
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import duckdb
 
 from decodathlon.harness import decoder as decoders
+from decodathlon.harness.errors import DecodathlonError
 from decodathlon.harness.measure.observations import compared
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.results import environment, gates, measured, store
@@ -66,7 +68,7 @@ def judged(cells: Sequence[Measured], specs: Sequence[str]) -> dict[str, dict[st
 def rows(cells: Sequence[Measured], specs: Sequence[str]) -> list[dict[str, Any]]:
     """A line per decoder: its speed and perplexity beside ancestral sampling, and the verdicts."""
     at = {(c.decoder, c.suite, c.slice): c for c in cells}
-    verdicts = judged(cells, specs) | {BASE: dict.fromkeys(CRITERIA, "–")}  # what all are held against
+    verdicts = judged(cells, specs) | dict.fromkeys(RIVALS, dict.fromkeys(CRITERIA, "–"))  # they are there for scale
     base = at.get((BASE, *TEXT))
     found = []
     for spec in specs:
@@ -97,10 +99,11 @@ def figure(results: Path, shown: Sequence[str]) -> Any:
             every = findings.axes(
                 queries.columns(connection, places[0]), queries.suites(connection), queries.metrics(connection)
             )
-            x, y = (
-                next(a for a in every if (a.column.suite, a.column.slice, a.metric) == wanted)
-                for wanted in ((*SPEED, ACROSS), (*TEXT, UPWARDS))
-            )
+            wanted = ((*SPEED, ACROSS), (*TEXT, UPWARDS))
+            named = {(a.column.suite, a.column.slice, a.metric): a for a in every}
+            if absent := [" ".join(w) for w in wanted if w not in named]:
+                raise SystemExit(f"{results} lacks {', '.join(absent)}: see the commands in reservoir.md")
+            x, y = (named[w] for w in wanted)
             cells = [c for c in queries.cells(connection, places[0]) if c.decoder in shown]
             points, _ = findings.points(
                 [c for c in cells if c.column in (x.column, y.column)], x, y, queries.baselines(connection, places[0])
@@ -111,14 +114,24 @@ def figure(results: Path, shown: Sequence[str]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=environment.results_file())
-    results = parser.parse_args().results
+    parser.add_argument("--out", type=Path, default=PLACE, help="folder for the table and the figure")
+    options = parser.parse_args()
+    results, out = options.results, options.out
     load_builtins()
     specs = settings()
     shown = [*specs, *CONTROLS, *RIVALS]
-    known = measured.of_decoders(results, shown)
-    cells = [cell for pairs in known.values() for _, cell in pairs if (cell.model, cell.scale) == (MODEL, SCALE)]
+    try:
+        known = measured.of_decoders(results, shown)
+    except DecodathlonError as error:
+        raise SystemExit(str(error)) from None
+    found = [pair for pairs in known.values() for pair in pairs if (pair[1].model, pair[1].scale) == (MODEL, SCALE)]
+    places = Counter(place for place, _ in found)
+    if not places:
+        raise SystemExit(f"{results} has no sound rows of {MODEL} at --scale {SCALE}: see the commands in reservoir.md")
+    cells = [cell for place, cell in found if place == places.most_common(1)[0][0]]  # one machine, one type
+    chart = figure(results, shown)
     table = rows(cells, shown)
-    with TABLE.open("w", newline="", encoding="utf-8") as file:
+    with (out / TABLE.name).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
@@ -139,7 +152,7 @@ def main() -> None:
         said = sorted({row[name] for row in of})
         counts = ", ".join(f"{sum(row[name] == word for row in of)} {word}" for word in said)
         sys.stdout.write(f"{name}: of {len(of)} settings {counts}\n")
-    figure(results, shown).save(str(FIGURE))
+    chart.save(str(out / FIGURE.name))
 
 
 def _interval(row: dict[str, Any], name: str) -> str:

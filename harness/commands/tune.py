@@ -21,6 +21,8 @@ from decodathlon.harness.results.table import DASH, aligned
 STUDY = "tuning.journal"
 #: How much is measured per trial where nobody says.
 DEFAULT_SIZE = {"questions": 50, "tokens": 4096}
+#: A perplexity of fewer says nothing.
+FEWEST_TOKENS = 64
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +65,8 @@ def _run(options: argparse.Namespace) -> int:
         tuning.space(decoders.build(text))
     counted = registry.get("suite", options.suite).tuned_by
     size = options.validation or DEFAULT_SIZE[counted]
+    if counted == "tokens" and size < FEWEST_TOKENS:
+        raise SpecError(f"--validation {size}: of a text at least {FEWEST_TOKENS} tokens")
     planned = cells(
         Options(
             scale=options.scale, decoder=options.decoder, suite=[options.suite], model=options.model, seed=options.seed,

@@ -23,7 +23,8 @@ from decodathlon.harness.targets.base import Target
 
 ROOT = "generate"
 PREFILL, FORWARD, SAMPLER = "prefill", "forward", "sampler"
-#: Operations that are kept one by one, with their times, for a trace: some steps of a small model.
+#: Operations that are kept one by one, with their times, for a trace: the first steps of a small model, and of the
+#: prefill the whole alone.
 MOST_EVENTS = 1500
 #: Stacks that are less than this share of the whole are added to what they are part of.
 LEAST_SHARE = 5e-4
@@ -84,10 +85,10 @@ def profile(decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]], 
             continue
         times[stack] += event.self_cpu_time_total / 1e6
         memory[stack] += max(0, event.self_cpu_memory_usage)
-        if len(found.events) < MOST_EVENTS:
+        if f"{PREFILL};" not in stack:  # what is inside the prefill would leave no room for the steps
             found.events.append((stack, event.time_range.start, event.time_range.elapsed_us()))
     found.time, found.memory = folded(times), folded(memory)
-    found.events.sort(key=lambda e: e[1])
+    found.events = sorted(found.events, key=lambda e: e[1])[:MOST_EVENTS]
     return found
 
 

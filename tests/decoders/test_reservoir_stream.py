@@ -167,3 +167,24 @@ def test_without_reuse_every_token_is_like_the_first():
         assert torch.allclose(law.exp().float(), top.shape(logits * (step + 1)).exp(), atol=1e-6)
     with pytest.raises(SpecError, match="with reuse=none there is nothing to keep for every=2 steps"):
         decoders.build("reservoir[reuse=none,every=2]")
+
+
+def test_more_candidates_than_can_ever_enter_change_nothing():
+    """Free slots take the likeliest tokens that are not stored: with top_k of twice the size there are always enough.
+
+    So of the note's 36 settings 16 are different samplers.
+    """
+    logits = torch.randn(30, 4, 500, generator=torch.Generator().manual_seed(0)).cumsum(0)
+
+    def tokens(spec):
+        sampler, found = decoders.build(spec), []
+        state = sampler.start(4)
+        for step, law in enumerate(logits):
+            u = torch.rand(4, 1 + sampler.uniforms, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            drawn, state = sampler.choose(law, state, u)
+            found.append(drawn)
+        return torch.stack(found).tolist()
+
+    for rest in ("", ",every=2", ",reuse=cross"):
+        assert tokens(f"reservoir[size=8,top_k=16{rest}]") == tokens(f"reservoir[size=8,top_k=128{rest}]")
+    assert tokens("reservoir[size=32,top_k=32]") != tokens("reservoir[size=32,top_k=64]")

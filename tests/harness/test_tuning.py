@@ -121,6 +121,16 @@ def test_what_cannot_be_tuned_is_named():
     assert tuning.check("wikitext2", None) == "ppl_epsilon"
 
 
+def test_what_a_suite_cannot_score_is_refused_after_one_look(tmp_path):
+    def unsupported(spec):
+        outcome = Outcome(spec, "tuning")
+        outcome.status, outcome.reason = "unsupported", "it has no law"
+        return outcome
+
+    with pytest.raises(SpecError, match="top-p cannot be tuned on math500: unsupported: it has no law"):
+        tuned(tmp_path / "study", unsupported)
+
+
 def test_the_validation_questions_are_no_reported_ones(monkeypatch, tmp_path):
     import tiny_models
 
@@ -163,6 +173,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(capsys):
     for words, message in (
         (["--trials", "0"], "--trials 0: at least 1"),
         (["--validation", "-1"], "--validation -1: at least 1"),
+        (["--suite", "wikitext2", "--validation", "1"], "--validation 1: of a text at least 64 tokens"),
         (["--slice", "nope"], "--slice nope: math500 has all"),
         (["--decoder", "greedy"], "there is nothing to tune"),
     ):
