@@ -82,6 +82,7 @@ def test_throughput(cell):
 
         found = profile.profile(cell.decoder, cell.target, batches[0], min(8, sizes["tokens"]), cell.seed)
         cell.sample("profile", **found.as_sample())
+        cell.note("profiled: see the board's page Profile, or decodathlon export --trace last")
         for phase in ("forward", "sampler"):
             cell.report(f"profiled_{phase}_share", Estimate(found.share(getattr(profile, phase.upper())), n=1))
         cell.report("profiled_slowdown", Estimate(found.profiled_seconds / found.seconds, n=1))

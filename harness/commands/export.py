@@ -29,7 +29,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one JSON line per answer, window or pair, with its question where the run's lines are at hand",
     )
-    parser.add_argument("--trace", metavar="CELL", help="a profiled cell (its id) as a trace for Chrome or Perfetto")
+    parser.add_argument(
+        "--trace", metavar="CELL", help="a profiled cell (its id, or last) as a trace for Chrome or Perfetto"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default the terminal")
     results_option(parser)
 
@@ -71,12 +73,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    """The newest profile of a cell."""
+    """The newest profile of a cell, or of all."""
     with store.connect(options.results.resolve()) as connection:
         found = connection.execute(
-            "SELECT s.data FROM sample s JOIN cell c USING (run_id, cell_id) WHERE s.row = 'profile' AND cell_id = ? "
-            "ORDER BY c.started DESC LIMIT 1",
-            [options.trace],
+            "SELECT s.data FROM sample s JOIN cell c USING (run_id, cell_id) WHERE s.row = 'profile' "
+            "AND $cell IN (cell_id, 'last') ORDER BY c.started DESC LIMIT 1",
+            {"cell": options.trace},
         ).fetchone()
         known = connection.execute("SELECT DISTINCT cell_id FROM sample WHERE row = 'profile'").fetchall()
     if found is None:

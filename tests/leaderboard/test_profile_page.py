@@ -46,5 +46,7 @@ def test_a_trace_is_exported(results, tmp_path, capsys):
     out = tmp_path / "trace.json"
     assert main(["export", "--results", str(results), "--trace", cell, "--out", str(out)]) == 0
     assert [e["cat"] for e in json.loads(out.read_text())["traceEvents"]] == ["host", "forward", "forward"]
+    assert main(["export", "--results", str(results), "--trace", "last", "--out", str(tmp_path / "last.json")]) == 0
+    assert (tmp_path / "last.json").read_text() == out.read_text()
     assert main(["export", "--results", str(results), "--trace", "throughput-0"]) != 0
     assert f"no profile of that cell is stored; there are {cell}" in capsys.readouterr().err
