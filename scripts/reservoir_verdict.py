@@ -42,7 +42,7 @@ ACROSS, UPWARDS = f"ratio_to_baseline({BASE})", "sparsemax_score"
 
 
 def settings() -> list[str]:
-    """The 36 of the note, and what they are held against."""
+    """The 36 of the note."""
     return [d.spec for d in decoders.swept(decoders.build("reservoir"))]
 
 
