@@ -115,7 +115,7 @@ def _inverted(p: Tensor, u: Tensor) -> Tensor:
         cumulative = p.double().cumsum(-1)
         total = cumulative[:, -1:]
         offset = (u.to(cumulative) * total).minimum(total.nextafter(torch.zeros_like(total)))
-        return _first_above(cumulative, offset.contiguous())
+        return _first_above(cumulative, offset)
     if V % _BLOCK:
         p = torch.nn.functional.pad(p, (0, _BLOCK - V % _BLOCK))
     blocks = p.view(N, -1, _BLOCK)
@@ -132,7 +132,7 @@ def _inverted(p: Tensor, u: Tensor) -> Tensor:
 
 def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
     """(N, k) indices of the first entry that exceeds each threshold: it added something, so it has probability."""
-    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=cumulative.shape[-1] - 1)
+    return torch.searchsorted(cumulative, threshold.contiguous(), right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
 def only(log_probs: Tensor, kept: Tensor) -> Tensor:
