@@ -66,7 +66,7 @@ def judged(cells: Sequence[Measured], specs: Sequence[str]) -> dict[str, dict[st
 
 
 def rows(cells: Sequence[Measured], specs: Sequence[str]) -> list[dict[str, Any]]:
-    """A line per decoder: its speed and perplexity beside ancestral sampling, and the verdicts."""
+    """A line per decoder: its speed and perplexity beside ancestral sampling, its verdicts, and the runs they are of."""
     at = {(c.decoder, c.suite, c.slice): c for c in cells}
     verdicts = judged(cells, specs) | dict.fromkeys(RIVALS, dict.fromkeys(CRITERIA, "–"))  # they are there for scale
     base = at.get((BASE, *TEXT))
@@ -85,7 +85,8 @@ def rows(cells: Sequence[Measured], specs: Sequence[str]) -> list[dict[str, Any]
         for metric in ("ppl_epsilon", UPWARDS):
             number = text.metrics.get(metric) if text else None
             row[metric] = number.estimate.value if number else None
-        found.append(row | verdicts[spec])
+        runs = {"speed_run": fast.run_id if fast else None, "text_run": text.run_id if text else None}
+        found.append(row | verdicts[spec] | runs)
     return found
 
 

@@ -15,6 +15,8 @@ from decodathlon.harness.results import environment
 
 #: What argparse, too, ends with when the user erred.
 EXIT_USAGE = 2
+#: What shells report of a command that Ctrl-C ended.
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Command:
 
 
 def say(text: str = "") -> None:
-    """Write one line to the terminal."""
+    """Write one line to the terminal, at once: who waits behind a pipe sees it, too."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def results_option(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +69,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except DecodathlonError as error:
         sys.stderr.write(f"decodathlon: {error}\n")
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        sys.stderr.write("\ndecodathlon: interrupted\n")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough; nothing more may be written, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

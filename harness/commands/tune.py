@@ -92,10 +92,14 @@ def _run(options: argparse.Namespace) -> int:
         say(f"{questions.name} has {asked} questions that are kept for tuning")
     rows = [["decoder", metric, "default", "best less default", "trials"]]
     for first in (c for c in planned if c.slice == part):
-        found = tuning.tune(
-            first, metric=metric, method=options.method, trials=options.trials, study_file=options.study,
-            measure=measure, say=say, basis=questions.sha256[:12],
-        )  # fmt: skip
+        try:
+            found = tuning.tune(
+                first, metric=metric, method=options.method, trials=options.trials, study_file=options.study,
+                measure=measure, say=say, basis=questions.sha256[:12],
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            say(f"\nThe trials so far are in {options.study}; the same command goes on with them.")
+            raise
         gain = DASH if found.gain is None else _interval(found.gain)
         scores = [_interval(found.best.score), _interval(found.default.score), gain]
         rows.append([found.best.decoder, *scores, f"{found.trials}, {found.failed} without a score"])

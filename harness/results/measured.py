@@ -59,6 +59,8 @@ class Measured:
     metrics: Mapping[str, Number] = field(default_factory=dict)
     #: Weights, data and sizes, as far as they are known: names may be the same where these are not.
     basis: tuple[str, ...] = ()
+    #: Of a cell that is stored.
+    run_id: str = ""
 
     @property
     def name(self) -> str:
@@ -164,7 +166,8 @@ def _cells(connection: duckdb.DuckDBPyConnection, query: str, values: dict[str, 
 def _measured(row: Mapping[str, Any], metrics: Mapping[str, Number]) -> Measured:
     """A row of the table `cell`."""
     parts = (json.loads(row[part] or "{}") or {} for part in ("weights", "data", "sizes"))
-    return Measured(**{k: row[k] for k in _COLUMNS}, metrics=metrics, basis=basis(*parts))
+    columns = {k: row[k] for k in (*_COLUMNS, "run_id")}
+    return Measured(**columns, metrics=metrics, basis=basis(*parts))
 
 
 def run_id(path: Path, run: str) -> str:

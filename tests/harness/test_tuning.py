@@ -181,6 +181,19 @@ def test_bad_options_are_refused_before_anything_is_loaded(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_ctrl_c_keeps_the_trials_and_says_so(monkeypatch, tmp_path, capsys):
+    def pressed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "tune", pressed)
+    study = str(tmp_path / "a.journal")
+    assert main(["tune", "--suite", "math500", "--decoder", "top-p", "--scale", "smoke", "--study", study]) == 130
+    said = capsys.readouterr()
+    assert f"The trials so far are in {study}; the same command goes on with them." in said.out
+    assert "interrupted" in said.err
+    assert "Traceback" not in said.out + said.err
+
+
 def test_who_says_something_of_fewer_questions_has_not_won(tmp_path):
     """A law that decides one question of fifty, and that one rightly, is no better than the default."""
 
