@@ -66,7 +66,7 @@ def judged(cells: Sequence[Measured], specs: Sequence[str]) -> dict[str, dict[st
 
 
 def rows(cells: Sequence[Measured], specs: Sequence[str]) -> list[dict[str, Any]]:
-    """A line per decoder: its speed and perplexity beside ancestral sampling, its verdicts, and the runs they are of."""
+    """A line per decoder: its speed and perplexity beside ancestral sampling, verdicts, and the runs they are of."""
     at = {(c.decoder, c.suite, c.slice): c for c in cells}
     verdicts = judged(cells, specs) | dict.fromkeys(RIVALS, dict.fromkeys(CRITERIA, "–"))  # they are there for scale
     base = at.get((BASE, *TEXT))
