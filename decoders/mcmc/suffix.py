@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from decodathlon.decoders.mcmc.gradient import metropolis
 from decodathlon.decoders.mcmc.writing import Desk, Pages, code_of
@@ -62,6 +62,15 @@ class Written(State):
 
     def rows(self, chosen: Tensor) -> Written:
         return replace(super().rows(chosen), pages=_taken(self.pages, chosen))
+
+
+def joined(states: Sequence[Written]) -> Written:
+    """The rows of several states that are written at one desk, those of the first one first."""
+    first = states[0]
+    tensors = [f.name for f in fields(Written) if isinstance(getattr(first, f.name), torch.Tensor)]
+    pages = {f.name: torch.cat([getattr(s.pages, f.name) for s in states]) for f in fields(Pages)}
+    both: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in states]) for name in tensors}
+    return replace(first, **both, pages=Pages(**pages))
 
 
 def _merged(accept: Tensor, mine: Pages, theirs: Pages) -> Pages:
