@@ -78,6 +78,7 @@ class Info:
     grid: bool
     bounds: Mapping[str, str]
     needs: frozenset[str]
+    layout: Mapping[str, str | None]
     headline: str | None
     paper: str
     summary: str
@@ -216,6 +217,7 @@ def decoder(
     grid: bool = False,
     bounds: Mapping[str, str] | None = None,
     needs: Sequence[str] = (),
+    layout: Mapping[str, str | None] | None = None,
     headline: str | None = None,
     paper: str = "",
 ) -> Callable[[type[D]], type[D]]:
@@ -228,6 +230,8 @@ def decoder(
         grid: let `--sweep` try every combination of them.
         bounds: intervals per parameter, such as {"p": "(0, 1]"}.
         needs: capabilities that the target must have (see `Target.CAPABILITIES`).
+        layout: parameters by the dotted keys that a file for --decoder-config has them under, and spec strings may use;
+            None for what such a file may say and the harness has its own options for.
         headline: the spec by which it stands in the headline set; None leaves it out.
         paper: who proposed it, as a citation.
 
@@ -245,6 +249,9 @@ def decoder(
         for key in {**(sweep or {}), **(bounds or {})}:
             if key not in parameters:
                 raise SpecError(f"{where}: {key!r} in sweep or bounds is not a parameter")
+        for dotted, parameter in (layout or {}).items():
+            if parameter is not None and parameter not in parameters:
+                raise SpecError(f"{where}: {parameter!r}, for {dotted} in layout, is not a parameter")
         for key, values in (sweep or {}).items():
             for value in values:
                 spec.check_bounds(value, (bounds or {}).get(key), f"{where}: sweep {key}={value}")
@@ -256,6 +263,7 @@ def decoder(
             grid=grid,
             bounds=dict(bounds or {}),
             needs=frozenset(needs),
+            layout=dict(layout or {}),
             headline=headline,
             paper=paper,
             summary=(inspect.getdoc(cls) or "").partition("\n")[0],
@@ -274,6 +282,7 @@ def build(text: str) -> Decoder:
     """
     parsed = spec.parse(text)
     cls = registry.get("decoder", parsed.name)
+    parsed = spec.by_layout(parsed, "decoder", cls.info.layout)
     instance: Decoder = spec.fill(cls, parsed, "decoder", cls.info.bounds)
     return instance
 

@@ -43,6 +43,24 @@ def parse(text: str, what: str = "decoder") -> Spec:
     return Spec(match["name"].strip(), params)
 
 
+def by_layout(spec: Spec, what: str, layout: Mapping[str, str | None]) -> Spec:
+    """The spec with its dotted keys replaced by the parameters that they stand for.
+
+    Raises:
+        SpecError: a dotted key is unknown, or its parameter is given under another name as well.
+    """
+    params: dict[str, str] = {}
+    for key, value in spec.params.items():
+        name = layout.get(key) if "." in key else key
+        if name is None:
+            known = [k for k, parameter in layout.items() if parameter]
+            raise SpecError(f"{what} {spec.name!r} has no parameter {key!r}{near_miss(key, known)}")
+        if name in params:
+            raise SpecError(f"{what} {spec.name!r}: {name!r} is given twice, once as {key!r}")
+        params[name] = value
+    return Spec(spec.name, params)
+
+
 class Interval(NamedTuple):
     """A range of numbers in mathematical notation, such as `(0, 1]`."""
 

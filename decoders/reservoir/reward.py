@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from decodathlon.decoders.best_of import answers_of, candidates, completion
+from decodathlon.decoders.best_of import drawn
 from decodathlon.decoders.reservoir.stream import survivor
 from decodathlon.harness import rewards
 from decodathlon.harness.decoder import Completion, Limits, decoder
@@ -48,13 +48,13 @@ class ReservoirReward(Tilted):
         self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
     ) -> list[Completion]:
         self.check(target)
-        found, costs = candidates(self, target, prompts, self.m, limits, rng)
-        u = rng.uniforms(self.m)
+        found = drawn(self.shape, target, prompts, self.m, limits, rng)
         chosen = []
-        for mine, cost, numbers in zip(found, costs, u, strict=True):
-            weights = self.log_tilt(answers_of(mine, prompts, target))
+        for p, numbers in enumerate(rng.uniforms(self.m)):
+            weights = self.log_tilt(found.answers(found.of(p)))
             taken = int(survivor(weights[None], numbers[None])[0])
             ess = float((2 * weights.logsumexp(0) - (2 * weights).logsumexp(0)).exp()) / self.m
             mean = float(weights.logsumexp(0)) - math.log(self.m)
-            chosen.append(completion(mine[taken], target, cost, ess=ess, resampled=True, log_mean_weight=mean))
+            trace = {"ess": ess, "resampled": True, "log_mean_weight": mean}
+            chosen.append(found.completion(found.of(p)[taken], [trace]))
         return chosen

@@ -1,8 +1,8 @@
 """Persistent sampling over whole answers: every particle of every stage stays in the pool, and has a weight at the end.
 
-Karamanis and Seljak 2024 (arXiv 2407.20722), with the law of the model's answers as the prior and exp(reward / beta) as
-the likelihood, so that the law at level b is p(y) exp(b r(y) / beta). A stage: find the highest level at which enough of
-the pool is effective, draw N particles from the whole pool by weight, move them so that the law of that level stays
+Karamanis and Seljak 2024 (arXiv 2407.20722), with the law of the model's answers as the prior and exp(reward / beta)
+as the likelihood: the law at level b is p(y) exp(b r(y) / beta). A stage: find the highest level at which enough of the
+pool is effective, draw N particles from the whole pool by weight, move them so that the law of that level stays
 (the moves of QAlign: keep a beginning, write the rest anew), and add them to the pool. At level 1 the pool is the
 answer; one of it is given.
 

@@ -1,13 +1,13 @@
 """The pool of persistent sampling: all particles of all stages, weighted as one sample of the mixture of their laws.
 
 Karamanis and Seljak 2024, Persistent Sampling (arXiv 2407.20722). The law at level b is p(y) exp(b l(y)) / Z(b), with
-l = log-likelihood and Z(0) = 1. Stage s has N particles from the law at level b_s. Taken together, t stages are a sample
-of the mixture of these laws, so that a particle's weight at level b is (their Equations 13 to 15)
+l the log-likelihood and Z(0) = 1. Stage s has N particles from the law at level b_s. Together, t stages are a sample of
+the mixture of these laws, so that a particle's weight at level b is (their Equations 13 to 15)
 
     w(b) = exp(b l) / [(1/t) sum_s exp(b_s l) / Z_s],
 
-in which p cancels, and the mean of w(b) over all t N estimates Z(b) (Equation 16). The effective sample size 1 / sum W^2
-(Equation 17) may exceed N: nothing is thrown away.
+in which p cancels, and the mean of w(b) over all t N estimates Z(b) (Equation 16). The effective sample size
+1 / sum W^2 (Equation 17) may exceed N: nothing is thrown away.
 
 Dimensions: P prompts, each with a pool of its own; t stages; N particles per stage.
 """

@@ -14,8 +14,8 @@ from decodathlon.harness.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: systematic: floor or ceiling of n W copies of each; residual: floor(n W) of each and the rest by lot; multinomial: all
-#: by lot; topN: the n of the greatest weight, one copy each, which is no resampling, for it gives other means.
+#: systematic: floor or ceiling of n W copies of each; residual: floor(n W) of each and the rest by lot; multinomial:
+#: all by lot; topN: the n of the greatest weight, one copy each, which is no resampling, for it gives other means.
 Scheme = Literal["systematic", "residual", "multinomial", "topN"]
 #: Below one by as much as float64 can be.
 _LAST = 1.0 - 2.0**-53

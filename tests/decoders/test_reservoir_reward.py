@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from decodathlon.decoders.best_of import candidates
+from decodathlon.decoders.best_of import drawn
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.measure import draws, exactness
@@ -68,8 +68,9 @@ def test_what_it_claims_to_near_is_what_the_audit_measures_against(lm):
 def test_best_of_n_is_the_likeliest_of_its_candidates(lm):
     one = decoders.build("best-of-n[n=8]")
     answers = one.generate(lm, [[0], [0, 2]], Limits(5), RowRandom(4, "ab"))
-    again, costs = candidates(one, lm, [[0], [0, 2]], 8, Limits(5), RowRandom(4, "ab"))
-    for answer, mine, cost, prompt in zip(answers, again, costs, ([0], [0, 2]), strict=True):
+    again = drawn(one.shape, lm, [[0], [0, 2]], 8, Limits(5), RowRandom(4, "ab"))
+    for p, (answer, cost, prompt) in enumerate(zip(answers, again.costs, ([0], [0, 2]), strict=True)):
+        mine = again.of(p)
         best = max(mine, key=lambda c: c.log_prob)
         assert answer.tokens == best.tokens
         assert answer.log_prob == pytest.approx(best.log_prob, rel=1e-9)
@@ -82,8 +83,8 @@ def test_best_of_n_is_the_likeliest_of_its_candidates(lm):
 
 def test_candidates_are_drawn_from_the_law(lm):
     one = decoders.build("best-of-n")
-    found, _ = candidates(one, lm, [[0]], 8000, Limits(3), RowRandom(9, "a"))
-    counts, p = exactness.counted([tuple(c.tokens) for c in found[0]], law_of(lm, [0], 3))
+    found = drawn(one.shape, lm, [[0]], 8000, Limits(3), RowRandom(9, "a"))
+    counts, p = exactness.counted([tuple(c.tokens) for c in found.all], law_of(lm, [0], 3))
     assert exactness.p_value(counts, p) > 1e-3
 
 

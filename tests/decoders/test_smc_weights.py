@@ -35,7 +35,7 @@ def test_weights_of_nothing_are_refused():
 @pytest.mark.parametrize("scheme", ["systematic", "residual"])
 @pytest.mark.parametrize("shares", [(0.5, 0.25, 0.25), (0.1, 0.2, 0.3, 0.4), (1.0, 0.0), (0.05,) * 20, (0.31, 0.69)])
 def test_copies_are_the_floor_of_their_share_or_more(scheme, shares):
-    """Systematic: never more than the ceiling; of both the mean is the share (10,000 uniforms, four standard errors)."""
+    """Systematic: no more than the ceiling; of both the mean is the share (10,000 uniforms, four standard errors)."""
     n, W = 8, torch.tensor(shares, dtype=torch.float64)
     u = torch.rand(10_000, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = weights.parents(W.log().expand(len(u), -1), n, u, scheme)
@@ -82,12 +82,12 @@ def target():
 
 def walked(N, alpha, runs, seed):
     """Persistent sampling whose moves are exact draws; a run per row. Estimates, iterations, effective sizes, E[l]."""
-    prior, l = target()
+    prior, ell = target()
     generator = torch.Generator().manual_seed(seed)
 
     def draw(level):
-        law = (prior + level[:, None] * l).softmax(1)
-        return l[torch.multinomial(law, N, replacement=True, generator=generator)]
+        law = (prior + level[:, None] * ell).softmax(1)
+        return ell[torch.multinomial(law, N, replacement=True, generator=generator)]
 
     found = []
     for _ in range(runs):
@@ -105,35 +105,35 @@ def walked(N, alpha, runs, seed):
 
 
 def test_of_one_stage_the_weights_are_importance_weights():
-    _, l = target()
-    pool = Pool.of_draws(l[None, :10])
+    _, ell = target()
+    pool = Pool.of_draws(ell[None, :10])
     for level in (0.3, 1.0):
-        assert torch.allclose(pool.log_weights(torch.tensor([level]).double()), level * l[None, :10], atol=1e-12)
+        assert torch.allclose(pool.log_weights(torch.tensor([level]).double()), level * ell[None, :10], atol=1e-12)
 
 
 def test_equal_levels_have_equal_weights():
-    _, l = target()
+    _, ell = target()
     zero, none = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    pool = Pool.of_draws(l[None, :8]).grown(l[None, 8:16], zero, none).grown(l[None, 16:24], zero, none)
+    pool = Pool.of_draws(ell[None, :8]).grown(ell[None, 8:16], zero, none).grown(ell[None, 16:24], zero, none)
     assert float(weights.ess(pool.log_weights(zero))) == pytest.approx(24), "t N: more than N is possible"
 
 
 def test_the_expected_constant_of_the_first_stage_is_the_constant():
     """Two draws, all pairs of 50 states: E[mean weight] = Z to rounding."""
-    prior, l = target()
+    prior, ell = target()
     pairs = torch.cartesian_prod(torch.arange(STATES), torch.arange(STATES))
-    pool = Pool.of_draws(l[pairs])
+    pool = Pool.of_draws(ell[pairs])
     level = torch.ones(len(pairs), dtype=torch.float64)
     estimate = weights.log_mean(pool.log_weights(level)).exp()
     chance = prior.exp()[pairs].prod(1)
-    assert float((chance * estimate).sum()) == pytest.approx(float((prior + l).exp().sum()), rel=1e-12)
+    assert float((chance * estimate).sum()) == pytest.approx(float((prior + ell).exp().sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize(("N", "alpha", "rounds", "effective"), [(16, 0.9, 4.5, 1.0), (64, 3.0, 12, 3.0)])
 def test_the_constant_the_mean_and_the_effective_size_on_50_states(N, alpha, rounds, effective):
     """200 runs: the estimate of Z within two standard errors of it, E[l] within 0.05, ESS above N possible."""
-    prior, l = target()
-    log_z, mean = float((prior + l).logsumexp(0)), float(((prior + l).softmax(0) * l).sum())
+    prior, ell = target()
+    log_z, mean = float((prior + ell).logsumexp(0)), float(((prior + ell).softmax(0) * ell).sum())
     found = walked(N, alpha, 200, seed=3)
     ratio = torch.tensor([math.exp(f[0] - log_z) for f in found], dtype=torch.float64)
     assert abs(float(ratio.mean()) - 1) < 2 * float(ratio.std()) / math.sqrt(200)
@@ -150,8 +150,8 @@ def test_the_constant_the_mean_and_the_effective_size_on_50_states(N, alpha, rou
 
 
 def test_a_level_is_the_highest_at_which_enough_are_effective():
-    _, l = target()
-    pool = Pool.of_draws(l[None, :32])
+    _, ell = target()
+    pool = Pool.of_draws(ell[None, :32])
     level = pool.raised(16.0)
     assert float(weights.ess(pool.log_weights(level))) == pytest.approx(16, abs=1e-6)
     assert float(weights.ess(pool.log_weights(level + 1e-6))) < 16
@@ -161,9 +161,9 @@ def test_a_level_is_the_highest_at_which_enough_are_effective():
 
 
 def test_numbers_far_out_of_range_stay_numbers():
-    l = torch.tensor([[-2000.0, 0.0, 2000.0, 1999.0]], dtype=torch.float64)
-    pool = Pool.of_draws(l)
+    ell = torch.tensor([[-2000.0, 0.0, 2000.0, 1999.0]], dtype=torch.float64)
+    pool = Pool.of_draws(ell)
     one = torch.ones(1, dtype=torch.float64)
     assert float(weights.log_mean(pool.log_weights(one))) == pytest.approx(2000 + math.log((1 + math.exp(-1)) / 4))
-    pool = pool.grown(l, one, weights.log_mean(pool.log_weights(one)))
+    pool = pool.grown(ell, one, weights.log_mean(pool.log_weights(one)))
     assert bool(torch.isfinite(pool.log_weights(one)).all())

@@ -1,0 +1,147 @@
+"""The founding note's scheme put right: sequential Monte Carlo over answers whose score counts more and more.
+
+See steps.py for what is approached, and what of the note's pool can be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from decodathlon.decoders import choosing
+from decodathlon.decoders.particles import Particle, Particles
+from decodathlon.decoders.smc import weights
+from decodathlon.harness.decoder import Completion
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from decodathlon.decoders.smc.steps import Noise, PersistentSMCSteps
+    from decodathlon.harness.randomness import RowRandom
+
+
+def answers(decoder: PersistentSMCSteps, found: Particles, noise: Noise, rng: RowRandom) -> list[Completion]:
+    """One answer to each prompt."""
+    runs = [_Prompt(decoder, p) for p in range(len(found.prompts))]
+    for step in range(1, decoder.max_steps + 1):
+        decoder.grow(found, noise)
+        parents = list(range(len(found.all)))
+        for run in runs:
+            if run.over:
+                continue
+            run.weigh(found, step)
+            if not run.over and step < decoder.max_steps:
+                u = rng.uniforms(decoder.n_particles, rows=[run.prompt])[0]
+                begin = run.prompt * decoder.n_particles
+                parents[begin : begin + decoder.n_particles] = [begin + k for k in run.copied(u)]
+        if all(run.over for run in runs):
+            break
+        if parents != list(range(len(parents))):
+            found.copy(parents)
+    return [run.given(found, float(rng.uniforms(1, rows=[run.prompt]))) for run in runs]
+
+
+class _Prompt:
+    """Where the particles of one prompt stand."""
+
+    def __init__(self, decoder: PersistentSMCSteps, prompt: int) -> None:
+        self._decoder, self.prompt = decoder, prompt
+        M = decoder.n_particles
+        #: (M,) of each particle: the log of its weight, and the score of its answer so far.
+        self._log_weights, self._scores = torch.zeros(2, M, dtype=torch.float64)
+        self._level, self._step = decoder.beta_min, 0
+        #: By particle, the step at which its answer ended.
+        self._ended_at: dict[int, int] = {}
+        #: Whole answers of all steps, with score, log of the weight at the last level, and the step of their end.
+        self._pool: list[tuple[Particle, float, float, int]] = []
+        self._trace: list[dict[str, Any]] = []
+        self.over = False
+
+    def weigh(self, found: Particles, step: int) -> None:
+        """Score what there is after a step, raise the level, weigh; what has ended goes into the pool."""
+        decoder, mine = self._decoder, found.of(self.prompt)
+        scores = torch.tensor(decoder.scoring(found.answers(mine, by_model=True)), dtype=torch.float64)
+        before = self._log_weights - self._level * self._scores
+        level = self._raised(before, scores, step)
+        self._log_weights, self._scores, self._level, self._step = before + level * scores, scores, level, step
+        weights.check(self._log_weights[None], decoder.spec)
+        effective = float(weights.ess(self._log_weights[None])) / decoder.n_particles
+        log_z = float(weights.log_mean(self._log_weights))
+        self._trace.append({"step": step, "level": level, "ess": effective, "log_z": log_z, "resampled": False})
+        unfinished = self._unfinished(found)
+        self.over = not unfinished
+        for i in set(range(len(mine))) - unfinished:
+            self._ended_at.setdefault(i, step)
+        if decoder.pool:
+            self._pool += [self._entry(mine, i) for i in range(len(mine)) if i not in unfinished]
+            self._prune()
+
+    def _unfinished(self, found: Particles) -> set[int]:
+        return {
+            i - self.prompt * self._decoder.n_particles for i in found.unfinished if found.all[i].prompt == self.prompt
+        }
+
+    def _entry(self, mine: list[Particle], i: int) -> tuple[Particle, float, float, int]:
+        """A particle as the pool has it: weighed as the last level would, among those that ended when it did."""
+        score = float(self._scores[i])
+        weight = float(self._log_weights[i]) + (self._decoder.beta_max - self._level) * score
+        return (mine[i], score, weight, self._ended_at.get(i, self._step))
+
+    def _prune(self) -> None:
+        while len(self._pool) > self._decoder.pool_size:
+            scores = [score for _, score, _, _ in self._pool]
+            del self._pool[0 if self._decoder.prune == "oldest" else scores.index(min(scores))]
+
+    def _raised(self, before: Tensor, scores: Tensor, step: int) -> float:
+        """The highest level at which enough particles are effective; where there are too few already, it stays."""
+        decoder = self._decoder
+        if decoder.schedule != "adaptive_ess":
+            return decoder.fixed_level(step)
+
+        def enough(level: float) -> bool:
+            return float(weights.ess((before + level * scores)[None])) >= decoder.target_ess * decoder.n_particles
+
+        low, high = self._level, decoder.beta_max
+        if enough(high):
+            return high
+        for _ in range(decoder.bisection_max_iter):
+            if high - low <= decoder.bisection_tol * decoder.beta_max:
+                break
+            middle = (low + high) / 2
+            low, high = (middle, high) if enough(middle) else (low, middle)
+        return low
+
+    def copied(self, u: Tensor) -> list[int]:
+        """Whose copy each particle is from now on, by (M,) uniforms; its own where the weights are even enough."""
+        decoder, entry = self._decoder, self._trace[-1]
+        M = decoder.n_particles
+        if decoder.policy == "never" or (decoder.policy == "ess" and entry["ess"] >= decoder.threshold(self._step)):
+            return list(range(M))
+        chosen = weights.parents(self._log_weights[None], M, u[None], decoder.resample)[0]
+        parents: list[int] = chosen.tolist()
+        self._log_weights = weights.log_mean(self._log_weights).expand(M).clone()
+        self._scores = self._scores[chosen]
+        self._ended_at = {i: self._ended_at[k] for i, k in enumerate(parents) if k in self._ended_at}
+        entry |= {"resampled": True, "parents": parents}
+        return parents
+
+    def given(self, found: Particles, u: float) -> Completion:
+        """One of the whole answers of all steps; what never ended counts as whole at the last one."""
+        decoder, mine = self._decoder, found.of(self.prompt)
+        last = self._unfinished(found) if decoder.pool else set(range(len(mine)))
+        every = self._pool + [self._entry(mine, i) for i in sorted(last)]
+        # An answer that ended at step e was weighed at e..T, each time on its own: the mean is what counts.
+        steps = [self._step - e + 1 if decoder.pool else 1 for *_, e in every]
+        log_weights = torch.tensor([w - math.log(n) for (_, _, w, _), n in zip(every, steps, strict=True)]).double()
+        weights.check(log_weights[None], decoder.spec)
+        share, scores = log_weights.softmax(-1).tolist(), [score for _, score, _, _ in every]
+        tokens = [one.tokens for one, *_ in every]
+        taken = choosing.chosen(decoder.answer, share, scores, tokens, found.target, u)
+        log_z = float(log_weights.logsumexp(0)) - math.log(decoder.n_particles)
+        self._trace.append(
+            {"step": self._step, "level": decoder.beta_max, "log_z": log_z, "resampled": False, "pool": len(every),
+             "ess": float(weights.ess(log_weights[None])) / decoder.n_particles, "weights": share, "scores": scores,
+             "chosen": taken}
+        )  # fmt: skip
+        return found.completion(every[taken][0], self._trace)
