@@ -68,7 +68,14 @@ class Particles:
     @property
     def unfinished(self) -> list[int]:
         """The numbers of those that grow, or wait for others that do."""
-        return [i for i, one in enumerate(self.all) if not (one.ended or one.dropped) and len(one.tokens) < self._most]
+        return [i for i, one in enumerate(self.all) if self._unfinished(one)]
+
+    def unfinished_of(self, prompt: int) -> list[int]:
+        """The same of one prompt; its particles are counted from 0."""
+        return [i for i, one in enumerate(self.of(prompt)) if self._unfinished(one)]
+
+    def _unfinished(self, one: Particle) -> bool:
+        return not (one.ended or one.dropped) and len(one.tokens) < self._most
 
     def of(self, prompt: int) -> list[Particle]:
         return self.all[prompt * self.each : (prompt + 1) * self.each]

@@ -69,18 +69,13 @@ class _Prompt:
         effective = float(weights.ess(self._log_weights[None])) / decoder.n_particles
         log_z = float(weights.log_mean(self._log_weights))
         self._trace.append({"step": step, "level": level, "ess": effective, "log_z": log_z, "resampled": False})
-        unfinished = self._unfinished(found)
+        unfinished = set(found.unfinished_of(self.prompt))
         self.over = not unfinished
         for i in set(range(len(mine))) - unfinished:
             self._ended_at.setdefault(i, step)
         if decoder.pool:
             self._pool += [self._entry(mine, i) for i in range(len(mine)) if i not in unfinished]
             self._prune()
-
-    def _unfinished(self, found: Particles) -> set[int]:
-        return {
-            i - self.prompt * self._decoder.n_particles for i in found.unfinished if found.all[i].prompt == self.prompt
-        }
 
     def _entry(self, mine: list[Particle], i: int) -> tuple[Particle, float, float, int]:
         """A particle as the pool has it: weighed as the last level would, among those that ended when it did."""
@@ -129,8 +124,8 @@ class _Prompt:
     def given(self, found: Particles, u: float) -> Completion:
         """One of the whole answers of all steps; what never ended counts as whole at the last one."""
         decoder, mine = self._decoder, found.of(self.prompt)
-        last = self._unfinished(found) if decoder.pool else set(range(len(mine)))
-        every = self._pool + [self._entry(mine, i) for i in sorted(last)]
+        last = found.unfinished_of(self.prompt) if decoder.pool else range(len(mine))
+        every = self._pool + [self._entry(mine, i) for i in last]
         # An answer that ended at step e was weighed at e..T, each time on its own: the mean is what counts.
         steps = [self._step - e + 1 if decoder.pool else 1 for *_, e in every]
         log_weights = torch.tensor([w - math.log(n) for (_, _, w, _), n in zip(every, steps, strict=True)]).double()

@@ -31,7 +31,7 @@ def answers(decoder: PersistentSMCSteps, found: Particles, noise: Noise, rng: Ro
         decoder.grow(found, noise)
         everyone, going = list(found.all), []
         for run in runs:
-            alive = [i for i in found.unfinished if found.all[i].prompt == run.prompt]
+            alive = [run.prompt * decoder.n_particles + i for i in found.unfinished_of(run.prompt)]
             run.score(found, step, alive)
             if len(alive) > 1 and step < decoder.max_steps:
                 going.append(run.prompt)
