@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Answers that a reward model reads at once.
 BATCH = 16
+#: Stands for what a user says, where it is looked up what a template puts around it.
+_SAID = "<<said>>"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class Answer:
     @cached_property
     def prompt_text(self) -> str:
         return self.target.decode(self.prompt)
+
+    @cached_property
+    def problem(self) -> str:
+        """What the user said, without what the model's chat template puts around it."""
+        around = self.target.chat([{"role": "user", "content": _SAID}])
+        before, said, behind = self.target.decode(around or []).partition(_SAID)
+        text = self.prompt_text
+        framed = bool(said) and text.startswith(before) and text.endswith(behind)
+        return text[len(before) : len(text) - len(behind)] if framed else text
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ def length(answers: Sequence[Answer], goal: int) -> list[float]:
     return [-float(abs(len(a.tokens) - goal)) for a in answers]
 
 
-def _folder_or_hub_id(where: str) -> str:
+def folder_or_hub_id(where: str) -> str:
     whole = Path(where).expanduser()
     folder, at, label = (str(whole), "", "") if whole.is_dir() else _split(where)
     path = Path(folder).expanduser()
@@ -236,7 +247,7 @@ def _split(where: str) -> tuple[str, str, str]:
     return (folder, at, label) if at else (label, "", "")
 
 
-@reward("model", needs=["text"], argument=_folder_or_hub_id)
+@reward("model", needs=["text"], argument=folder_or_hub_id)
 def model(answers: Sequence[Answer], where: str) -> list[float]:
     """A sequence-classification model from a folder or the hub, its one logit; of several labels the one behind `@`."""
     folder, _, label = (where, "", "") if Path(where).is_dir() else _split(where)

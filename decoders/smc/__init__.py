@@ -7,6 +7,6 @@ hold both against, with and without `twists`. `weights` and `pool` are the arith
 docs/findings/persistent-smc.md has what came of them.
 """
 
-from decodathlon.decoders.smc import persistent, sequential, steps
+from decodathlon.decoders.smc import persistent, rewards, sequential, steps
 
-__all__ = ["persistent", "sequential", "steps"]
+__all__ = ["persistent", "rewards", "sequential", "steps"]
