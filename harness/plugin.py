@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from decodathlon.harness import decoder_config
 from decodathlon.harness.cells import CellSpec
 from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError
 from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.plan import Options
+from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import environment, gates, table
 from decodathlon.harness.run import CELL_TIMEOUT, Run, Settings
 from decodathlon.harness.suite import SCALES
@@ -60,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype, help="of the weights")
     add("--sweep", action="store_true", help="also the sweep values of every decoder, one parameter at a time")
     add("--decoder-file", action="append", default=[], metavar="PATH", help="a Python file with decoders; repeatable")
+    add("--decoder-config", default=None, metavar="FILE", help="a YAML file with the parameters of a decoder")
     add("--judge", default=default.judge, metavar="SPEC", help="none, openai:MODEL or local:MODEL (default none)")
     add("--judge-url", default=default.judge_url, metavar="URL", help="of a server that speaks the OpenAI protocol")
     add("--lm-eval-task", action="append", default=[], metavar="NAME", help="a task of lm-eval 0.4; repeatable")
@@ -122,6 +125,8 @@ def _run(config: pytest.Config) -> Run:
     given = {name: getattr(option, "decodathlon_" + name) for name in own}
     resume = option.decodathlon_resume
     if resume is not None:
+        if option.decodathlon_decoder_config:
+            raise SpecError("--resume takes what it measures from the run; leave --decoder-config out")
         for name, value in given.items():
             usual = getattr(Options(), name)
             if value != (list(usual) if isinstance(value, list) else usual):
@@ -129,7 +134,22 @@ def _run(config: pytest.Config) -> Run:
         return Run(settings, None, resume, _sayer(config))
     given["data"] = given["data"] or environment.data_folder()
     given["decoder_file"] = [*given["decoder_file"], *_suite_files(config.args)]
-    return Run(settings, Options(**given), None, _sayer(config))
+    say = _sayer(config)
+    if option.decodathlon_decoder_config:
+        given["decoder"] = _configured(option.decodathlon_decoder_config, given, say)
+    return Run(settings, Options(**given), None, say)
+
+
+def _configured(path: str, given: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
+    """The named decoders with the parameters of a file."""
+    load_builtins()
+    registry.load_entry_points()
+    for file in given["decoder_file"]:
+        registry.load_file(file)
+    found, aside = decoder_config.applied(path, given["decoder"])
+    if aside:
+        say(f"{path}: left aside, for the harness has its own options or needs none: {', '.join(aside)}")
+    return found
 
 
 def _suite_files(words: Sequence[str]) -> list[str]:

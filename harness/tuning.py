@@ -7,7 +7,9 @@ its default setting among them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -127,12 +129,14 @@ def tune(
     measure: Callable[[CellSpec], Outcome],
     say: Callable[[str], None],
     basis: str = "",
+    ranges: Mapping[str, Sequence[Any]] | None = None,
 ) -> Report:
     """Go on with the study of a decoder until it has so many trials.
 
     Args:
         first: the cell of its default setting on the validation questions.
         measure: runs a cell.
+        ranges: values by parameter; default those of the decoder's sweep.
         basis: what the questions and weights are; trials on others belong to another study.
 
     Raises:
@@ -145,7 +149,10 @@ def tune(
         raise MissingError("decodathlon tune needs Optuna: pip install 'optuna>=4'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     base = decoders.build(first.decoder)
-    ranges = space(base)
+    if ranges is None:
+        ranges = space(base)
+    else:  # a study of other values is another one
+        basis += "-" + hashlib.sha256(json.dumps(ranges, sort_keys=True, default=str).encode()).hexdigest()[:8]
     study_file.parent.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(study_file), lock_obj=JournalFileOpenLock(str(study_file)))
     study = optuna.create_study(

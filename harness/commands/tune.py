@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from decodathlon.harness import datasets, tuning
+from decodathlon.harness import datasets, decoder_config, spec, tuning
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.commands.command import Command, say
@@ -21,6 +23,7 @@ from decodathlon.harness.results.table import DASH, aligned
 STUDY = "tuning.journal"
 #: How much is measured per trial where nobody says.
 DEFAULT_SIZE = {"questions": 50, "tokens": 4096}
+TRIALS = 20
 #: A perplexity of fewer says nothing.
 FEWEST_TOKENS = 64
 
@@ -34,8 +37,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", required=True, metavar="NAME", help="math500, truthfulqa or wikitext2")
     parser.add_argument("--slice", metavar="NAME", help="of a suite with several parts (default its first)")
     parser.add_argument("--metric", metavar="NAME", help="what to tune for (default the suite's first)")
-    parser.add_argument("--method", choices=tuning.METHODS, default="tpe", help="default tpe")
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="of every decoder, its default among them")
+    parser.add_argument("--method", choices=tuning.METHODS, help="default tpe")
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help=f"of every decoder, its default among them (default {TRIALS})"
+    )
     parser.add_argument(
         "--validation",
         type=int,
@@ -52,17 +57,24 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default=default.device)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype)
     parser.add_argument("--decoder-file", action="append", default=[], metavar="PATH")
+    parser.add_argument(
+        "--decoder-config",
+        metavar="FILE",
+        help="a YAML file with the parameters of a decoder; its section tuning says what is tried, and how long",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
+    for path in options.decoder_file:
+        registry.load_file(path)
+    spaces = _configure(options)
     for name in ("trials", "validation"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise SpecError(f"--{name} {number}: at least 1")
-    for path in options.decoder_file:
-        registry.load_file(path)
     metric = tuning.check(options.suite, options.metric)
     for text in options.decoder:
-        tuning.space(decoders.build(text))
+        if spec.parse(text).name not in spaces:
+            tuning.space(decoders.build(text))
     counted = registry.get("suite", options.suite).tuned_by
     size = options.validation or DEFAULT_SIZE[counted]
     if counted == "tokens" and size < FEWEST_TOKENS:
@@ -94,8 +106,9 @@ def _run(options: argparse.Namespace) -> int:
     for first in (c for c in planned if c.slice == part):
         try:
             found = tuning.tune(
-                first, metric=metric, method=options.method, trials=options.trials, study_file=options.study,
-                measure=measure, say=say, basis=questions.sha256[:12],
+                first, metric=metric, method=options.method or "tpe", trials=options.trials or TRIALS,
+                study_file=options.study, measure=measure, say=say, basis=questions.sha256[:12],
+                ranges=spaces.get(spec.parse(first.decoder).name),
             )  # fmt: skip
         except KeyboardInterrupt:
             say(f"\nThe trials so far are in {options.study}; the same command goes on with them.")
@@ -116,6 +129,25 @@ def _run(options: argparse.Namespace) -> int:
     scale = "quick" if options.scale == "smoke" else options.scale
     say(f"  pytest suites/ --benchmark --suite {options.suite} --scale {scale} {best}{more}")
     return 0
+
+
+def _configure(options: argparse.Namespace) -> dict[str, Mapping[str, Sequence[Any]]]:
+    """Take from --decoder-config what the command line leaves open; the search space by decoder, if it has one."""
+    if options.decoder_config is None:
+        return {}
+    spaces: dict[str, Mapping[str, Sequence[Any]]] = {}
+    options.decoder, aside = decoder_config.applied(options.decoder_config, options.decoder)
+    for text in options.decoder:
+        name = spec.parse(text).name
+        if registry.get("decoder", name).info.layout:
+            found = decoder_config.tuning(options.decoder_config, registry.get("decoder", name))
+            spaces |= {name: found.space} if found.space else {}
+            options.method = options.method or found.method
+            options.trials = options.trials or found.trials
+            options.validation = options.validation or found.validation
+    if aside:
+        say(f"{options.decoder_config}: left aside, for the harness has its own options: {', '.join(aside)}")
+    return spaces
 
 
 def _interval(found: Estimate) -> str:

@@ -1,0 +1,195 @@
+"""`--decoder-config FILE.yaml`: the parameters of a decoder from a file, in a layout that the decoder states.
+
+The layout (`@decoder(..., layout=...)`) says which dotted key of the file is which parameter. Types and bounds are the
+decoder's own; what the file says that is no parameter, such as a seed, the harness has its own options for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness import spec
+from decodathlon.harness.decoder import Decoder
+from decodathlon.harness.errors import SpecError, near_miss
+from decodathlon.harness.registry import registry
+
+#: Under which such a file says how its parameters are tuned.
+TUNING = "tuning"
+#: How such files name the methods of `decodathlon tune`.
+_METHODS = {"grid": "grid", "random": "random", "bayesian": "tpe", "tpe": "tpe"}
+
+
+class Tuning(NamedTuple):
+    """What a file says of its own tuning; None where it says nothing."""
+
+    #: Values by parameter.
+    space: dict[str, list[Any]]
+    method: str | None
+    trials: int | None
+    validation: int | None
+
+
+def applied(path: str | Path, named: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The spec strings with the parameters of the file where they name none, and what of the file was left aside.
+
+    Raises:
+        SpecError: the file cannot be read, says something of no decoder here, or something that its decoder refuses.
+    """
+    content = read(path)
+    found: list[str] = []
+    aside: list[str] = []
+    fits = False
+    for text in named:
+        parsed = spec.parse(text)
+        cls: type[Decoder] = registry.get("decoder", parsed.name)
+        if not cls.info.layout:
+            found.append(text)
+            continue
+        fits = True
+        own = spec.by_layout(parsed, "decoder", cls.info.layout).params
+        values, aside = parameters(path, content, cls)
+        both = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items()} | own
+        found.append(decoders.build(f"{parsed.name}[{','.join(f'{k}={v}' for k, v in both.items())}]").spec)
+    if not fits:
+        able = [n for n in registry.names("decoder") if registry.get("decoder", n).info.layout]
+        raise SpecError(f"--decoder-config {path}: name a decoder that reads such a file: --decoder {', '.join(able)}")
+    return found, aside
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """
+    Raises:
+        SpecError: there is no such file, or it is no YAML mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"--decoder-config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"--decoder-config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise SpecError(f"--decoder-config {path}: it must be a mapping with sections, not {type(content).__name__}")
+    return content
+
+
+def parameters(path: str | Path, content: Mapping[str, Any], cls: type[Decoder]) -> tuple[dict[str, Any], list[str]]:
+    """Values by parameter, checked; and the keys that are the harness's own business.
+
+    A section that says `enabled: false` counts as not there, unless that is itself a parameter.
+
+    Raises:
+        SpecError: a key is unknown, or a value is of another type or out of bounds; both are named.
+    """
+    from pydantic import ValidationError
+
+    layout = cls.info.layout
+    try:
+        _model(cls).model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise SpecError(f"--decoder-config {path}: there is no {key!r}{near_miss(key, list(layout))}") from None
+        raise SpecError(f"--decoder-config {path}: {key} = {first['input']!r}: {first['msg']}") from None
+    values: dict[str, Any] = {}
+    aside: list[str] = []
+    for key, value in _leaves(content, layout):
+        parameter = layout[key]
+        section = key.rpartition(".")[0]
+        if parameter is None:
+            aside += [] if key == TUNING or key.endswith(".enabled") else [key]
+        elif layout.get(f"{section}.enabled", "") is not None or _at(content, f"{section}.enabled") is not False:
+            values[parameter] = value
+    return values, aside
+
+
+def tuning(path: str | Path, cls: type[Decoder]) -> Tuning:
+    """What the file says under `tuning`.
+
+    Raises:
+        SpecError: a parameter of the search space is unknown, or one of its values is refused.
+    """
+    section = read(path).get(TUNING) or {}
+    space: dict[str, list[Any]] = {}
+    for key, values in (section.get("search_space") or {}).items():
+        parameter = cls.info.layout.get(key)
+        if parameter is None:
+            known = [k for k, p in cls.info.layout.items() if p]
+            raise SpecError(f"--decoder-config {path}: tuning.search_space: no {key!r}{near_miss(key, known)}")
+        if not isinstance(values, list) or not values:
+            raise SpecError(f"--decoder-config {path}: tuning.search_space: {key} must be a list of values")
+        for value in values:
+            spec.check_bounds(value, cls.info.bounds.get(parameter), f"--decoder-config {path}: {key}={value}")
+        space[parameter] = values
+    method = section.get("method")
+    if method is not None and method not in _METHODS:
+        raise SpecError(f"--decoder-config {path}: tuning.method={method} is not one of {', '.join(_METHODS)}")
+    for name in ("n_trials", "validation_samples"):
+        if section.get(name) is not None and (not isinstance(section[name], int) or section[name] < 1):
+            raise SpecError(f"--decoder-config {path}: tuning.{name}={section[name]!r}: at least 1")
+    return Tuning(space, method and _METHODS[method], section.get("n_trials"), section.get("validation_samples"))
+
+
+def _leaves(content: Mapping[str, Any], layout: Mapping[str, str | None], head: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of the layout that the file has, each with what stands there; keys without a value are left out."""
+    for key, value in content.items():
+        dotted = f"{head}{key}"
+        if dotted in layout:
+            if value is not None:
+                yield dotted, value
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, layout, f"{dotted}.")
+
+
+def _at(content: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content
+
+
+def _model(cls: type[Decoder]) -> Any:
+    """The file as pydantic checks it, made from the decoder's own types and bounds."""
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cast("Any", cls))}
+    tree: dict[str, Any] = {}
+    for key, parameter in cls.info.layout.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        if parameter is None:
+            place[last] = (Any, None)
+        else:
+            assert parameter in names
+            place[last] = (_bounded(hints[parameter], cls.info.bounds.get(parameter)) | None, None)
+    return _nested(cls.__name__, tree)
+
+
+def _bounded(hint: Any, bounds: str | None) -> Any:
+    from pydantic import Field
+
+    if bounds is None:
+        return hint
+    found = spec.interval(bounds)
+    limits: dict[str, Any] = {
+        "gt" if bounds[0] == "(" else "ge": found.low,
+        "lt" if bounds[-1] == ")" else "le": found.high,
+    }
+    return typing.Annotated[hint, Field(**limits)]
+
+
+def _nested(name: str, tree: Mapping[str, Any]) -> Any:
+    from pydantic import ConfigDict, create_model
+
+    fields: dict[str, Any] = {
+        key: (_nested(f"{name}_{key}", part) | None, None) if isinstance(part, dict) else part
+        for key, part in tree.items()
+    }
+    return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
