@@ -208,7 +208,11 @@ def _measured(cell: CellSpec, metric: str, measure: Callable[[CellSpec], Outcome
     outcome = measure(cell)
     row = next((m for m in outcome.metrics if m["metric"] == metric), None)
     if outcome.status != "ok" or row is None:
-        reason = outcome.reason or f"it does not report {metric}"
+        if outcome.status == "ok":  # nor will any other setting
+            there = [m["metric"] for m in outcome.metrics if METRICS[m["metric"]].better != "none"]
+            where = f"{cell.suite} {cell.slice}"
+            raise SpecError(f"{where} does not report {metric} for {cell.decoder}; --metric {', '.join(there)}")
+        reason = outcome.reason
         return Trial(cell.decoder, Estimate(math.nan, n=0), None, f"{outcome.status}: {reason}")
     units = Observations.from_json(row["units"]) if row["units"] is not None else None
     return Trial(cell.decoder, Estimate(row["value"], row["ci_low"], row["ci_high"], row["n"]), units)

@@ -23,6 +23,8 @@ OF_TASKS = ("oracle", "answer_tokens", "mc1", "decided")
 TEXTS = ("response", "responses", "verdict", "verdicts", "log_probs", "labels")
 #: Parts that every answer to a question shares, or that are of no use to a reader.
 SHARED = ("problem_idx", "ground_truth")
+#: The course of a particle method, which is drawn.
+PARTICLES = "particles"
 #: Parts of a sample that grade it, from 0 to 1, and that of a judge, to 10.
 GRADES = ("correct", "score", "acc", "exact_match", "bleu_acc", "grade")
 #: The name under which what a budget buys is ranked.
@@ -79,7 +81,7 @@ class Sample:
         """All else that is known of it, in a line."""
         said = []
         for key, value in self.data.items():
-            if key in TEXTS or key in SHARED or value in (None, ""):
+            if key in TEXTS or key in SHARED or key == PARTICLES or value in (None, ""):
                 continue
             if isinstance(value, Mapping):
                 value = ", ".join(f"{k} {_short(v)}" for k, v in value.items())

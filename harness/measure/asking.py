@@ -47,6 +47,8 @@ class Answer:
     #: Of particle methods: how often they resampled, and the effective sample size at the end as a share.
     resample_count: int | None = None
     final_ess: float | None = None
+    #: Their whole course, step by step: levels, effective sizes, constants, whose copy everyone is, weights at the end.
+    particles: list[dict[str, Any]] | None = None
 
     @property
     def row(self) -> str:
@@ -67,13 +69,15 @@ class Answer:
             drawn.cost,
             resample_count=sum(bool(entry.get("resampled", True)) for entry in seen) if seen else None,
             final_ess=float(seen[-1]["ess"]) if seen else None,
+            particles=[{k: _short(v) for k, v in entry.items()} for entry in seen] or None,
         )
 
     def facts(self) -> dict[str, Any]:
         """What a sample says of it besides its text."""
         spent = {"calls": self.cost.target_calls, "positions": self.cost.target_positions}
         found = {"tokens": self.tokens, "stop_reason": self.stop_reason, "log_prob": self.log_prob, **spent,
-                 "resample_count": self.resample_count, "final_ess": self.final_ess}  # fmt: skip
+                 "resample_count": self.resample_count, "final_ess": self.final_ess,
+                 "particles": self.particles}  # fmt: skip
         return {k: v for k, v in found.items() if v is not None}
 
     def as_line(self) -> dict[str, Any]:
@@ -82,6 +86,13 @@ class Answer:
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Answer:
         return cls(**{k: v for k, v in line.items() if k in cls.__dataclass_fields__} | {"cost": Cost(**line["cost"])})
+
+
+def _short(value: Any) -> Any:
+    """Numbers with six digits, which is what a drawing needs."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return [_short(v) for v in value] if isinstance(value, list) else value
 
 
 def prompt(target: Target, turns: Sequence[Turn]) -> list[int]:

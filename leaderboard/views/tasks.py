@@ -1,10 +1,12 @@
 """Tasks: which decoder answers better, what that costs, what can be told at all, and every answer that was given."""
 
+from typing import Any
+
 import streamlit as st
 
 from decodathlon.harness.results import answers, budgets
 from decodathlon.harness.results.table import number as written
-from decodathlon.leaderboard import charts, findings, parts, queries, tasks
+from decodathlon.leaderboard import charts, findings, particle_charts, particles, parts, queries, tasks
 from decodathlon.leaderboard.tables import Field, link, table
 
 #: Questions of which a table shows the grades at once.
@@ -147,6 +149,21 @@ if gold is not None:
     st.markdown(f"Right answer: **{parts.plain(str(gold))}**")
 
 
+def draw(course: list[dict[str, Any]], key: str) -> None:
+    """How the particles came to this answer."""
+    words, axis = particles.in_words(course), particles.axis(course)
+    lines, bars = particles.genealogy(course), particles.weights(course)
+    with st.expander(f"Particles: {words}"):
+        for title, chart in (
+            ("Level and effective particles", particle_charts.course(particles.levels(course), axis)),
+            ("Who descends from whom", particle_charts.genealogy(lines, axis) if lines else None),
+            ("Weights at the end", particle_charts.weights(bars) if bars else None),
+        ):
+            if chart is not None:
+                st.caption(title)
+                st.altair_chart(chart, width="stretch", alt=words, key=f"{key}{title}")
+
+
 def show(cell: queries.Cell, some: list[tasks.Sample]) -> None:
     """All that a decoder said to the question."""
     st.markdown(f"**{parts.plain(cell.decoder)}**")
@@ -155,6 +172,8 @@ def show(cell: queries.Cell, some: list[tasks.Sample]) -> None:
             st.caption(parts.plain(f"{sample.name} · {sample.facts}"))
             for text in sample.texts:
                 st.text(text or "(nothing)")
+            if sample.data.get(tasks.PARTICLES):
+                draw(sample.data[tasks.PARTICLES], f"{cell.key}{sample.name}")
             if "log_probs" in sample.data:
                 choices = texts.get(f"{question}/{sample.name}", {}).get("choices")
                 st.html(

@@ -181,6 +181,19 @@ def test_bad_options_are_refused_before_anything_is_loaded(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_metric_that_is_not_reported_ends_it_at_once(tmp_path):
+    class Other(Bed):
+        def __call__(self, spec):
+            outcome = super().__call__(spec)
+            outcome.metrics[0] |= {"metric": "bleu_acc"}
+            return outcome
+
+    bed = Other()
+    with pytest.raises(SpecError, match=r"does not report .* for top-p; --metric bleu_acc"):
+        tuned(tmp_path / "study", bed, trials=10)
+    assert len(bed.measured) == 1
+
+
 def test_ctrl_c_keeps_the_trials_and_says_so(monkeypatch, tmp_path, capsys):
     def pressed(*arguments, **options):
         raise KeyboardInterrupt
