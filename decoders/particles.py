@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from decodathlon.harness.decoder import Completion, Cost, Limits
+from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.rewards import Answer
 
@@ -36,6 +37,24 @@ class Particle:
     waits: bool = False
 
 
+def check_memory(target: Target, prompts: Sequence[Sequence[int]], each: int, limits: Limits) -> None:
+    """
+    Raises:
+        UnsupportedError: so many particles to each prompt do not fit into the memory that is free now.
+    """
+    from decodathlon.harness.measure import memory
+
+    longest = max(map(len, prompts)) + limits.max_new_tokens
+    needed = len(prompts) * each * target.row_bytes(longest)
+    free = memory.free_bytes(str(target.device)) if needed else None
+    if free is not None and needed > free:
+        raise UnsupportedError(
+            f"{needed / 1e9:.3g} GB of memory",
+            f"{len(prompts)} times {each} particles of up to {longest} tokens take about that, and {free / 1e9:.3g} GB "
+            f"are free; fewer particles, shorter answers or fewer prompts side by side would fit",
+        )
+
+
 class Particles:
     """M particles to each of P prompts, those of the first prompt first.
 
@@ -46,9 +65,11 @@ class Particles:
         """
         Raises:
             ValueError: there is no room for a token.
+            UnsupportedError: the particles do not fit into memory.
         """
         if limits.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {limits.max_new_tokens}")
+        check_memory(target, prompts, each, limits)
         self.target, self.prompts, self.each = target, prompts, each
         self.all = [Particle(p, []) for p in range(len(prompts)) for _ in range(each)]
         self.costs = [Cost(target_positions=len(p)) for p in prompts]

@@ -69,7 +69,7 @@ class Answer:
             drawn.cost,
             resample_count=sum(bool(entry.get("resampled", True)) for entry in seen) if seen else None,
             final_ess=float(seen[-1]["ess"]) if seen else None,
-            particles=[{k: _short(v) for k, v in entry.items()} for entry in seen] or None,
+            particles=[{k: _short(v) for k, v in entry.items() if k != "texts"} for entry in seen] or None,
         )
 
     def facts(self) -> dict[str, Any]:

@@ -15,6 +15,25 @@ import torch
 SMAPS = Path("/proc/self/smaps_rollup")
 
 
+MEMINFO = Path("/proc/meminfo")
+#: What a container may use, and uses.
+_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that can still be had, or None where this machine does not tell."""
+    if device.startswith("cuda"):
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + held
+    if not MEMINFO.exists():
+        return None
+    (line,) = [line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")]
+    free = 1024 * int(line.split()[1])
+    if _LIMIT.exists() and (limit := _LIMIT.read_text().strip()).isdigit():
+        free = min(free, int(limit) - int(_USED.read_text()))
+    return free
+
+
 def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
     """The most memory in use while `work` runs, or None where this machine does not tell.
 

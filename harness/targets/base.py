@@ -209,6 +209,10 @@ class Target(ABC):
             parts.append(context.extend(tokens[:, 1:], logits_at=rest).logits)
         return torch.cat(parts, dim=1)
 
+    def row_bytes(self, capacity: int) -> int:
+        """About what a row of so many tokens takes in memory beside the weights; 0 where that is next to nothing."""
+        return 0
+
     @property
     def embeddings(self) -> Tensor:
         """(V, E) input embeddings."""

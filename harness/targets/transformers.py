@@ -244,6 +244,13 @@ class TransformersTarget(Target):
         context.next_logits = step.logits[torch.arange(len(sizes)), [ends.index(n - 1) for n in sizes]]
         return context
 
+    def row_bytes(self, capacity: int) -> int:
+        """Keys and values of every layer; the logits in 32 bits and their law in 64, twice at the most."""
+        config = self.model.config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(2 * self.layers * heads * width * self.dtype.itemsize * capacity + 24 * self.vocab_size)
+
     # -- forwards ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
