@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
 from decodathlon.harness import embedded, models, rewards
 from decodathlon.harness.commands.command import Command, results_option, say
 from decodathlon.harness.decoder import build
+from decodathlon.harness.errors import SpecError
 from decodathlon.harness.registry import registry
 from decodathlon.harness.results import store
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.results.table import aligned
 
+#: Parameters of a decoder that the table of all of them has room for.
+MOST = 8
 KINDS = ("decoders", "suites", "models", "metrics", "datasets", "rewards", "runs")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", nargs="?", choices=KINDS, default="decoders", help="default decoders")
+    parser.add_argument("name", nargs="?", help="of one decoder: every parameter with its bounds")
     parser.add_argument(
         "--decoder-file", action="append", default=[], metavar="PATH", help="also the decoders of a file"
     )
@@ -41,7 +46,9 @@ def _run(options: argparse.Namespace) -> int:
         "rewards": _rewards,
         "runs": lambda: _runs(options),
     }
-    rows = tables[options.kind]()
+    if options.name is not None and options.kind != "decoders":
+        raise SpecError(f"list {options.kind} takes no name; decoders do")
+    rows = tables[options.kind]() if options.name is None else _decoder(options.name)
     for line in aligned(rows):
         say(line)
     for broken in registry.broken:
@@ -53,9 +60,31 @@ def _decoders() -> list[list[str]]:
     rows = [["decoder", "claim", "parameters", "what it is"]]
     for name in registry.names("decoder"):
         one = build(name)
-        shown = ", ".join(f"{key}={value}" for key, value in one.params().items()) or "–"
+        every = [f"{key}={value}" for key, value in one.params().items()]
+        more = [f"and {len(every) - MOST} more: list decoders {name}"] if len(every) > MOST else []
+        shown = ", ".join([*every[:MOST], *more]) or "–"
         rows.append([name + (" *" if one.info.headline else ""), one.claim, shown, one.info.summary])
     return [*rows, ["* in the set that runs without --decoder"]]
+
+
+def _decoder(name: str) -> list[list[str]]:
+    """A line per parameter."""
+    one = build(name)
+    keys = {parameter: key for key, parameter in one.info.layout.items() if parameter}
+    head = ["parameter", "default", "bounds or choices", "swept", *(["in a file"] if keys else [])]
+    hints = typing.get_type_hints(type(one))
+    rows = []
+    for key, value in one.params().items():
+        choices = ", ".join(map(str, typing.get_args(hints[key])))
+        bounds = one.info.bounds.get(key) or choices or "–"
+        swept = ", ".join(map(str, one.info.sweep.get(key, ()))) or "–"
+        rows.append([key, str(value), bounds, swept, *([keys.get(key, "–")] if keys else [])])
+    return [
+        [f"{one.info.name}: {one.info.summary}"],
+        [f"claims {one.claim}; {one.info.paper or 'no paper'}"],
+        head,
+        *rows,
+    ]
 
 
 def _rewards() -> list[list[str]]:

@@ -57,6 +57,17 @@ def test_list(capsys, kind, expected):
     assert (code, expected in out) == (0, True)
 
 
+def test_one_decoder_is_listed_parameter_by_parameter(capsys):
+    assert main(["list", "decoders", "persistent-smc-steps"]) == 0
+    said = capsys.readouterr().out
+    (line,) = [row for row in said.splitlines() if row.startswith("alpha_start")]
+    assert line.split() == ["alpha_start", "0.5", "[0,", "1]", "0.3,", "0.5,", "0.7", "ps.resample.alpha_start"]
+    assert main(["list", "decoders"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 450, "a table that nobody can read"
+    assert main(["list", "rewards", "prm"]) == 2
+    assert "list rewards takes no name" in capsys.readouterr().err
+
+
 def test_list_runs_and_the_newest_is_last(capsys, results):
     code, out, _ = said(capsys, "list", "runs", "--results", results)
     assert code == 0
