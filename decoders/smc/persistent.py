@@ -63,9 +63,9 @@ class PersistentSMC(Tilted):
 
     reward: str = "log-power"
     beta: float = 1.0
-    particles: int = 32
-    alpha: float = 0.9
-    moves: int = 2
+    particles: int = 8
+    alpha: float = 0.5
+    moves: int = 1
     tries: int = 1
     stages: int = 50
     resample: Scheme = "systematic"
