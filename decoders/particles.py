@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from decodathlon.harness.decoder import Completion, Cost, Limits
 from decodathlon.harness.errors import UnsupportedError
+from decodathlon.harness.generation import token_log_prob
 from decodathlon.harness.lazy import torch
 from decodathlon.harness.rewards import Answer
 
@@ -114,7 +115,7 @@ class Particles:
             tokens = torch.tensor([[self.all[i].tokens[-1]] for i in there], device=self.target.device)
             self._context.extend(tokens)
             self._context.keep([int(not self.all[i].waits) for i in there])
-            for i in growing:
+            for i in there:  # those that wait are read as well, to no use
                 self.costs[self.all[i].prompt].target_positions += 1
         for p in {self.all[i].prompt for i in growing}:
             self.costs[p].target_calls += 1
@@ -132,8 +133,8 @@ class Particles:
             log_law: (G, V) the law that counts as theirs.
             logits: (G, V) of the model itself.
         """
-        at, model = tokens[:, None], logits.double().log_softmax(-1)
-        own, raw = log_law.double().gather(1, at)[:, 0].tolist(), model.gather(1, at)[:, 0].tolist()
+        own = log_law.gather(1, tokens[:, None])[:, 0].double().tolist()
+        raw = token_log_prob(logits, tokens).double().tolist()
         for i, token, p, q in zip(self.growing, tokens.tolist(), own, raw, strict=True):
             one = self.all[i]
             one.tokens.append(token)
@@ -159,6 +160,8 @@ class Particles:
         for row, i in enumerate(there):
             self._row[i] = row
             self.costs[self.all[i].prompt].target_positions += len(heads[row])
+        for p in {self.all[i].prompt for i in there}:
+            self.costs[p].target_calls += 1
 
     def answers(self, some: Sequence[Particle], *, by_model: bool = False) -> list[Answer]:
         """Particles as a reward sees them; `by_model` with the model's own log-probability, not that of the drawing."""

@@ -5,7 +5,9 @@ A decoder is a value: a name, parameters with defaults and bounds, and a claim a
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 from abc import ABC, abstractmethod
@@ -110,7 +112,8 @@ class Decoder(ABC):
         return claim(self) if callable(claim) else claim
 
     def sources(self) -> list[Path]:
-        """The files that its behaviour follows from: those of its classes, and all parts of one that has several.
+        """The files that its behaviour follows from: those of its classes, all parts of one that has several, and what
+        they import of other decoders.
 
         A subclass adds what else it reads. The harness itself goes by the commit of the row.
         """
@@ -120,6 +123,9 @@ class Decoder(ABC):
                 file = Path(inspect.getfile(cls)).resolve()
                 parts = cls.__module__.startswith("decodathlon.decoders.") and cls.__module__.count(".") > 2
                 found |= set(file.parent.glob("*.py")) if parts else {file}
+        new = found
+        while new := {other for file in new for other in _imported(file)} - found:
+            found |= new
         return sorted(found)
 
     def params(self) -> dict[str, Any]:
@@ -133,6 +139,19 @@ class Decoder(ABC):
         """
         for capability in sorted(self.info.needs - target.capabilities):
             raise UnsupportedError(capability, f"{target.name} does not have it")
+
+
+@functools.cache
+def _imported(file: Path) -> frozenset[Path]:
+    """The files of decoders that a file imports."""
+    package, found = "decodathlon.decoders", set()
+    root = Path(__file__).resolve().parents[1] / "decoders"
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(f"{package}."):
+            place = root.joinpath(*node.module.split(".")[2:])
+            candidates = [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
+            found |= {candidate for candidate in candidates if candidate.is_file()}
+    return frozenset(found)
 
 
 class Sampler(Decoder):

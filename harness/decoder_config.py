@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -54,7 +54,10 @@ def applied(path: str | Path, named: Sequence[str]) -> tuple[list[str], list[str
         own = spec.by_layout(parsed, "decoder", cls.info.layout).params
         values, aside = parameters(path, content, cls)
         both = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items()} | own
-        found.append(decoders.build(f"{parsed.name}[{','.join(f'{k}={v}' for k, v in both.items())}]").spec)
+        try:
+            found.append(decoders.build(f"{parsed.name}[{','.join(f'{k}={v}' for k, v in both.items())}]").spec)
+        except SpecError as error:
+            raise SpecError(f"--decoder-config {path}: {error}") from None
     if not fits:
         able = [n for n in registry.names("decoder") if registry.get("decoder", n).info.layout]
         raise SpecError(f"--decoder-config {path}: name a decoder that reads such a file: --decoder {', '.join(able)}")
@@ -72,7 +75,7 @@ def read(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(f"--decoder-config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"--decoder-config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise SpecError(f"--decoder-config {path}: it must be a mapping with sections, not {type(content).__name__}")
@@ -87,27 +90,42 @@ def parameters(path: str | Path, content: Mapping[str, Any], cls: type[Decoder])
     Raises:
         SpecError: a key is unknown, or a value is of another type or out of bounds; both are named.
     """
-    from pydantic import ValidationError
-
     layout = cls.info.layout
-    try:
-        _model(cls).model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise SpecError(f"--decoder-config {path}: there is no {key!r}{near_miss(key, list(layout))}") from None
-        raise SpecError(f"--decoder-config {path}: {key} = {first['input']!r}: {first['msg']}") from None
+    checked = _validated(_model(cls), content, path, layout)
     values: dict[str, Any] = {}
     aside: list[str] = []
-    for key, value in _leaves(content, layout):
+    for key, value in _leaves(checked, layout):
         parameter = layout[key]
         section = key.rpartition(".")[0]
         if parameter is None:
             aside += [] if key == TUNING or key.endswith(".enabled") else [key]
-        elif layout.get(f"{section}.enabled", "") is not None or _at(content, f"{section}.enabled") is not False:
+        elif layout.get(f"{section}.enabled", "") is not None or _at(checked, f"{section}.enabled") is not False:
+            if isinstance(value, str) and (not value or set(value) & set(",[]=")):
+                raise SpecError(
+                    f"--decoder-config {path}: {key} = {value!r}: it may not be empty or hold any of , [ ] ="
+                )
             values[parameter] = value
     return values, aside
+
+
+def _validated(model: Any, content: Mapping[str, Any], path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+    """What the file says, as the model reads it; what it does not say is left out.
+
+    Raises:
+        SpecError: the first thing that the model refuses.
+    """
+    from pydantic import ValidationError
+
+    try:
+        found: dict[str, Any] = model.model_validate(content).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            dotted = "; write it as sections, without dots" if key in known else near_miss(key, list(known))
+            raise SpecError(f"--decoder-config {path}: there is no {key!r}{dotted}") from None
+        raise SpecError(f"--decoder-config {path}: {key} = {first['input']!r}: {first['msg']}") from None
+    return found
 
 
 def tuning(path: str | Path, cls: type[Decoder]) -> Tuning:
@@ -116,25 +134,43 @@ def tuning(path: str | Path, cls: type[Decoder]) -> Tuning:
     Raises:
         SpecError: a parameter of the search space is unknown, or one of its values is refused.
     """
-    section = read(path).get(TUNING) or {}
-    space: dict[str, list[Any]] = {}
+    from pydantic import TypeAdapter, ValidationError
+
+    section = _validated(_tuning_model(), read(path).get(TUNING) or {}, f"{path}: {TUNING}", ())
+    hints, space = typing.get_type_hints(cls), dict[str, list[Any]]()
     for key, values in (section.get("search_space") or {}).items():
         parameter = cls.info.layout.get(key)
         if parameter is None:
             known = [k for k, p in cls.info.layout.items() if p]
             raise SpecError(f"--decoder-config {path}: tuning.search_space: no {key!r}{near_miss(key, known)}")
-        if not isinstance(values, list) or not values:
-            raise SpecError(f"--decoder-config {path}: tuning.search_space: {key} must be a list of values")
-        for value in values:
-            spec.check_bounds(value, cls.info.bounds.get(parameter), f"--decoder-config {path}: {key}={value}")
-        space[parameter] = values
+        kind = _bounded(hints[parameter], cls.info.bounds.get(parameter))
+        try:
+            space[parameter] = [TypeAdapter(kind).validate_python(value) for value in values]
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = f"tuning.search_space: {key} = {first['input']!r}"
+            raise SpecError(f"--decoder-config {path}: {where}: {first['msg']}") from None
+    if section.get("enabled") is False:
+        return Tuning({}, None, None, None)
     method = section.get("method")
-    if method is not None and method not in _METHODS:
-        raise SpecError(f"--decoder-config {path}: tuning.method={method} is not one of {', '.join(_METHODS)}")
-    for name in ("n_trials", "validation_samples"):
-        if section.get(name) is not None and (not isinstance(section[name], int) or section[name] < 1):
-            raise SpecError(f"--decoder-config {path}: tuning.{name}={section[name]!r}: at least 1")
     return Tuning(space, method and _METHODS[method], section.get("n_trials"), section.get("validation_samples"))
+
+
+def _tuning_model() -> Any:
+    from pydantic import ConfigDict, Field, create_model
+
+    number = typing.Annotated[int, Field(ge=1, strict=True)]
+    values = dict[str, typing.Annotated[list[Any], Field(min_length=1)]]
+    fields: dict[str, Any] = {
+        "enabled": (bool | None, None),
+        "method": (typing.Literal["grid", "random", "bayesian", "tpe"] | None, None),
+        "n_trials": (number | None, None),
+        "validation_samples": (number | None, None),
+        "search_space": (values | None, None),
+        "metric": (str | None, None),  # --metric of tune
+        "validation_seed": (int | None, None),
+    }
+    return create_model("Tuning", __config__=ConfigDict(extra="forbid"), **fields)
 
 
 def _leaves(content: Mapping[str, Any], layout: Mapping[str, str | None], head: str = "") -> Iterator[tuple[str, Any]]:
@@ -165,7 +201,7 @@ def _model(cls: type[Decoder]) -> Any:
         for section in sections:
             place = place.setdefault(section, {})
         if parameter is None:
-            place[last] = (Any, None)
+            place[last] = (bool | None if last == "enabled" else Any, None)
         else:
             assert parameter in names
             place[last] = (_bounded(hints[parameter], cls.info.bounds.get(parameter)) | None, None)
@@ -173,8 +209,13 @@ def _model(cls: type[Decoder]) -> Any:
 
 
 def _bounded(hint: Any, bounds: str | None) -> Any:
-    from pydantic import Field
+    """The type as pydantic takes it: within its bounds; true and false are no numbers, and nothing else is either."""
+    from pydantic import BeforeValidator, Field
 
+    if hint is bool:
+        return typing.Annotated[bool, Field(strict=True)]
+    if hint in (int, float):
+        hint = typing.Annotated[hint, BeforeValidator(_no_truth)]
     if bounds is None:
         return hint
     found = spec.interval(bounds)
@@ -183,6 +224,12 @@ def _bounded(hint: Any, bounds: str | None) -> Any:
         "lt" if bounds[-1] == ")" else "le": found.high,
     }
     return typing.Annotated[hint, Field(**limits)]
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
 
 
 def _nested(name: str, tree: Mapping[str, Any]) -> Any:

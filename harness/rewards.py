@@ -75,9 +75,11 @@ class Reward:
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        """What its values follow from: the file that defines it, and those of a folder that it names."""
-        folder = Path(str(self.argument).rpartition("@")[0] or str(self.argument))
-        return (self.defined, *(sorted(f for f in folder.glob("*") if f.is_file()) if folder.is_dir() else ()))
+        """What its values follow from: the file that defines it; the program, or files of the folder, that it names."""
+        words = self.argument if isinstance(self.argument, tuple) else (self.argument,)
+        named = [Path(str(word).rpartition("@")[0] or str(word)) for word in words]
+        found = [f for path in named for f in ([path] if path.is_file() else path.glob("*") if path.is_dir() else ())]
+        return (self.defined, *sorted(f for f in found if f.is_file()))
 
     def check(self, target: Target) -> None:
         """

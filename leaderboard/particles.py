@@ -18,11 +18,16 @@ def _place(entry: Mapping[str, Any], number: int) -> int:
     return int(entry.get("step") or entry.get("length") or number + 1)
 
 
+def _copied(entry: Mapping[str, Any]) -> bool:
+    """Whether particles were drawn anew there."""
+    return bool(entry.get("resampled", entry.get("parents")))
+
+
 def levels(course: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per entry and quantity: the share of effective particles, and the level where there is one."""
     names = {"ess": "effective particles, over N", "level": "level"}
     return [
-        {"at": _place(entry, i), "line": words, "value": float(entry[key]), "copied": bool(entry.get("parents"))}
+        {"at": _place(entry, i), "line": words, "value": float(entry[key]), "copied": _copied(entry)}
         for i, entry in enumerate(course)
         for key, words in names.items()
         if key in entry
@@ -68,7 +73,7 @@ def weights(course: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def in_words(course: Sequence[Mapping[str, Any]]) -> str:
     """What the charts show."""
     first, last = course[0], course[-1]
-    copied = sum(bool(entry.get("parents")) for entry in course)
+    copied = sum(map(_copied, course))
     said = [f"{len(course)} entries, particles copied at {copied} of them"]
     if "level" in first:
         said.append(f"level from {float(first['level']):.3g} to {float(last.get('level', first['level'])):.3g}")

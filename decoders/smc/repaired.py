@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from decodathlon.decoders import choosing
 from decodathlon.decoders.particles import Particle, Particles
 from decodathlon.decoders.smc import weights
@@ -53,8 +55,10 @@ class _Prompt:
         self._level, self._step = decoder.beta_min, 0
         #: By particle, the step at which its answer ended.
         self._ended_at: dict[int, int] = {}
-        #: Whole answers of all steps, with score, log of the weight at the last level, and the step of their end.
-        self._pool: list[tuple[Particle, float, float, int]] = []
+        #: Whole answers by their tokens: score, log of the sum of the weights of all its steps, the step of its end.
+        self._pool: dict[tuple[int, ...], tuple[Particle, float, float, int]] = {}
+        #: What was taken out of the pool for want of room, and does not come back.
+        self._pruned: set[tuple[int, ...]] = set()
         self._trace: list[dict[str, Any]] = []
         self.over = False
 
@@ -74,7 +78,8 @@ class _Prompt:
         for i in set(range(len(mine))) - unfinished:
             self._ended_at.setdefault(i, step)
         if decoder.pool:
-            self._pool += [self._entry(mine, i) for i in range(len(mine)) if i not in unfinished]
+            for i in set(range(len(mine))) - unfinished:
+                self._add(self._entry(mine, i))
             self._prune()
 
     def _entry(self, mine: list[Particle], i: int) -> tuple[Particle, float, float, int]:
@@ -83,10 +88,20 @@ class _Prompt:
         weight = float(self._log_weights[i]) + (self._decoder.beta_max - self._level) * score
         return (mine[i], score, weight, self._ended_at.get(i, self._step))
 
+    def _add(self, entry: tuple[Particle, float, float, int]) -> None:
+        one, score, weight, end = entry
+        key = tuple(one.tokens)
+        if key not in self._pruned:
+            so_far = self._pool[key][2] if key in self._pool else -math.inf
+            self._pool[key] = (one, score, float(np.logaddexp(so_far, weight)), end)
+
     def _prune(self) -> None:
+        """Keep no more answers than may be kept. What is left out has no weight at all any more: a bias."""
         while len(self._pool) > self._decoder.pool_size:
-            scores = [score for _, score, _, _ in self._pool]
-            del self._pool[0 if self._decoder.prune == "oldest" else scores.index(min(scores))]
+            scores = {key: score for key, (_, score, _, _) in self._pool.items()}
+            worst = next(iter(scores)) if self._decoder.prune == "oldest" else min(scores, key=scores.__getitem__)
+            self._pruned.add(worst)
+            del self._pool[worst]
 
     def _raised(self, before: Tensor, scores: Tensor, step: int) -> float:
         """The highest level at which enough particles are effective; where there are too few already, it stays."""
@@ -125,7 +140,7 @@ class _Prompt:
         """One of the whole answers of all steps; what never ended counts as whole at the last one."""
         decoder, mine = self._decoder, found.of(self.prompt)
         last = found.unfinished_of(self.prompt) if decoder.pool else range(len(mine))
-        every = self._pool + [self._entry(mine, i) for i in last]
+        every = [*self._pool.values(), *(self._entry(mine, i) for i in last)]
         # An answer that ended at step e was weighed at e..T, each time on its own: the mean is what counts.
         steps = [self._step - e + 1 if decoder.pool else 1 for *_, e in every]
         log_weights = torch.tensor([w - math.log(n) for (_, _, w, _), n in zip(every, steps, strict=True)]).double()

@@ -108,5 +108,13 @@ class _Prompt:
         mine = found.of(self.prompt)
         scores, even = self._decoder.scoring(found.answers(mine, by_model=True)), [1.0] * len(mine)
         taken = choosing.chosen(self._decoder.answer, even, scores, [one.tokens for one in mine], found.target, u)
-        share = [1 / len(mine)] * len(mine)
-        return found.completion(mine[taken], [*self._trace, {"weights": share, "scores": scores, "chosen": taken}])
+        last = {
+            "step": len(self._betas) + 1,
+            "level": self._betas[-1] if self._betas else self._decoder.beta_min,
+            "ess": 1.0,
+            "resampled": False,
+            "weights": [1 / len(mine)] * len(mine),
+            "scores": scores,
+            "chosen": taken,
+        }
+        return found.completion(mine[taken], [*self._trace, last])

@@ -15,7 +15,6 @@ Dimensions: P prompts, M particles of each, G of all P M that still grow, V voca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
     from decodathlon.harness.randomness import RowRandom
     from decodathlon.harness.targets.base import Target
 
-#: Particles from which on an audit of 12,000 draws sees no difference from the tilted law.
-ENOUGH = 64
+#: Particles from which on an audit of 12,000 draws sees no difference from the tilted law, as long as the tilt is mild:
+#: with sharper ones no number is enough for every text, and nothing is claimed.
+ENOUGH, MILD, WARM = 64, 0.3, 0.5
 _BOUNDS = {"beta": "(0, 1e6]", "particles": "[1, 4096]", "ess": "[0, 1]", "temperature": "[0.01, 100]"}
 
 
@@ -109,7 +109,7 @@ class Sequential(Tilted):
 
 @decoder(
     "smc",
-    claim=lambda self: "sharpened" if _samples(self) and self.particles >= ENOUGH else "heuristic",
+    claim=lambda self: "sharpened" if _samples(self, ENOUGH) else "heuristic",
     bounds={**_BOUNDS, "every": "[1, 100000]"},
     sweep={"particles": [4, 16, 64], "every": [1, 8, 32], "ess": [0.3, 0.5, 0.8]},
     paper="Del Moral 2004, Feynman-Kac Formulae; Lew et al. 2023, Sequential Monte Carlo Steering (arXiv 2306.03081)",
@@ -164,7 +164,7 @@ class SMC(Sequential):
 @decoder(
     "twisted-smc",
     claim=lambda self: (
-        "sharpened" if _samples(self) and (self.particles >= ENOUGH or self.twist == "optimal") else "heuristic"
+        "sharpened" if _samples(self, ENOUGH) or (self.twist == "optimal" and self.answer == "draw") else "heuristic"
     ),
     bounds={**_BOUNDS, "candidates": "[1, 1000000]"},
     sweep={"particles": [4, 16, 64], "ess": [0.3, 0.5, 0.8]},
@@ -219,6 +219,7 @@ class TwistedSMC(Sequential):
         return self.given(found, log_weights, tilts.view(P, M), rng.uniforms(1)[:, 0], traces)
 
 
-def _samples(self: Sequential) -> bool:
-    """Whether one is drawn by weight from what is resampled without bias."""
-    return self.answer == "draw" and self.resample != "topN" and math.isfinite(self.beta)
+def _samples(self: Sequential, enough: int) -> bool:
+    """Whether one of enough particles is drawn by weight, whose tilt is mild and whose resampling is one."""
+    mild = self.beta >= MILD and self.temperature >= WARM
+    return self.answer == "draw" and self.resample != "topN" and mild and self.particles >= enough

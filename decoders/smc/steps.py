@@ -5,7 +5,8 @@ more. The law of step t is p(x) exp(b_t l(x)) with the score l of the answer so 
 which enough particles stay effective; a particle weighs exp(b_t l_t - b_t-1 l_t-1) more with each step, and keeps that
 weight until it is drawn anew. Answers on the way have different lengths, so those of several steps are no sample of one
 mixture, and the note's weights mean nothing there. What can be kept of its pool is whole answers: one that ended at
-step e and is there at steps e..T has at each of them an estimate of its mass, and their mean is one, too.
+step e and is there at steps e..T has at each of them an estimate of its mass, and their mean is what counts. (Each is
+unbiased. Their mean is so but for the last step T being random: on a toy that is one part in a hundred.)
 
 `variant=seed` is the note's code as it is. Its bisection looks for the lowest level at which enough are effective,
 which is the level it comes from: it stays at 0, all weights are equal, nothing is ever copied, and what is left is
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from decodathlon.decoders import choosing
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from decodathlon.harness.randomness import RowRandom
+    from decodathlon.harness.rewards import Reward
     from decodathlon.harness.targets.base import Target
 
 #: Where the note's file has each parameter; what stands under a key of None is the harness's own business.
@@ -164,10 +167,21 @@ class PersistentSMCSteps(Decoder):
             raise SpecError(f"{name}: beta_max={self.beta_max:g} is below beta_min={self.beta_min:g}")
         if self.max_score <= self.min_score:
             raise SpecError(f"{name}: max_score={self.max_score:g} is not above min_score={self.min_score:g}")
+        if self.min_tokens_per_step > self.max_tokens_per_step:
+            least, most = self.min_tokens_per_step, self.max_tokens_per_step
+            raise SpecError(f"{name}: min_tokens_per_step={least} is above max_tokens_per_step={most}")
         if self.score in ("prm_reward", "hybrid_prm_logprob"):
             if self.prm == "none":
                 raise SpecError(f"{name}: score={self.score} needs a process reward model: prm=FOLDER or hub id")
             rewards.build(f"prm:{self.prm}")
+
+    @property
+    def reward(self) -> Reward | None:
+        """The process reward model, where the score asks for one."""
+        return rewards.build(f"prm:{self.prm}") if self.score in ("prm_reward", "hybrid_prm_logprob") else None
+
+    def sources(self) -> list[Path]:
+        return sorted({*super().sources(), *(self.reward.sources if self.reward else ())})
 
     @property
     def scoring(self) -> Scoring:
@@ -177,6 +191,8 @@ class PersistentSMCSteps(Decoder):
     def check(self, target: Target) -> None:
         super().check(target)
         choosing.check(self.answer, target)
+        if self.reward is not None:
+            self.reward.check(target)
         if self.step_boundary != "fixed" and "text" not in target.capabilities:
             raise UnsupportedError("text", f"step_boundary={self.step_boundary} reads it; fixed does not")
 

@@ -86,9 +86,13 @@ def _table(decoder: Tilted, target: Target, head: tuple[int, ...], length: int) 
     tilts = decoder.log_tilt([Answer(list(head), text, math.log(p), target) for text, p in law.items()]).tolist()
     mass: dict[tuple[int, ...], float] = {}
     worth: dict[tuple[int, ...], float] = {}
-    top = max(tilts)
     for (text, p), tilt in zip(law.items(), tilts, strict=True):
         for end in range(1, len(text) + 1):
             mass[text[:end]] = mass.get(text[:end], 0.0) + p
-            worth[text[:end]] = worth.get(text[:end], 0.0) + p * math.exp(tilt - top)
-    return {beginning: math.log(worth[beginning] / mass[beginning]) + top for beginning in mass}
+            worth[text[:end]] = _log_sum(worth.get(text[:end], -math.inf), math.log(p) + tilt)
+    return {beginning: worth[beginning] - math.log(mass[beginning]) for beginning in mass}
+
+
+def _log_sum(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    return max(a, b) + math.log1p(math.exp(-abs(a - b)))

@@ -37,8 +37,10 @@ def check(log_weights: Tensor, where: str) -> None:
     Raises:
         RewardError: all weights of a prompt are zero, or one is no number.
     """
-    if bool(log_weights.isnan().any()):
-        raise RewardError(f"{where}: a weight is not a number")
+    if bool((log_weights.isnan() | (log_weights == math.inf)).any()):
+        raise RewardError(
+            f"{where}: a weight is not a finite number; a reward of lesser size, or a greater beta, has one"
+        )
     if bool((log_weights.amax(-1) == -math.inf).any()):
         raise RewardError(f"{where}: all particles have the weight zero; more of them, or a milder reward, would help")
 

@@ -17,7 +17,8 @@ SMAPS = Path("/proc/self/smaps_rollup")
 
 MEMINFO = Path("/proc/meminfo")
 #: What a container may use, and uses.
-_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+_GROUP = Path("/sys/fs/cgroup")
+_LIMIT, _USED, _STAT = _GROUP / "memory.max", _GROUP / "memory.current", _GROUP / "memory.stat"
 
 
 def free_bytes(device: str) -> int | None:
@@ -30,7 +31,9 @@ def free_bytes(device: str) -> int | None:
     (line,) = [line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:")]
     free = 1024 * int(line.split()[1])
     if _LIMIT.exists() and (limit := _LIMIT.read_text().strip()).isdigit():
-        free = min(free, int(limit) - int(_USED.read_text()))
+        stat = dict(line.split() for line in _STAT.read_text().splitlines()) if _STAT.exists() else {}
+        given_back = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # files that were read
+        free = min(free, int(limit) - int(_USED.read_text()) + given_back)
     return free
 
 

@@ -245,11 +245,11 @@ class TransformersTarget(Target):
         return context
 
     def row_bytes(self, capacity: int) -> int:
-        """Keys and values of every layer; the logits in 32 bits and their law in 64, twice at the most."""
+        """Keys and values of every layer; the logits in 32 bits, and four tables as large in 64."""
         config = self.model.config.get_text_config()
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(2 * self.layers * heads * width * self.dtype.itemsize * capacity + 24 * self.vocab_size)
+        return int(2 * self.layers * heads * width * self.dtype.itemsize * capacity + 36 * self.vocab_size)
 
     # -- forwards ----------------------------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
 """SMC with and without twists, on a transformer of 40 texts: unbiased constants, laws, and the optimal twist."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from decodathlon.decoders.particles import Particles
-from decodathlon.decoders.smc import weights
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.errors import RewardError, SpecError, UnsupportedError
@@ -162,6 +162,40 @@ def test_a_reward_that_leaves_no_weight_is_named(lm, rewards_of_this_file):
         drawn(decoders.build("smc[particles=4,every=1,reward=abyss,beta=0.1]"), lm, 1)
 
 
+def test_a_reward_beyond_all_numbers_is_named(lm, rewards_of_this_file):
+    @reward("heaven")
+    def heaven(answers):
+        return [1e308 for _ in answers]
+
+    for name in ("smc[particles=4,every=1", "twisted-smc[particles=4", "persistent-smc[particles=4"):
+        with pytest.raises(RewardError, match="a weight is not a finite number"):
+            drawn(decoders.build(f"{name},reward=heaven,beta=0.1]"), lm, 1)
+
+
+@pytest.mark.parametrize("more", ["temperature=0.02", "beta=0.001", "beta=0.005,reward=length:1"])
+def test_the_optimal_twist_of_sharp_tilts_is_a_number(lm, more):
+    (answer,) = drawn(decoders.build(f"twisted-smc[twist=optimal,particles=2,{more}]"), lm, 1)
+    assert math.isfinite(answer.trace[-1]["log_z"])
+
+
+@pytest.mark.parametrize(
+    "spec", ["persistent-smc[particles=4,beta=0.5]", "persistent-smc[tries=2]", "smc", "twisted-smc"]
+)
+def test_an_empty_prompt_is_one_where_no_start_token_is_wanted(spec):
+    target = toy.Ising(5, 0.3)
+    answers = decoders.build(spec).generate(target, [[], [1], []], Limits(3), RowRandom(0, "abc"))
+    assert [len(a.tokens) for a in answers] == [3, 3, 3]
+
+
+def test_claims_are_made_for_mild_tilts_alone():
+    for spec in ("smc[particles=64,every=1]", "twisted-smc[particles=64]", "persistent-smc[particles=32]"):
+        assert decoders.build(spec).claim == "sharpened"
+        for more in ("beta=0.1", "temperature=0.2", "answer=best", "resample=topN"):
+            assert decoders.build(spec.replace("]", f",{more}]")).claim == "heuristic", more
+    assert decoders.build("persistent-smc[particles=32,stages=1]").claim == "heuristic"
+    assert decoders.build("twisted-smc[twist=optimal,particles=1,beta=0.01]").claim == "sharpened"
+
+
 def test_parameters_out_of_bounds_are_named():
     for spec, message in (
         ("smc[particles=0]", "outside"),
@@ -224,5 +258,42 @@ def test_what_is_read_is_what_is_counted(lm):
     assert answer.cost.target_calls == 5
 
 
-def test_few_weights_are_checked():
-    weights.check(torch.zeros(1, 1), "one is enough")
+class Talker:
+    """The toy with words for its tokens."""
+
+    def __init__(self, lm):
+        self._lm, self.capabilities = lm, frozenset({"logits", "text"})
+
+    def __getattr__(self, name):
+        return getattr(self._lm, name)
+
+    def decode(self, tokens):
+        return "".join(("a ", "b ", "\n", "end")[t] for t in tokens)
+
+
+@pytest.mark.parametrize("variant", ["repaired", "seed,schedule=fixed_linear,beta_max=8,policy=always,max_steps=4"])
+def test_what_those_that_wait_or_begin_anew_read_is_counted_too(lm, variant):
+    spec = f"persistent-smc-steps[variant={variant},n_particles=8,temperature=1,top_p=1]"
+    before, target = dataclasses.replace(lm.spent), Talker(lm)
+    (answer,) = decoders.build(spec).generate(target, [[0, 1, 2]], Limits(12, ignore_eos=True), RowRandom(0, "a"))
+    spent = lm.spent.since(before)
+    assert answer.cost.target_calls == spent.calls
+    if variant == "repaired":
+        assert answer.cost.target_positions == spent.positions
+    else:  # what is begun anew has different lengths, and the target reads padding as well
+        assert 0.8 * spent.positions < answer.cost.target_positions <= spent.positions
+
+
+def test_what_a_decoder_borrows_belongs_to_its_sources(tmp_path):
+    def names(spec):
+        return {file.name for file in decoders.build(spec).sources()}
+
+    assert {"suffix.py", "writing.py", "particles.py", "choosing.py"} <= names("persistent-smc")
+    assert {"best_of.py", "particles.py", "choosing.py"} <= names("self-consistency")
+    assert "arithmetic.py" in names("reservoir-spatial")
+    assert names("top-p") == {"baselines.py"}
+    program = tmp_path / "judge.sh"
+    program.write_text("#!/bin/sh\n")
+    assert "judge.sh" in names(f"smc[reward=verifier:{program}]")
+    assert "judge.sh" in names(f"smc[reward=hybrid:0.5@{tmp_path}]")
+    assert "judge.sh" in names(f"persistent-smc-steps[score=prm_reward,prm={tmp_path}]")

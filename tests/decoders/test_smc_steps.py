@@ -106,7 +106,12 @@ def test_a_pool_keeps_no_more_than_it_may(lm):
         for answer in drawn(spec, lm, 20, 6):
             assert answer.trace[-1]["pool"] <= 3 + 8
     everything = drawn(f"persistent-smc-steps[n_particles=8,{STEPS}]", lm, 20, 6)
-    assert max(a.trace[-1]["pool"] for a in everything) > 11
+    assert max(a.trace[-1]["pool"] for a in everything) > 5
+
+
+def test_every_answer_is_in_the_pool_once(lm):
+    for answer in drawn(f"persistent-smc-steps[n_particles=16,answer=draw,{STEPS}]", lm, 20, 3):
+        assert answer.trace[-1]["pool"] <= 40, "as many texts there are"
 
 
 def test_rows_do_not_depend_on_their_neighbours(lm):
@@ -209,6 +214,7 @@ def test_bad_settings_are_named():
         ("n_particles=0", "n_particles=0 is outside"),
         ("beta_min=2", "beta_max=1 is below beta_min=2"),
         ("min_score=2,max_score=1", "max_score=1 is not above min_score=2"),
+        ("min_tokens_per_step=10,max_tokens_per_step=2", "min_tokens_per_step=10 is above max_tokens_per_step=2"),
         ("score=prm_reward", "score=prm_reward needs a process reward model: prm=FOLDER"),
         ("generation.n_partikles=3", "no parameter 'generation.n_partikles'.*generation.n_particles"),
         ("n_particles=3,generation.n_particles=3", "'n_particles' is given twice, once as 'generation.n_particles'"),

@@ -28,8 +28,10 @@ def test_effective_sizes_and_means():
 def test_weights_of_nothing_are_refused():
     with pytest.raises(RewardError, match="x: all particles have the weight zero"):
         weights.check(logs(0, 0), "x")
-    with pytest.raises(RewardError, match="x: a weight is not a number"):
+    with pytest.raises(RewardError, match="x: a weight is not a finite number"):
         weights.check(torch.tensor([[0.0, math.nan]]), "x")
+    with pytest.raises(RewardError, match="x: a weight is not a finite number"):
+        weights.check(torch.tensor([[0.0, math.inf]]), "x")
 
 
 @pytest.mark.parametrize("scheme", ["systematic", "residual"])

