@@ -44,7 +44,7 @@ class Scoring:
         if self.score in ("prm_reward", "hybrid_prm_logprob") and answers:
             reward = rewards.build(f"prm:{self.prm}")(answers).tolist()
         low = -math.inf if self.min_score == 0 else math.log(self.min_score)
-        high = math.inf if math.isinf(self.max_score) else math.log(self.max_score)
+        high = math.log(self.max_score)
         return [
             min(high, max(low, self._plain(a, r) / self.tau + self.lambda_len * self.log_length(len(a.tokens))))
             for a, r in zip(answers, reward, strict=True)

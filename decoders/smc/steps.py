@@ -106,7 +106,7 @@ _SENTENCE = (".", "!", "?")
     bounds={
         "n_particles": "[1, 4096]", "max_steps": "[1, 10000]", "max_tokens_per_step": "[1, 100000]",
         "min_tokens_per_step": "[1, 100000]", "fixed_step_tokens": "[1, 100000]", "temperature": "[0.01, 100]",
-        "top_p": "(0, 1]", "tau": "(0, 1e6]", "alpha": "[0, 1]", "min_score": "[0, inf)", "max_score": "(0, inf]",
+        "top_p": "(0, 1]", "tau": "(0, 1e6]", "alpha": "[0, 1]", "min_score": "[0, inf)", "max_score": "(0, 1e300]",
         "lambda_len": "[0, 1e6]", "lambda_poisson": "(0, 1e6]", "p_geometric": "(0, 1)", "mu_lognormal": "[-100, 100]",
         "sigma_lognormal": "(0, 100]", "penalty_linear": "[-1e6, 1e6]", "beta_min": "[0, 1e6]", "beta_max": "(0, 1e6]",
         "target_ess": "(0, 1]", "bisection_tol": "(0, 1)", "bisection_max_iter": "[1, 10000]", "alpha_start": "[0, 1]",
@@ -137,7 +137,7 @@ class PersistentSMCSteps(Decoder):
     tau: float = 1.0
     alpha: float = 0.5
     min_score: float = 0.0
-    max_score: float = math.inf
+    max_score: float = 1e300
     length_prior: LengthPrior = "none"
     lambda_len: float = 0.1
     lambda_poisson: float = 10.0

@@ -178,7 +178,7 @@ def test_steps_end_where_lines_or_sentences_do(lm, boundary, ends):
 
 def scoring(**changes):
     parameters = {
-        "score": "logprob_power", "prm": "none", "tau": 1.0, "alpha": 0.5, "min_score": 0.0, "max_score": math.inf,
+        "score": "logprob_power", "prm": "none", "tau": 1.0, "alpha": 0.5, "min_score": 0.0, "max_score": 1e300,
         "length_prior": "none", "lambda_len": 1.0, "lambda_poisson": 10.0, "p_geometric": 0.1, "mu_lognormal": 2.0,
         "sigma_lognormal": 0.5, "penalty_linear": 0.01,
     }  # fmt: skip
