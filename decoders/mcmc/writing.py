@@ -137,7 +137,10 @@ class Desk:
         B, L = texts.shape
         if self._context is None or len(self._read) != B:
             heads = [text[:n] for text, n in zip(texts.tolist(), lengths.tolist(), strict=True)]
-            self._context = self._target.open(heads, capacity=L)
+            place = {head: i for i, head in enumerate(dict.fromkeys(map(tuple, heads)))}
+            self._context = self._target.open([list(head) for head in place], capacity=L)
+            if len(place) < B:  # what several rows begin with is read once
+                self._context.select([place[tuple(head)] for head in heads])
         else:
             place = torch.arange(L, device=texts.device)
             alike = (self._texts == texts) & (place < torch.minimum(self._read, lengths)[:, None])
