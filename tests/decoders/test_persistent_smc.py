@@ -147,6 +147,15 @@ def test_the_estimate_of_a_row_is_that_of_its_cache(lm):
     assert lm.row_bytes(20) - 36 * lm.vocab_size == held / 3
 
 
+def test_particles_share_what_is_read_of_the_prompt(lm):
+    """The prompt once, then every token of every particle and its moves; 8 prompts would be 160 tokens alone."""
+    before = lm.spent.positions
+    sampler = decoders.build("persistent-smc[particles=8,beta=1000]")  # one level, as the tilt is next to nothing
+    (answer,) = sampler.generate(lm, [[0] * 20], Limits(2, ignore_eos=True), RowRandom(0, "a"))
+    assert len(answer.trace) == 2
+    assert lm.spent.positions - before <= 20 + 8 * 2 + 8 * 3
+
+
 def test_moves_change_the_particles(lm):
     for answer in drawn("persistent-smc[particles=8,beta=0.3]", lm, 10, length=6, ignore_eos=True):
         assert sum(entry["accepted"] for entry in answer.trace[:-1]) > 0
