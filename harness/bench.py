@@ -136,7 +136,9 @@ class Bench:
         suite: Suite = registry.get("suite", spec.suite)
         decoder = decoders.build(spec.decoder)
         outcome.decoder = describe(decoder)
-        outcome.sizes = dict(suite.sizes[spec.scale]) | ({suite.tuned_by: spec.limit} if spec.limit else {})
+        outcome.sizes = (
+            dict(suite.sizes[spec.scale]) | dict(spec.sizes) | ({suite.tuned_by: spec.limit} if spec.limit else {})
+        )
         source = Path(inspect.getfile(suite.function)).read_bytes()
         outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
         if suite.judged:

@@ -29,7 +29,7 @@ SHARD_SCHEMA = 2
 #: Fields of a `CellSpec` that say where something lies or what is looked at besides, not what is measured.
 _PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken", "profile")
 #: Fields that came later: where they say what every cell did before, its id stays what it was.
-_LATER = {"judge": "none", "split": "test", "limit": 0}
+_LATER = {"judge": "none", "split": "test", "limit": 0, "sizes": ()}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class CellSpec:
     model: str
     scale: str
     seed: int
+    #: What --size states in place of the sizes of the scale: pairs of a name and a number (None: all).
+    sizes: Sequence[tuple[str, int | None]] = ()
     device: str = "auto"
     dtype: str = "auto"
     baseline: str = "greedy"
@@ -68,10 +70,17 @@ class CellSpec:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.suite}-{digest}"
 
+    @property
+    def sized(self) -> str:
+        """The scale with the sizes that are not its own: what rows of one setting share."""
+        own = ",".join(f"{name}={'all' if count is None else count}" for name, count in sorted(self.sizes))
+        return f"{self.scale}[{own}]" if own else self.scale
+
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> CellSpec:
         """The inverse of `asdict`."""
-        return cls(**stored | {"decoder_files": tuple(stored.get("decoder_files", ()))})
+        sizes = tuple((name, count) for name, count in stored.get("sizes", ()))
+        return cls(**stored | {"decoder_files": tuple(stored.get("decoder_files", ())), "sizes": sizes})
 
     @property
     def label(self) -> str:
@@ -120,6 +129,8 @@ class Outcome:
         spec = asdict(self.spec)
         spec["data"] = Path(self.spec.data).name if self.spec.data else None
         spec["model_spec"] = spec["judge_url"] = ""
+        if not self.spec.sizes:  # as in the shards from before there was such a thing: their hashes stay what they are
+            del spec["sizes"]
         spec["decoder_files"] = [Path(p).name for p in self.spec.decoder_files]
         shard = {k: v for k, v in vars(self).items() if k != "spec"}
         return {"schema": SHARD_SCHEMA, "cell_id": self.spec.cell_id, "spec": spec, **shard}

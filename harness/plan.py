@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ class Options:
     """What the user asked for; the fields are the command-line options."""
 
     scale: str = "quick"
+    size: Sequence[str] = ()
     decoder: Sequence[str] = ()
     suite: Sequence[str] = ()
     model: str = embedded.NAME
@@ -59,6 +60,7 @@ def cells(options: Options) -> list[CellSpec]:
         suites += [registry.get("suite", LM_EVAL)] if LM_EVAL not in options.suite else []
     elif LM_EVAL in options.suite:
         raise SpecError("--suite lm_eval measures the tasks that --lm-eval-task names; name one, such as arc_easy")
+    sizes = _sizes(options, suites)
     chosen = _decoders(options, suites)
     baseline = decoders.build(options.baseline).spec
     if not -(2**63) <= options.seed < 2**63:
@@ -89,7 +91,8 @@ def cells(options: Options) -> list[CellSpec]:
 
     def places(s: Suite, part: str) -> dict[str, Any]:
         judge = {"judge": options.judge} if s.judged else {}
-        return common | judge | ({"model": TOY, "model_spec": s.targets[part]} if s.targets else {})
+        own = {"sizes": tuple(sorted(sizes[s.name].items()))}
+        return common | own | judge | ({"model": TOY, "model_spec": s.targets[part]} if s.targets else {})
 
     return [
         CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **places(s, part))
@@ -97,6 +100,36 @@ def cells(options: Options) -> list[CellSpec]:
         for part in (options.lm_eval_task if s.name == LM_EVAL else s.slices(options.scale))
         for d, error in chosen
     ]
+
+
+def _sizes(options: Options, suites: Sequence[Suite]) -> dict[str, dict[str, int | None]]:
+    """Of every suite, the sample sizes that --size states in place of those of the scale.
+
+    Raises:
+        SpecError: no chosen suite has such a size, or it is no positive whole number.
+    """
+    found: dict[str, dict[str, int | None]] = {s.name: {} for s in suites}
+    for text in options.size:
+        place, _, value = text.partition("=")
+        name, _, key = place.rpartition(".")
+        named = [s for s in suites if not name or s.name == name]
+        if not named:
+            raise SpecError(f"--size {text}: {name} is not measured{near_miss(name, found)}")
+        having = [s for s in named if key in _countable(s.sizes[options.scale])]
+        if not having:
+            known = sorted(set().union(*(_countable(s.sizes[options.scale]) for s in named)))
+            raise SpecError(f"--size {text}: no such size{near_miss(key, known)}")
+        whole = value == "all" and all(s.sizes["full"].get(key, 0) is None for s in having)
+        if not whole and not (value.isascii() and value.isdigit() and int(value) > 0):
+            raise SpecError(f"--size {text}: a positive whole number is wanted, as in {place}=32")
+        for s in having:
+            found[s.name][key] = None if whole else int(value)
+    return found
+
+
+def _countable(sizes: Mapping[str, Any]) -> set[str]:
+    """The sizes that are a number, or all that there is."""
+    return {key for key, value in sizes.items() if value is None or type(value) is int}
 
 
 def _all_suites(options: Options) -> list[str]:

@@ -49,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=default.scale,
         help="sample sizes: minutes, 20 minutes, a night (default quick)",
     )
+    add("--size", action="append", default=[], metavar="[SUITE.]NAME=N", help="one size of the scale; repeatable")
     add("--decoder", action="append", default=[], metavar="SPEC", help="name[key=value,...] or all; repeatable")
     add("--suite", action="append", default=[], metavar="NAME", help="only this suite; repeatable")
     add(

@@ -80,7 +80,7 @@ def of_outcomes(outcomes: Sequence[Outcome]) -> list[Measured]:
             suite=o.spec.suite,
             suite_version=o.spec.suite_version,
             slice=o.spec.slice,
-            scale=o.spec.scale,
+            scale=o.spec.sized,
             decoder=o.decoder.get("spec", o.spec.decoder),
             model=o.model.get("name", o.spec.model),
             dtype=o.model.get("dtype", o.spec.dtype),

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from decodathlon.harness.cells import Status
 from decodathlon.harness.errors import StoreError
@@ -124,6 +124,7 @@ class Spec(Record):
     decoder: SpecString
     model: str
     scale: str
+    sizes: list[Annotated[tuple[str, int | None], Strict(False)]] = []
     seed: Seed
 
 

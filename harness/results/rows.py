@@ -116,7 +116,8 @@ def _add_cell(found: Rows, outcome: Outcome) -> None:
     found["cell"].append(
         {
             **key,
-            **{k: getattr(spec, k) for k in ("suite", "suite_version", "slice", "scale", "seed")},
+            **{k: getattr(spec, k) for k in ("suite", "suite_version", "slice", "seed")},
+            "scale": spec.sized,
             **{k: getattr(outcome, k) for k in parts},
             "decoder": decoder.get("spec", spec.decoder),
             "family": decoder.get("family"),

@@ -284,3 +284,13 @@ def test_a_failed_audit_fails_the_run_unless_nobody_asks_for_rules(tmp_path):
     assert done.returncode == 1, done.stdout
     assert "FAIL audit: dishonest-random-number does not draw from the law that it claims" in done.stdout
     assert pytest_run("suites/", "--benchmark", *options, "--gates", "none").returncode == 0
+
+
+def test_sizes_of_the_users_own_make_a_setting_of_their_own(model, tmp_path):
+    results = tmp_path / "r.duckdb"
+    done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results, "--suite", "wikitext2",
+                      "--decoder", "greedy", "--size", "tokens=128", "-k", "joined")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    with store.connect(results) as connection:
+        rows = connection.execute("SELECT scale, sizes->>'tokens' FROM cell").fetchall()
+    assert rows == [("smoke[tokens=128]", "128")]

@@ -1,13 +1,16 @@
 """Names and spec strings: they round-trip, and every mistake is a usage error that names the nearest valid thing."""
 
+import dataclasses
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from decodathlon import Sampler, decoder
+from decodathlon.harness import cells, models, plan, spec
 from decodathlon.harness import decoder as decoders
-from decodathlon.harness import models, spec
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.registry import Registry, load_builtins, registry
 
@@ -182,3 +185,32 @@ def test_the_audit_alone_is_of_all_decoders():
     assert set(registry.names("decoder")) <= {d.partition("[")[0] for d in asked}
     some = {c.decoder for c in plan.cells(plan.Options(suite=["audit", "wikitext2"], scale="smoke"))}
     assert some == {decoders.build(s).spec for s in plan.headline()}
+
+
+def test_sizes_of_the_users_own_take_the_place_of_those_of_the_scale():
+    chosen = ["math500", "wikitext2"]
+    plain = plan.cells(plan.Options(suite=chosen, decoder=["greedy"]))
+    sized = plan.cells(plan.Options(suite=chosen, decoder=["greedy"], size=["math500.tokens=32", "questions=all"]))
+    assert [c.sized for c in sized] == ["quick[questions=all,tokens=32]", *(c.sized for c in plain[1:])]
+    assert sized[0].cell_id != plain[0].cell_id
+    assert sized[1:] == plain[1:]
+    assert cells.CellSpec.from_json(json.loads(json.dumps(dataclasses.asdict(sized[0])))) == sized[0]
+    everywhere = plan.cells(plan.Options(suite=chosen, decoder=["greedy"], size=["tokens=32"]))
+    assert {(c.suite, dict(c.sizes)["tokens"]) for c in everywhere if c.sizes} == {("math500", 32), ("wikitext2", 32)}
+
+
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [
+        ("token=3", "--size token=3: no such size; did you mean 'tokens'?"),
+        ("math501.tokens=3", "math501 is not measured; did you mean 'math500'?"),
+        ("slices=3", "no such size"),
+        ("tokens=0", "a positive whole number is wanted, as in tokens=32"),
+        ("tokens=all", "a positive whole number"),
+        ("tokens", "a positive whole number"),
+        ("tokens=-3", "a positive whole number"),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_named(size, error):
+    with pytest.raises(SpecError, match=re.escape(error)):
+        plan.cells(plan.Options(suite=["math500"], decoder=["greedy"], size=[size]))
