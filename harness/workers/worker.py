@@ -41,7 +41,7 @@ def main(incoming: int, outgoing: int) -> None:
         log = os.dup(2)  # a decoder may close what it was given
         for line in requests:
             request = json.loads(line)
-            spec = CellSpec(**request["cell"])
+            spec = CellSpec.from_json(request["cell"])
             folder = Path(request["folder"])
             bench.run(
                 spec,

@@ -194,7 +194,9 @@ def test_sizes_of_the_users_own_take_the_place_of_those_of_the_scale():
     assert [c.sized for c in sized] == ["quick[questions=all,tokens=32]", *(c.sized for c in plain[1:])]
     assert sized[0].cell_id != plain[0].cell_id
     assert sized[1:] == plain[1:]
-    assert cells.CellSpec.from_json(json.loads(json.dumps(dataclasses.asdict(sized[0])))) == sized[0]
+    for one in (plain[0], sized[0]):  # as a worker gets it
+        again = cells.CellSpec.from_json(json.loads(json.dumps(dataclasses.asdict(one))))
+        assert (again, again.cell_id) == (one, one.cell_id)
     everywhere = plan.cells(plan.Options(suite=chosen, decoder=["greedy"], size=["tokens=32"]))
     assert {(c.suite, dict(c.sizes)["tokens"]) for c in everywhere if c.sizes} == {("math500", 32), ("wikitext2", 32)}
 
