@@ -39,10 +39,12 @@ class Limits:
     Args:
         max_new_tokens: the most tokens a completion may have.
         ignore_eos: go on past stop tokens, so that speed is compared at equal length.
+        trace: let decoders that draft keep a record of every cycle.
     """
 
     max_new_tokens: int
     ignore_eos: bool = False
+    trace: bool = False
 
 
 @dataclass

@@ -9,7 +9,7 @@ Dimensions: B rows, Q new tokens per row, V vocabulary, E embedding width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -242,8 +242,14 @@ class Target(ABC):
         """(B,) float64 energy of whole sequences: minus the log-probability, up to a constant."""
         raise UnsupportedError("energy", f"{self.name} has no energy")
 
-    def release(self) -> None:  # noqa: B027 - most targets keep nothing
-        """Drop buffers that are kept between requests, so that memory can be measured."""
+    @cached_property
+    def kept(self) -> dict[Hashable, Any]:
+        """What decoders keep with this target between requests: a drafter made of it, what they have learnt."""
+        return {}
+
+    def release(self) -> None:
+        """Drop what is kept between requests, so that memory can be measured."""
+        self.kept.clear()
 
     def check_room(self, prompts: Sequence[Sequence[int]], capacity: int) -> None:
         """Refuse an empty prompt and a capacity beyond the context, with the numbers.

@@ -6,7 +6,9 @@ Face modules are left holding views of the fused weights, so nothing is stored t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from decodathlon.harness.targets.attention import Layout, RowCache, attend
 
 FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
+#: A matrix product with a weight, in whatever form that is kept: (..., in) to (..., out).
+Linear = Callable[[Tensor], Tensor]
 #: Rotations that depend on the position alone, so that a table holds them.
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 
@@ -30,9 +34,9 @@ class LeanForward:
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
         self.embedding = body.embed_tokens.weight
-        self.head = model.lm_head.weight
+        self.head: Linear = Dense(model.lm_head.weight)
         self.final_norm = body.norm.weight
-        self.layers = [_Layer(block) for block in body.layers]
+        self.layers = [_layer(block) for block in body.layers]
         self.scale = body.layers[0].self_attn.scaling
         self._rotary = body.rotary_emb
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
@@ -60,34 +64,52 @@ class LeanForward:
     def __call__(
         self, tokens: Tensor, layout: Layout, cache: RowCache, hidden: Sequence[int], logits_at: Tensor | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        B, Q = tokens.shape
-        H, K, D = self.heads, self.key_heads, self.width
         states: dict[int, Tensor] = {}
         cos, sin = self._rotation(layout, cache.capacity)
         x = F.embedding(tokens, self.embedding)
         for number, layer in enumerate(self.layers):
             if number in hidden:
                 states[number] = x
-            qkv = F.linear(rms_norm(x, layer.norm_in, self.eps), layer.qkv, layer.qkv_bias).view(B, Q, H + 2 * K, D)
-            if layer.q_norm is None or layer.k_norm is None:
-                turned, value = qkv.split((H + K, K), dim=2)
-                query, key = rotate(turned, cos, sin).split((H, K), dim=2)
-            else:
-                query, key, value = qkv.split((H, K, K), dim=2)
-                query = rotate(rms_norm(query, layer.q_norm, self.eps), cos, sin)
-                key = rotate(rms_norm(key, layer.k_norm, self.eps), cos, sin)
-            keys, values = cache.layers[number].update(key.transpose(1, 2), value.transpose(1, 2))
-            mixed = attend(query.transpose(1, 2), keys, values, layout, scale=self.scale, window=self.windows[number])
-            x = x + F.linear(mixed.reshape(B, Q, H * D), layer.out)
-            gate, up = F.linear(rms_norm(x, layer.norm_mid, self.eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate).mul_(up), layer.down)
+            x = x if layer.attention is None else x + self._mixed(x, number, layer.attention, layout, cache, cos, sin)
+            if layer.mlp is not None:
+                gate, up = layer.mlp.gate_up(rms_norm(x, layer.mlp.norm, self.eps)).chunk(2, dim=-1)
+                x = x + layer.mlp.down(F.silu(gate).mul_(up))
         if len(self.layers) in hidden:
             states[len(self.layers)] = x
         if len(self.layers) + 1 in hidden:
             states[len(self.layers) + 1] = rms_norm(x, self.final_norm, self.eps)
         if logits_at is not None:
             x = x[:, logits_at]
-        return F.linear(rms_norm(x, self.final_norm, self.eps), self.head), states
+        return self.head(rms_norm(x, self.final_norm, self.eps)), states
+
+    def _mixed(
+        self, x: Tensor, number: int, layer: Attention, layout: Layout, cache: RowCache, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """What the attention of a block adds to the residual stream (B, Q, E)."""
+        B, Q = x.shape[:2]
+        H, K, D = self.heads, self.key_heads, self.width
+        qkv = layer.qkv(rms_norm(x, layer.norm, self.eps)).view(B, Q, H + 2 * K, D)
+        if layer.q_norm is None or layer.k_norm is None:
+            turned, value = qkv.split((H + K, K), dim=2)
+            query, key = rotate(turned, cos, sin).split((H, K), dim=2)
+        else:
+            query, key, value = qkv.split((H, K, K), dim=2)
+            query = rotate(rms_norm(query, layer.q_norm, self.eps), cos, sin)
+            key = rotate(rms_norm(key, layer.k_norm, self.eps), cos, sin)
+        keys, values = cache.layers[number].update(key.transpose(1, 2), value.transpose(1, 2))
+        mixed = attend(query.transpose(1, 2), keys, values, layout, scale=self.scale, window=self.windows[number])
+        return layer.out(mixed.reshape(B, Q, H * D))
+
+    def replaced(self, layers: Sequence[Layer], head: Linear | None = None) -> LeanForward:
+        """The same model with other blocks, which may be smaller or lack parts, and perhaps another head.
+
+        It reads and writes the same places of a cache, and stands in for the model only as a drafter.
+        """
+        if len(layers) != len(self.layers):
+            raise ValueError(f"{len(layers)} blocks for a model of {len(self.layers)}")
+        other = copy.copy(self)
+        other.layers, other.head = list(layers), head if head is not None else self.head
+        return other
 
     def _rotation(self, layout: Layout, capacity: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (B, Q, 1, D) at the positions of the step."""
@@ -104,17 +126,58 @@ class LeanForward:
         return cos[layout.positions][:, :, None], sin[layout.positions][:, :, None]
 
 
-class _Layer:
-    """The weights of one block, fused; the block's own modules are pointed at views of them."""
+class Dense:
+    """A weight as the checkpoint has it."""
 
-    def __init__(self, block: Any) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self.qkv, self.qkv_bias = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up, _ = _fuse(mlp.gate_proj, mlp.up_proj)
-        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
-        self.norm_in, self.norm_mid = block.input_layernorm.weight, block.post_attention_layernorm.weight
-        self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
-        self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a block; queries, keys and values in one product."""
+
+    norm: Tensor
+    qkv: Linear
+    out: Linear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The gated layer of a block; gate and up in one product."""
+
+    norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block; a part that is None is passed by."""
+
+    attention: Attention | None
+    mlp: MLP | None
+
+
+def _layer(block: Any) -> Layer:
+    """The weights of one block, fused; the block's own modules are pointed at views of them."""
+    attention, mlp = block.self_attn, block.mlp
+    qkv = Dense(*_fuse(attention.q_proj, attention.k_proj, attention.v_proj))
+    q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
+    k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
+    return Layer(
+        Attention(block.input_layernorm.weight, qkv, Dense(attention.o_proj.weight), q_norm, k_norm),
+        MLP(
+            block.post_attention_layernorm.weight,
+            Dense(*_fuse(mlp.gate_proj, mlp.up_proj)),
+            Dense(mlp.down_proj.weight),
+        ),
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -38,6 +38,14 @@ class TransformersContext(Context):
         self._next_logits: Tensor | None = None
         self._last_width = 0
         self._last_tree: Tensor | None = None
+        self._forward: Any = target.forward
+
+    def lent(self, forward: LeanForward) -> LentContext:
+        """These rows as a drafter reads them on: with other weights, over the same keys and values.
+
+        What it writes stands behind the tokens that are kept here, where the next `extend` writes over it.
+        """
+        return LentContext(self._target, self, forward)
 
     def extend(
         self,
@@ -59,7 +67,7 @@ class TransformersContext(Context):
             tree = self._checked_tree(tree, B, Q)
         start = self._host[0] if len(set(self._host)) == 1 else None
         layout = Layout(self.lengths, Q, end, start=start, tree=tree)
-        logits, states = self._target.forward(tokens.to(self.lengths.device), layout, self.cache, hidden, logits_at)
+        logits, states = self._forward(tokens.to(self.lengths.device), layout, self.cache, hidden, logits_at)
         self._last_logits = logits if logits_at is None else None
         self._last_width, self._last_tree = Q, tree
         return Step(logits, states)
@@ -149,6 +157,28 @@ class TransformersContext(Context):
         self._last_width, self._last_logits = 0, None
 
 
+class LentContext(TransformersContext):
+    """The rows of another context, read by another forward."""
+
+    def __init__(self, target: TransformersTarget, owner: TransformersContext, forward: LeanForward) -> None:
+        super().__init__(target, owner.rows, owner.capacity, owner.cache)
+        self._owner, self._read = owner, forward
+        self._forward = self._of_drafter
+        self.follow()
+
+    def follow(self) -> None:
+        """Stand where the owner stands, with the rows that it has."""
+        self._host, self.lengths = list(self._owner._host), self._owner.lengths
+        self._last_width, self._last_logits, self._next_logits = 0, None, None
+
+    def _of_drafter(
+        self, tokens: Tensor, layout: Layout, cache: RowCache, hidden: Sequence[int], logits_at: Tensor | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        cache.layout = layout
+        logits, states = self._read(tokens, layout, cache, hidden, logits_at)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), states
+
+
 class TransformersTarget(Target):
     """A Hugging Face causal LM.
 
@@ -195,7 +225,19 @@ class TransformersTarget(Target):
         self._probe(lean)
 
     def release(self) -> None:
+        super().release()
         self.static_loops.clear()
+
+    @property
+    def lean(self) -> LeanForward:
+        """The short forward, whose parts a drafter may replace.
+
+        Raises:
+            UnsupportedError: the architecture has none.
+        """
+        if self._lean is None:
+            raise UnsupportedError("a forward whose parts can be replaced", f"{self.config.model_type} has none here")
+        return self._lean
 
     # -- reading text ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,10 @@
+"""Speculative decoding: a drafter guesses, the target looks at all guesses in one pass, and a controller decides how
+many.
+
+`cycle` is the loop, `verify` the rules by which tokens stay, `drafter` what a drafter is, `outlook` what a
+controller may see. `controllers`, `clocks` and `bandits` decide how far to draft. The rest are drafters.
+"""
+
+from decodathlon.decoders.speculative import layers, lookup, models, quantised
+
+__all__ = ["layers", "lookup", "models", "quantised"]

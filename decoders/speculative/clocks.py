@@ -1,0 +1,131 @@
+"""Controllers that go by the clock: what a drafted token costs here and now, against what it brings.
+
+Both may decide to draft nothing, and then look again from time to time whether that has become wrong.
+"""
+
+from __future__ import annotations
+
+from decodathlon.decoders.speculative.controllers import Controller, Seconds
+
+#: How much of an average the newest value is.
+NEWEST = 0.1
+#: Another length must promise so much more before it is taken.
+HYSTERESIS = 1.03
+#: Cycles after which a length that was not used for so long is tried again.
+PROBE = 64
+
+
+class Mean:
+    """An exponential moving average whose first values weigh as in a plain mean."""
+
+    def __init__(self) -> None:
+        self.value, self.count = 0.0, 0
+
+    def add(self, x: float) -> None:
+        self.count += 1
+        self.value += max(NEWEST, 1 / self.count) * (x - self.value)
+
+
+def lengths(longest: int) -> list[int]:
+    """What is tried: none, and powers of two up to the longest."""
+    return [0, *(2**i for i in range(longest.bit_length()) if 2**i < longest), longest]
+
+
+class EWMA(Controller):
+    """The length that has made the most tokens per second: tokens and seconds of each are averaged, each is tried at
+    first, and one that has not been tried for long is tried again."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__(longest)
+        self.arms = {n: (Mean(), Mean()) for n in lengths(longest)}
+        self.last = dict.fromkeys(self.arms, 0)
+        self.cycle, self.best, self._now = 0, longest, longest
+
+    def width(self) -> int:
+        untried = [n for n, (tokens, _) in self.arms.items() if tokens.count < 2]
+        stale = [n for n in self.arms if self.cycle - self.last[n] > PROBE * (1 + (n != 0))]
+        self._now = untried[0] if untried else stale[0] if stale else self.best
+        return self._now
+
+    def settle(self, drafted: int, accepted: int, seconds: Seconds) -> None:
+        self.cycle += 1
+        self.last[self._now] = self.cycle
+        tokens, took = self.arms[self._now]
+        tokens.add(accepted + 1)
+        took.add(sum(seconds))
+        rates = {n: t.value / max(s.value, 1e-9) for n, (t, s) in self.arms.items() if t.count}
+        first = max(rates, key=lambda n: rates[n])
+        if self.best not in rates or rates[first] > HYSTERESIS * rates[self.best]:
+            self.best = first
+
+    @property
+    def state(self) -> dict[str, float | str]:
+        return {"best": self.best}
+
+
+class BreakEven(Controller):
+    """The length that promises the most tokens per second, from how often the token at each place stays if those before
+    it did, and from measured seconds of drafting a token and of verifying so many:
+
+        E(k) = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_k   tokens in   k t_draft + t_verify(1 + k) + t_keep   seconds.
+    """
+
+    def __init__(self, longest: int) -> None:
+        super().__init__(longest)
+        self.stays = [Mean() for _ in range(longest)]
+        self.draft, self.keep = Mean(), Mean()
+        self.verify = {n: Mean() for n in lengths(longest)}
+        self.cycle, self.best, self._probed = 0, longest, 0
+
+    def width(self) -> int:
+        untried = [n for n, m in self.verify.items() if m.count < 2]
+        if untried:
+            return untried[0]
+        if self.cycle - self._probed >= PROBE:
+            self._probed = self.cycle
+            return self.longest if self.best == 0 else 0
+        return self.best
+
+    def settle(self, drafted: int, accepted: int, seconds: Seconds) -> None:
+        self.cycle += 1
+        for place in range(min(drafted, accepted + 1)):
+            self.stays[place].add(float(place < accepted))
+        if drafted:
+            self.draft.add(seconds.draft / drafted)
+        nearest = min(self.verify, key=lambda n: abs(n - drafted))
+        self.verify[nearest].add(seconds.verify)
+        self.keep.add(seconds.keep)
+        rates = self._rates()
+        first = max(range(len(rates)), key=lambda k: rates[k])
+        if rates[first] > HYSTERESIS * rates[self.best]:
+            self.best = first
+
+    def _rates(self) -> list[float]:
+        """Tokens per second by length."""
+        tokens, chain, found = 1.0, 1.0, []
+        for k in range(self.longest + 1):
+            if k:
+                chain *= self.stays[k - 1].value if self.stays[k - 1].count else self._usual()
+                tokens += chain
+            found.append(tokens / max(1e-9, k * self.draft.value + self._verify(k) + self.keep.value))
+        return found
+
+    def _usual(self) -> float:
+        """How often a token stays at a place that nobody has reached: as at the last one that was."""
+        known = [m.value for m in self.stays if m.count]
+        return known[-1] if known else 0.5
+
+    def _verify(self, k: int) -> float:
+        """Seconds to verify k drafted tokens, between the lengths that were measured on a straight line."""
+        known = [(n, m.value) for n, m in sorted(self.verify.items()) if m.count]
+        if not known:
+            return 0.0
+        below = max((x for x in known if x[0] <= k), default=known[0])
+        above = min((x for x in known if x[0] >= k), default=known[-1])
+        if above[0] == below[0]:
+            return below[1]
+        return below[1] + (k - below[0]) / (above[0] - below[0]) * (above[1] - below[1])
+
+    @property
+    def state(self) -> dict[str, float | str]:
+        return {"best": self.best}

@@ -1,0 +1,182 @@
+"""The target's own weights in fewer bits as its drafter: it shares the target's memory, and a verify pass repairs it.
+
+On a CPU whole-number weights of 4 and 8 bits run on torch's kernels for them, so that their speed is a real one.
+What has no kernel here is rounded and kept in the target's type: its drafts are the true ones, its speed is the
+target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from decodathlon.decoders.speculative.cycle import BOUNDS, Speculative, claim
+from decodathlon.decoders.speculative.drafter import Drafter, SharedMemory
+from decodathlon.harness.decoder import decoder
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Weights that share a scale.
+GROUP, MX_GROUP = 32, 32
+#: How far the range of a group is drawn in, at most, for the sake of the mean squared error.
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
+#: The magnitudes of E2M1 (OCP Microscaling Formats 1.0).
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, in) weights to whole numbers 0..15, scales and zeros by group of 32: w is about (q - 8) scale + zero.
+
+    The range of each group is drawn in by the one of `CLIPS` that leaves the smallest squared error.
+    """
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    middle, half = (low + high) / 2, (high - low) / 2
+    best: tuple[Tensor, ...] = ()
+    for clip in CLIPS:
+        # in the precision that the kernel keeps them in
+        scale = (2 * clip * half / 15).clamp(min=1e-8).bfloat16().float()
+        zero = (middle + scale / 2).bfloat16().float()
+        q = ((groups - zero) / scale + 8).round().clamp(0, 15)
+        error = ((q - 8) * scale + zero - groups).square().sum(-1, keepdim=True)
+        if not best:
+            best = (error, q, scale, zero)
+        else:
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, q, scale, zero), best, strict=True))
+    _, q, scale, zero = best
+    return q.flatten(1), scale[..., 0], zero[..., 0]
+
+
+def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) weights to whole numbers -127..127 and scales by row."""
+    scale = weight.float().abs().amax(1).clamp(min=1e-8) / 127
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def mxfp4(weight: Tensor) -> Tensor:
+    """(out, in) weights rounded to MXFP4: E2M1 in blocks of 32 with a common power of two, no calibration. ML-SpecQD
+    (arXiv 2503.13565) drafts with them."""
+    blocks = weight.float().unflatten(1, (-1, MX_GROUP))
+    greatest = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-120)
+    scale = torch.exp2(greatest.log2().floor() - 2)
+    grid = torch.tensor(E2M1, device=weight.device)
+    middles = (grid[1:] + grid[:-1]) / 2
+    magnitude = grid[torch.bucketize((blocks / scale).abs(), middles)]
+    return (magnitude * blocks.sign() * scale).flatten(1)
+
+
+def nested(weight: Tensor, mantissa: int) -> Tensor:
+    """(out, in) weights with their leading bits alone: sign, an exponent among the seven greatest of the tensor, and so
+    many bits of the mantissa; what is smaller is zero. The middle of what these bits leave open stands for it."""
+    fraction, exponent = torch.frexp(weight.float())
+    window = int(exponent[weight != 0].max()) - 7 if bool((weight != 0).any()) else 0
+    steps = 2.0 ** (mantissa + 1)
+    cut = ((fraction.abs() * steps).floor() + 0.5) / steps
+    return torch.where(exponent > window, torch.ldexp(cut, exponent) * weight.sign(), 0.0)
+
+
+class Int4:
+    """A product with 4-bit weights: torch's kernel for CPUs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        q, scale, zero = int4(weight)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+        self.scales = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().to(weight.dtype)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8:
+    """A product with 8-bit weights: torch's kernel for CPUs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, scale = int8(weight)
+        self.scale, self.bias = scale.to(weight.dtype), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = torch._weight_int8pack_mm(flat, self.weight, self.scale).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def rounded(weight: Tensor, bits: int, form: str) -> Tensor:
+    """The weights that a form of so many bits stands for, in float32."""
+    if form == "float":
+        return mxfp4(weight) if bits == 4 else nested(weight, bits - 4)
+    if bits == 8:
+        q, scale = int8(weight)
+        return q.float() * scale[:, None]
+    q4, scale, zero = int4(weight)
+    steps = q4.unflatten(1, (-1, GROUP)) - 8
+    return (steps * scale[..., None] + zero[..., None]).flatten(1)
+
+
+def quantised(forward: Any, make: Callable[[Any], Any]) -> Any:
+    """The forward with every matrix, the head among them, as `make` makes it of a `Dense`."""
+    layers = []
+    for layer in forward.layers:
+        a, m = layer.attention, layer.mlp
+        layers.append(
+            replace(
+                layer,
+                attention=None if a is None else replace(a, qkv=make(a.qkv), out=make(a.out)),
+                mlp=None if m is None else replace(m, gate_up=make(m.gate_up), down=make(m.down)),
+            )
+        )
+    return forward.replaced(layers, make(forward.head))
+
+
+@decoder(
+    "quantised-self",
+    claim=claim,
+    family="speculative",
+    headline="quantised-self",
+    bounds=BOUNDS,
+    sweep={"k": [1, 2, 3, 4], "bits": [4, 8], "controller": ["static", "confidence", "break-even", "tapout"]},
+    paper="Zhao et al. 2024, QSpec (arXiv 2410.11305); Georganas et al. 2025, ML-SpecQD (arXiv 2503.13565)",
+)
+class QuantisedSelf(Speculative):
+    """The target with its weights in `bits` bits drafts, in the target's own keys and values; the verify pass writes
+    over what it left there.
+
+    `form=int`: groups of 32 with a scale and a zero (4 bits), or rows with a scale (8). `form=float`: MXFP4 (4), or
+    sign, exponent and the leading bits of the mantissa (5: E3M1, 6: E3M2).
+    """
+
+    k: int = 2
+    bits: Literal[4, 5, 6, 8] = 4
+    form: Literal["int", "float"] = "int"
+    proposal: Literal["sample", "guess"] = "sample"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        able = {"int": (4, 8), "float": (4, 5, 6)}[self.form]
+        if self.bits not in able:
+            raise SpecError(f"form={self.form} has {' or '.join(map(str, able))} bits, not {self.bits}")
+
+    def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
+        made = ("quantised", self.bits, self.form)
+        if made not in target.kept:
+            target.kept[made] = quantised(target.lean, self._made)
+        return self.autoregressive(SharedMemory, context.lent(target.kept[made]))
+
+    def _made(self, dense: Any) -> Any:
+        from decodathlon.harness.targets.lean import Dense
+
+        weight, bias = dense.weight, dense.bias
+        on_kernel = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+        if self.form == "int" and on_kernel and weight.shape[1] % GROUP == 0 and weight.shape[0] % 16 == 0:
+            return Int4(weight, bias) if self.bits == 4 else Int8(weight, bias)
+        short = -weight.shape[1] % GROUP
+        padded = torch.nn.functional.pad(weight, (0, short))
+        return Dense(rounded(padded, self.bits, self.form)[:, : weight.shape[1]].to(weight.dtype), bias)

@@ -1,0 +1,209 @@
+"""Speculative decoders: the text is the target's own whatever is drafted; rows are independent; bad drafts are told."""
+
+import pytest
+import torch
+
+from decodathlon.decoders.speculative import cycle, drafter, lookup
+from decodathlon.decoders.speculative.cycle import Speculative
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.targets import toy
+
+load_builtins()
+PROMPTS = [[0, 2, 3, 2, 3], [0, 4, 5], [0, 2]]
+DRAFTERS = [
+    "prompt-lookup", "retrieval[longest=2]", "draft-model", "early-exit", "layer-skip", "quantised-self",
+    "quantised-self[bits=8]", "quantised-self[form=float]", "quantised-self[form=float,bits=5]",
+    "quantised-self[form=float,bits=6]",
+]  # fmt: skip
+CONTROLLERS = [
+    "static", "heuristic", "ewma", "break-even", "confidence", "svip", "adaedl", "margin", "contextual", "tapout",
+    "tapout,policy=ucb1-tuned", "tapout,policy=thompson,level=token", "tapout,reward=tokens-per-second,remember=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target():
+    return toy.enumerable_lm(8)
+
+
+def with_parameter(spec, parameter):
+    return f"{spec[:-1]},{parameter}]" if spec.endswith("]") else f"{spec}[{parameter}]"
+
+
+def answers(spec, target, limits, prompts=PROMPTS, seed=0):
+    found = decoders.build(spec) if isinstance(spec, str) else spec
+    return found.generate(target, prompts, limits, RowRandom(seed, range(len(prompts))))
+
+
+def assert_same(ours, theirs):
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    assert [a.stop_reason for a in ours] == [a.stop_reason for a in theirs]
+    assert [a.log_prob for a in ours] == pytest.approx([a.log_prob for a in theirs], abs=1e-9)
+
+
+@pytest.mark.parametrize("limits", [Limits(20), Limits(20, ignore_eos=True), Limits(2), Limits(1)], ids=str)
+@pytest.mark.parametrize("spec", DRAFTERS)
+def test_greedy_text_is_that_of_greedy_search(target, spec, limits):
+    ours = answers(spec, target, limits)
+    assert_same(ours, answers("greedy", target, limits))
+    assert all(a.cost.target_calls <= len(a.tokens) for a in ours)
+
+
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("spec", ["quantised-self[k=5]", "prompt-lookup"])
+def test_no_controller_changes_the_text(target, spec, controller):
+    if spec == "prompt-lookup" and controller in cycle.LOOKING:
+        with pytest.raises(SpecError, match="this drafter has none; one of static, heuristic"):
+            decoders.build(with_parameter(spec, f"controller={controller}"))
+        return
+    for _ in range(2):  # what it has learnt is remembered
+        ours = answers(with_parameter(spec, f"controller={controller}"), target, Limits(20, ignore_eos=True))
+        assert_same(ours, answers("greedy", target, Limits(20, ignore_eos=True)))
+
+
+@pytest.mark.parametrize("temperature", [1, 0.6])
+@pytest.mark.parametrize("spec", ["prompt-lookup", "layer-skip[proposal=guess]", "quantised-self[proposal=guess,k=5]"])
+def test_guesses_leave_the_very_text_that_the_target_draws_alone(target, spec, temperature):
+    ours = answers(with_parameter(spec, f"temperature={temperature}"), target, Limits(20))
+    assert_same(ours, answers(f"temperature[temperature={temperature}]", target, Limits(20)))
+
+
+@pytest.mark.parametrize("spec", ["quantised-self[temperature=1,k=3]", "prompt-lookup[temperature=1]", "early-exit"])
+def test_a_row_does_not_depend_on_its_neighbours(target, spec):
+    together = answers(spec, target, Limits(12))
+    alone = [
+        decoders.build(spec).generate(target, [p], Limits(12), RowRandom(0, [b]))[0] for b, p in enumerate(PROMPTS)
+    ]
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+
+
+def test_a_drafter_that_is_the_target_has_everything_accepted(target):
+    found = answers("draft-model[k=4]", target, Limits(21, ignore_eos=True, trace=True))
+    for one in found:
+        assert [c["accepted"] for c in one.trace] == [4, 4, 4, 4]
+        assert len(one.tokens) == 1 + sum(c["accepted"] + 1 for c in one.trace)
+        assert one.cost.target_calls == 5
+    drawn = answers("draft-model[k=4,temperature=1]", target, Limits(21, ignore_eos=True, trace=True))
+    assert all(c["accepted"] == c["drafted"] for one in drawn for c in one.trace)
+
+
+def test_the_memory_after_a_cycle_is_that_of_a_fresh_reading(target):
+    """What a drafter left in the target's keys and values is written over."""
+    spec = decoders.build("quantised-self[form=float,k=4]")
+    found = spec.generate(target, PROMPTS, Limits(20, ignore_eos=True), RowRandom(0, range(3)))
+    fresh = target.log_prob([p + a.tokens for p, a in zip(PROMPTS, found, strict=True)], [len(p) for p in PROMPTS])
+    assert [a.log_prob for a in found] == pytest.approx(fresh.tolist(), abs=1e-9)
+
+
+def test_the_trace_is_kept_only_when_asked_for_and_adds_up(target):
+    quiet = answers("quantised-self[controller=tapout]", target, Limits(15, ignore_eos=True))
+    assert all(one.trace == [] for one in quiet)
+    for one in answers("quantised-self[controller=tapout]", target, Limits(15, ignore_eos=True, trace=True)):
+        made = 1 + sum(c["accepted"] + 1 for c in one.trace)
+        assert len(one.tokens) <= made <= len(one.tokens) + 1
+        assert all(c["accepted"] <= c["drafted"] <= c["asked"] for c in one.trace)
+        assert all(min(c["draft_s"], c["verify_s"], c["keep_s"]) >= 0 and c["arm"] for c in one.trace)
+
+
+# -- drafters that go wrong ------------------------------------------------------------------------------------
+
+
+class Fixed(drafter.Drafter):
+    def __init__(self, make):
+        self.make = make
+
+    def propose(self, texts, want, stopping, u):
+        return self.make(len(texts), want)
+
+
+def of_fixed(make):
+    class OfFixed(Speculative):
+        info = decoders.build("prompt-lookup").info
+
+        def drafter(self, target, context, prompts):
+            return Fixed(make)
+
+    return OfFixed(k=3)
+
+
+def draft(tokens, counts=None, **more):
+    tokens = torch.tensor(tokens)
+    return drafter.Draft(tokens, counts or [tokens.shape[1]] * len(tokens), **more)
+
+
+NO_LAW = torch.full((1, 2, 8), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("made", "error"),
+    [
+        (draft([[1, 8]]), "drafted token 8, outside the vocabulary of 8"),
+        (draft([[-1]]), "drafted token -1, outside"),
+        (draft([[2, 3, 2, 3]]), r"drafted \[4\] tokens where \[3\] were wanted"),
+        (draft([[2, 3]], [3]), r"drafted \[3\] tokens in a table of 1 x 2"),
+        (draft([[2, 3]], log_q=NO_LAW), "its own law gives no probability, or NaN"),
+        (draft([[2, 3]], parents=torch.tensor([[1, 0]])), "parents before their children"),
+        (draft([[2, 3]], parents=torch.tensor([[-2, 0]])), "parents before their children"),
+    ],
+)
+def test_a_draft_that_makes_no_sense_is_named(target, made, error):
+    with pytest.raises(ValueError, match=error):
+        answers(of_fixed(lambda rows, want: made), target, Limits(9, ignore_eos=True), prompts=[[0, 2]])
+
+
+def test_trees_leave_greedy_text_and_the_text_that_is_drawn(target):
+    """Two guesses at each place, one of them drafted on; an empty tree and one node are trees, too."""
+    parents = torch.tensor([[-1, -1, 0, 0, 3, 1]])
+    for tokens, kin in (([2, 3, 4, 5, 6, 2], parents), ([2], parents[:, :1]), ([], parents[:, :0])):
+        made = drafter.Draft(torch.tensor([tokens]).long(), [len(tokens)], parents=kin)
+        for temperature, alone in ((0, "greedy"), (1, "temperature")):
+            spec = of_fixed(lambda rows, want, made=made: made)
+            object.__setattr__(spec, "temperature", float(temperature))
+            ours = answers(spec, target, Limits(20, ignore_eos=True), prompts=[[0, 2]])
+            assert_same(ours, answers(alone, target, Limits(20, ignore_eos=True), prompts=[[0, 2]]))
+
+
+def test_a_draft_never_reaches_beyond_the_context(target):
+    """The target reads 32 tokens; the last cycles draft what still fits."""
+    prompts = [[0, 2, 3, 2, 3, 2, 3], [0, 2]]
+    limits = Limits(25, ignore_eos=True)
+    assert_same(answers("quantised-self[k=8]", target, limits, prompts), answers("greedy", target, limits, prompts))
+
+
+# -- lookups ---------------------------------------------------------------------------------------------------
+
+
+def looked_up(text, count=4, longest=3, shortest=1, begins=0):
+    found = lookup.Lookup(1, longest, shortest, [begins])
+    made = found.propose([text], [count], None, None)
+    return made.tokens[0, : made.counts[0]].tolist()
+
+
+def test_a_lookup_copies_what_followed_the_longest_and_newest_match():
+    assert looked_up([1, 2, 3, 9, 8, 7, 2, 3]) == [9, 8, 7, 2]
+    assert looked_up([1, 2, 3, 9, 5, 1, 2, 3, 7, 1, 2, 3]) == [7, 1, 2, 3]  # the newer of two
+    assert looked_up([4, 3, 9, 5, 2, 3, 7, 2, 3]) == [7, 2, 3, 7]  # two tokens that match before one
+    assert looked_up([5, 6, 5, 6, 5]) == [6, 5, 6, 5]  # a loop goes on
+    assert looked_up([1, 2, 3, 4]) == []
+    assert looked_up([1, 2, 3, 1], shortest=2) == []
+    assert looked_up([1, 2, 3, 1], begins=3) == []
+    assert looked_up([1, 2, 1], count=0) == []
+
+
+def test_a_lookup_that_grows_finds_what_a_fresh_one_finds():
+    torch.manual_seed(0)
+    text = torch.randint(0, 3, (60,)).tolist()
+    growing, size = lookup.Lookup(1, 3, 1, [0]), 5
+    while size < len(text):
+        made = growing.propose([text[:size]], [4], None, None)
+        assert made.tokens[0, : made.counts[0]].tolist() == looked_up(text[:size])
+        size += 1 + size % 3
+
+
+def test_a_range_of_matches_that_is_empty_is_refused():
+    with pytest.raises(SpecError, match="shortest=4 exceeds longest=3"):
+        decoders.build("prompt-lookup[shortest=4]")
