@@ -46,7 +46,8 @@ def check_memory(target: Target, prompts: Sequence[Sequence[int]], each: int, li
     from decodathlon.harness.measure import memory
 
     longest = max(map(len, prompts)) + limits.max_new_tokens
-    needed = len(prompts) * each * target.row_bytes(longest)
+    # where rows are copied, the old ones and the new ones are there at once
+    needed = 2 * len(prompts) * each * target.row_bytes(longest)
     free = memory.free_bytes(str(target.device)) if needed else None
     if free is not None and needed > free:
         raise UnsupportedError(
@@ -120,7 +121,10 @@ class Particles:
         for p in {self.all[i].prompt for i in growing}:
             self.costs[p].target_calls += 1
         self._begun = True
-        return self._context.next_logits if growing == there else self._context.next_logits[self._rows_of(growing)]
+        logits = self._context.next_logits if growing == there else self._context.next_logits[self._rows_of(growing)]
+        if bool(logits.isnan().any()):
+            raise ValueError(f"{self.target.name}: the model's logits have NaN; its weights or its dtype are broken")
+        return logits
 
     def _rows_of(self, some: Sequence[int]) -> list[int]:
         return [row for row in (self._row[i] for i in some) if row is not None]

@@ -7,6 +7,7 @@ decoder's own; what the file says that is no parameter, such as a seed, the harn
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def read(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_loader())
     except OSError as error:
         raise SpecError(f"--decoder-config {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -80,6 +81,30 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SpecError(f"--decoder-config {path}: it must be a mapping with sections, not {type(content).__name__}")
     return content
+
+
+@functools.cache
+def _loader() -> Any:
+    """YAML as people write it by hand: without anchors, which may stand for gigabytes, and without a key said twice, of
+    which one would be lost in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+                raise yaml.YAMLError(f"anchors and aliases are not taken, line {event.start_mark.line + 1}")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value!r} is there twice, line {key.start_mark.line + 1}")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def parameters(path: str | Path, content: Mapping[str, Any], cls: type[Decoder]) -> tuple[dict[str, Any], list[str]]:
@@ -100,12 +125,18 @@ def parameters(path: str | Path, content: Mapping[str, Any], cls: type[Decoder])
         if parameter is None:
             aside += [] if key == TUNING or key.endswith(".enabled") else [key]
         elif layout.get(f"{section}.enabled", "") is not None or _at(checked, f"{section}.enabled") is not False:
-            if isinstance(value, str) and (not value or set(value) & set(",[]=")):
-                raise SpecError(
-                    f"--decoder-config {path}: {key} = {value!r}: it may not be empty or hold any of , [ ] ="
-                )
+            _check_text(path, key, value)
             values[parameter] = value
     return values, aside
+
+
+def _check_text(path: str | Path, key: str, value: Any) -> None:
+    """
+    Raises:
+        SpecError: a text would not survive in a spec string.
+    """
+    if isinstance(value, str) and (not value or set(value) & set(",[]=")):
+        raise SpecError(f"--decoder-config {path}: {key} = {_short(value)}: it may not be empty or hold any of , [ ] =")
 
 
 def _validated(model: Any, content: Mapping[str, Any], path: str | Path, known: Iterable[str]) -> dict[str, Any]:
@@ -124,8 +155,16 @@ def _validated(model: Any, content: Mapping[str, Any], path: str | Path, known: 
         if first["type"] == "extra_forbidden":
             dotted = "; write it as sections, without dots" if key in known else near_miss(key, list(known))
             raise SpecError(f"--decoder-config {path}: there is no {key!r}{dotted}") from None
-        raise SpecError(f"--decoder-config {path}: {key} = {first['input']!r}: {first['msg']}") from None
+        raise SpecError(f"--decoder-config {path}: {key} = {_short(first['input'])}: {first['msg']}") from None
     return found
+
+
+def _short(value: Any) -> str:
+    """A value for an error; Python refuses to write out integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a number of more than 64 bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def tuning(path: str | Path, cls: type[Decoder]) -> Tuning:
@@ -146,9 +185,11 @@ def tuning(path: str | Path, cls: type[Decoder]) -> Tuning:
         kind = _bounded(hints[parameter], cls.info.bounds.get(parameter))
         try:
             space[parameter] = [TypeAdapter(kind).validate_python(value) for value in values]
+            for value in space[parameter]:
+                _check_text(path, f"tuning.search_space: {key}", value)
         except ValidationError as error:
             first = error.errors()[0]
-            where = f"tuning.search_space: {key} = {first['input']!r}"
+            where = f"tuning.search_space: {key} = {_short(first['input'])}"
             raise SpecError(f"--decoder-config {path}: {where}: {first['msg']}") from None
     if section.get("enabled") is False:
         return Tuning({}, None, None, None)

@@ -109,6 +109,7 @@ def _sizes(options: Options, suites: Sequence[Suite]) -> dict[str, dict[str, int
         SpecError: no chosen suite has such a size, or it is no positive whole number.
     """
     found: dict[str, dict[str, int | None]] = {s.name: {} for s in suites}
+    by_name: dict[str, set[str]] = {s.name: set() for s in suites}
     for text in options.size:
         place, _, value = text.partition("=")
         name, _, key = place.rpartition(".")
@@ -120,10 +121,12 @@ def _sizes(options: Options, suites: Sequence[Suite]) -> dict[str, dict[str, int
             known = sorted(set().union(*(_countable(s.sizes[options.scale]) for s in named)))
             raise SpecError(f"--size {text}: no such size{near_miss(key, known)}")
         whole = value == "all" and all(s.sizes["full"].get(key, 0) is None for s in having)
-        if not whole and not (value.isascii() and value.isdigit() and int(value) > 0):
-            raise SpecError(f"--size {text}: a positive whole number is wanted, as in {place}=32")
+        if not whole and not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) > 0):
+            raise SpecError(f"--size {text[:80]}: a positive whole number is wanted, as in {place}=32")
         for s in having:
-            found[s.name][key] = None if whole else int(value)
+            if name or key not in by_name[s.name]:  # what names a suite has the last word
+                found[s.name][key] = None if whole else int(value)
+            by_name[s.name] |= {key} if name else set()
     return found
 
 

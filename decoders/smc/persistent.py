@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from decodathlon.harness.targets.base import Target
 
 #: Particles from which on an audit of 12,000 draws sees no difference from the tilted law, as long as the tilt is mild
-#: and the ladder may have as many levels as it wants; with sharper ones nothing is claimed.
+#: and the ladder may have as many levels as it wants: for sharper ones, longer texts and rewards of unknown size no
+#: number
+#: is enough.
 ENOUGH, MILD, WARM, RUNGS = 32, 0.3, 0.5, 20
 
 
@@ -192,6 +194,7 @@ class PersistentSMC(Tilted):
             {
                 "level": 1.0,
                 "ess": float(weights.ess(log_weights[None])) / N,
+                "distinct": distinct(texts, share) / N,
                 "log_z": float(weights.log_mean(log_weights[None])),
                 "resampled": False,
                 "pool": len(share),
@@ -213,6 +216,20 @@ class PersistentSMC(Tilted):
         return parts, [stage.rows(rows) for stage in stages]
 
 
+def distinct(texts: Sequence[Sequence[int]], share: Sequence[float]) -> float:
+    """The effective number of different answers: copies that no move has parted count as one."""
+    of: dict[tuple[int, ...], float] = {}
+    for text, weight in zip(texts, share, strict=True):
+        of[tuple(text)] = of.get(tuple(text), 0.0) + weight
+    return 1.0 / sum(weight * weight for weight in of.values())
+
+
 def _samples(self: PersistentSMC) -> bool:
     drawn = self.answer == "draw" and self.resample != "topN" and self.alpha >= 0.5 and self.stages >= RUNGS
-    return drawn and self.beta >= MILD and self.temperature >= WARM and self.particles >= ENOUGH
+    return (
+        drawn
+        and self.reward == "log-power"
+        and self.beta >= MILD
+        and self.temperature >= WARM
+        and self.particles >= ENOUGH
+    )

@@ -139,11 +139,20 @@ class _Prompt:
     def given(self, found: Particles, u: float) -> Completion:
         """One of the whole answers of all steps; what never ended counts as whole at the last one."""
         decoder, mine = self._decoder, found.of(self.prompt)
+        if decoder.pool and self._step < decoder.max_steps:
+            # All have ended: at the steps that are left out each would weigh what it weighs now. With them the number
+            # of terms of every mean is fixed, and the mean is without bias.
+            for i in range(len(mine)):
+                one, score, weight, end = self._entry(mine, i)
+                self._add((one, score, weight + math.log(decoder.max_steps - self._step), end))
         last = found.unfinished_of(self.prompt) if decoder.pool else range(len(mine))
         every = [*self._pool.values(), *(self._entry(mine, i) for i in last)]
-        # An answer that ended at step e was weighed at e..T, each time on its own: the mean is what counts.
-        steps = [self._step - e + 1 if decoder.pool else 1 for *_, e in every]
-        log_weights = torch.tensor([w - math.log(n) for (_, _, w, _), n in zip(every, steps, strict=True)]).double()
+        # An answer that ended at step e was weighed at each step from e to the last, each time without bias: the mean
+        # of these is what counts.
+        steps = [decoder.max_steps - e + 1 if decoder.pool else 1 for *_, e in every]
+        log_weights = torch.tensor(
+            [w - math.log(n) for (_, _, w, _), n in zip(every, steps, strict=True)], dtype=torch.float64
+        )
         weights.check(log_weights[None], decoder.spec)
         share, scores = log_weights.softmax(-1).tolist(), [score for _, score, _, _ in every]
         tokens = [one.tokens for one, *_ in every]

@@ -102,7 +102,8 @@ def verifier(answers: Sequence[Answer], words: tuple[str, ...]) -> list[float]:
 
 
 def steps(text: str) -> list[str]:
-    """The paragraphs of an answer; at least one."""
+    """The paragraphs of an answer; at least one. A mark that it has written itself is none."""
+    text = text.replace(MARK, "")
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()] or [text.strip() or "..."]
 
 
@@ -179,11 +180,11 @@ def _conversation(tokenizer: Any, problem: str, answer: str) -> str:
     marked = "".join(step + MARK for step in steps(answer))
     talk = [
         {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": problem},
+        {"role": "user", "content": problem.replace(MARK, "")},
         {"role": "assistant", "content": marked},
     ]
     if not tokenizer.chat_template:
-        return f"{problem}\n\n{marked}"
+        return f"{problem.replace(MARK, '')}\n\n{marked}"
     text: str = tokenizer.apply_chat_template(talk, tokenize=False)
     return text
 

@@ -5,12 +5,12 @@ more. The law of step t is p(x) exp(b_t l(x)) with the score l of the answer so 
 which enough particles stay effective; a particle weighs exp(b_t l_t - b_t-1 l_t-1) more with each step, and keeps that
 weight until it is drawn anew. Answers on the way have different lengths, so those of several steps are no sample of one
 mixture, and the note's weights mean nothing there. What can be kept of its pool is whole answers: one that ended at
-step e and is there at steps e..T has at each of them an estimate of its mass, and their mean is what counts. (Each is
-unbiased. Their mean is so but for the last step T being random: on a toy that is one part in a hundred.)
+step e has at each step from e to `max_steps` an unbiased estimate of its mass, and their mean is what counts.
 
 `variant=seed` is the note's code as it is. Its bisection looks for the lowest level at which enough are effective,
-which is the level it comes from: it stays at 0, all weights are equal, nothing is ever copied, and what is left is
-self-consistency (tests/decoders/test_smc_steps.py shows it answer by answer).
+which is the level it comes from: it stays at 0 as long as enough answers grow, all weights are equal, nothing is
+copied, and what is left is self-consistency (tests/decoders/test_smc_steps.py shows it answer by answer). Where so
+few still grow that `target_ess` cannot be had at any level, it jumps to the greatest.
 """
 
 from __future__ import annotations

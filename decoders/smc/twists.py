@@ -38,12 +38,15 @@ def valued(decoder: Tilted, candidates: int) -> Twist:
             return torch.where(log_law > -math.inf, scale * (so_far[:, None] + log_law), 0.0)
         k = min(candidates, log_law.shape[1])
         best = log_law.topk(k, dim=-1)
+        possible = best.values > -math.inf  # what cannot be drawn is not valued
         longer = [
             Answer(list(found.prompts[one.prompt]), [*one.tokens, token], one.log_prob + p, found.target)
             for one, tokens, terms in zip(some, best.indices.tolist(), best.values.tolist(), strict=True)
             for token, p in zip(tokens, terms, strict=True)
+            if p > -math.inf
         ]
-        worth = decoder.log_tilt(longer).to(log_law.device).view(-1, k)
+        worth = torch.zeros_like(best.values, dtype=torch.float64)
+        worth[possible] = decoder.log_tilt(longer).to(log_law.device)
         return now.to(log_law.device)[:, None].expand_as(log_law).scatter(1, best.indices, worth)
 
     return twist

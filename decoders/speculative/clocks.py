@@ -8,11 +8,11 @@ from __future__ import annotations
 from decodathlon.decoders.speculative.controllers import Controller, Seconds
 
 #: How much of an average the newest value is.
-NEWEST = 0.1
+NEWEST = 0.03
 #: Another length must promise so much more before it is taken.
 HYSTERESIS = 1.03
-#: Cycles after which a length that was not used for so long is tried again.
-PROBE = 64
+#: Cycles between two looks at what the next length up or down would bring.
+PROBE = 48
 
 
 class Mean:
@@ -31,25 +31,30 @@ def lengths(longest: int) -> list[int]:
     return [0, *(2**i for i in range(longest.bit_length()) if 2**i < longest), longest]
 
 
+def neighbour(tried: list[int], best: int, cycle: int) -> int:
+    """The best length, and in every so manieth cycle the next above it or, by turns, below it."""
+    place = tried.index(best)
+    if cycle % PROBE == PROBE - 1:
+        place += 1 if (cycle // PROBE) % 2 else -1
+    return tried[min(max(place, 0), len(tried) - 1)]
+
+
 class EWMA(Controller):
     """The length that has made the most tokens per second: tokens and seconds of each are averaged, each is tried at
-    first, and one that has not been tried for long is tried again."""
+    first, and from time to time the neighbours of the best."""
 
     def __init__(self, longest: int) -> None:
         super().__init__(longest)
         self.arms = {n: (Mean(), Mean()) for n in lengths(longest)}
-        self.last = dict.fromkeys(self.arms, 0)
         self.cycle, self.best, self._now = 0, longest, longest
 
     def width(self) -> int:
         untried = [n for n, (tokens, _) in self.arms.items() if tokens.count < 2]
-        stale = [n for n in self.arms if self.cycle - self.last[n] > PROBE * (1 + (n != 0))]
-        self._now = untried[0] if untried else stale[0] if stale else self.best
+        self._now = untried[0] if untried else neighbour(list(self.arms), self.best, self.cycle)
         return self._now
 
     def settle(self, drafted: int, accepted: int, seconds: Seconds) -> None:
         self.cycle += 1
-        self.last[self._now] = self.cycle
         tokens, took = self.arms[self._now]
         tokens.add(accepted + 1)
         took.add(sum(seconds))
@@ -75,16 +80,13 @@ class BreakEven(Controller):
         self.stays = [Mean() for _ in range(longest)]
         self.draft, self.keep = Mean(), Mean()
         self.verify = {n: Mean() for n in lengths(longest)}
-        self.cycle, self.best, self._probed = 0, longest, 0
+        self.cycle, self.best = 0, longest
 
     def width(self) -> int:
         untried = [n for n, m in self.verify.items() if m.count < 2]
         if untried:
             return untried[0]
-        if self.cycle - self._probed >= PROBE:
-            self._probed = self.cycle
-            return self.longest if self.best == 0 else 0
-        return self.best
+        return neighbour(list(range(self.longest + 1)), self.best, self.cycle)
 
     def settle(self, drafted: int, accepted: int, seconds: Seconds) -> None:
         self.cycle += 1

@@ -60,8 +60,14 @@ class Scores:
 
 
 def windows(length: int, context: int) -> Iterator[Window]:
-    """(begin, end, first counted) of each window over `length` tokens. Every token but the very first counts once."""
-    stride = context // 2
+    """(begin, end, first counted) of each window over `length` tokens. Every token but the very first counts once.
+
+    Raises:
+        ValueError: no token would have one before it.
+    """
+    if context < 2:
+        raise ValueError(f"a context of {context} tokens has none to read before the one that counts; at least 2")
+    stride = max(1, context // 2)
     counted, begin = 1, 0
     while counted < length:
         end = min(begin + context, length)

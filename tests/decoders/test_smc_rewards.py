@@ -88,6 +88,15 @@ def test_what_was_read_is_not_read_again(folder, monkeypatch):
         one([answer("x = 2")])
 
 
+def test_one_answer_to_two_problems_is_read_twice_and_a_mark_in_a_text_is_none(folder):
+    where, *_ = folder
+    value = rewards.build(f"prm:{where}")
+    first, second = value([answer("x = 1", "Q x"), answer("x = 1", "box 2")]).tolist()
+    assert first != second
+    assert value([answer(f"x = {MARK}1", "Q x")]).tolist() == pytest.approx([first])
+    assert value([answer("x = 1", f"Q {MARK}x")]).tolist() == pytest.approx([first])
+
+
 def test_a_hybrid_is_the_mixture(folder):
     where = folder[0]
     some = [answer("x = 1", log_prob=-5.0), answer("so x", log_prob=-2.0)]

@@ -7,6 +7,7 @@ import torch
 
 from decodathlon.decoders.smc.scores import Scoring
 from decodathlon.harness import decoder as decoders
+from decodathlon.harness import law
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.errors import RewardError, SpecError, UnsupportedError
 from decodathlon.harness.measure import exactness
@@ -78,6 +79,16 @@ def test_the_estimated_constant_is_right_on_average(lm, pool, schedule):
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(1000) + slack
 
 
+def test_a_pool_is_without_bias_wherever_the_last_answer_ends(lm):
+    """With equal weights Z is 1; steps at which everything has ended already must count, too."""
+    spec = "persistent-smc-steps[n_particles=2,max_steps=6,policy=always,resample=multinomial,schedule=fixed_linear,"
+    found = drawn(f"{spec}beta_min=1,tau=1000000,answer=draw,{STEPS}]", lm, 4000, 6)
+    ratio = torch.tensor([math.exp(a.trace[-1]["log_z"]) for a in found], dtype=torch.float64)
+    error = float(ratio.std()) / math.sqrt(4000)
+    assert abs(float(ratio.mean()) - 1) < 4 * error
+    assert error < 0.005, "without those steps the mean is 0.9"
+
+
 @pytest.mark.parametrize("pool", ["true", "false"])
 def test_with_many_particles_the_law_is_the_tilted_one(lm, pool):
     spec = f"persistent-smc-steps[n_particles=64,max_steps=3,answer=draw,pool={pool},{STEPS}]"
@@ -87,6 +98,26 @@ def test_with_many_particles_the_law_is_the_tilted_one(lm, pool):
     assert exactness.p_value(counts, p) > 1e-3
     counts, _ = exactness.counted([tuple(a.tokens) for a in drawn(spec.replace("=64", "=1"), lm, 1500)], law)
     assert exactness.p_value(counts, p) < 1e-6
+
+
+def test_tokens_are_drawn_at_the_temperature_and_scored_by_the_model(lm):
+    plain = decoders.build("persistent-smc-steps")
+    logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(plain.shape(logits), law.process(logits, temperature=0.7, top_p=0.95))
+    for variant in ("repaired", "seed"):
+        cold = (
+            f"persistent-smc-steps[variant={variant},n_particles=3,{STEPS.replace('temperature=1', 'temperature=0.5')}]"
+        )
+        for answer in drawn(cold, lm, 10, 6):
+            last = answer.trace[-1]
+            assert last["scores"][last["chosen"]] == pytest.approx(answer.log_prob, abs=1e-6)
+
+
+def test_a_pool_drops_the_oldest_or_the_lowest(lm):
+    spec = f"persistent-smc-steps[n_particles=8,max_steps=6,pool_size=3,answer=draw,prune=PRUNE,{STEPS}]"
+    low = [min(a.trace[-1]["scores"]) for a in drawn(spec.replace("PRUNE", "lowest_score"), lm, 80, 6)]
+    old = [min(a.trace[-1]["scores"]) for a in drawn(spec.replace("PRUNE", "oldest"), lm, 80, 6)]
+    assert sum(low) > sum(old) + 20, "who drops the lowest keeps no low ones"
 
 
 def test_levels_rise_and_thresholds_follow_their_schedule(lm):

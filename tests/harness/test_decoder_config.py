@@ -1,5 +1,6 @@
 """A decoder's parameters from a file: what it takes, what it leaves aside, and what it says of a bad one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,25 @@ def test_tune_takes_space_trials_and_questions_from_the_file(monkeypatch, tmp_pa
     assert main([*words, "--trials", "7", "--study", str(tmp_path / "a.journal")]) == 130
     assert (asked["trials"], asked["method"], asked["limit"]) == (7, "random", 50)
     assert asked["ranges"]["tau"] == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("ps:\n  answer: best\nps:\n  answer: vote\n", "'ps' is there twice, line 3"),
+        ("generation:\n  max_steps: 3\n  max_steps: 4\n", "'max_steps' is there twice, line 3"),
+        ("system: &a [x]\nlogging: *a\n", "anchors and aliases are not taken, line 1"),
+        ("generation: {max_steps: 0x" + "f" * 6000 + "}", "a number of more than 64 bits"),
+        ("tuning: {search_space: {models.prm.model_path: ['a,b=[']}}", "may not be empty or hold any of"),
+    ],
+    ids=["section", "key", "anchor", "huge", "search-space"],
+)
+def test_files_that_would_lose_something_or_stand_for_too_much_are_refused(tmp_path, text, error):
+    path = written(tmp_path, text)
+
+    def both():
+        decoder_config.applied(path, [NAME])
+        decoder_config.tuning(path, registry.get("decoder", NAME))
+
+    with pytest.raises(SpecError, match=re.escape(error)):
+        both()

@@ -197,6 +197,10 @@ def test_sizes_of_the_users_own_take_the_place_of_those_of_the_scale():
     for one in (plain[0], sized[0]):  # as a worker gets it
         again = cells.CellSpec.from_json(json.loads(json.dumps(dataclasses.asdict(one))))
         assert (again, again.cell_id) == (one, one.cell_id)
+    for order in (["math500.tokens=5", "tokens=9"], ["tokens=9", "math500.tokens=5"]):  # the named one counts
+        both = {c.suite: dict(c.sizes) for c in plan.cells(plan.Options(suite=chosen, decoder=["greedy"], size=order))}
+        assert both["math500"]["tokens"] == 5
+        assert both["wikitext2"]["tokens"] == 9
     everywhere = plan.cells(plan.Options(suite=chosen, decoder=["greedy"], size=["tokens=32"]))
     assert {(c.suite, dict(c.sizes)["tokens"]) for c in everywhere if c.sizes} == {("math500", 32), ("wikitext2", 32)}
 
@@ -211,6 +215,7 @@ def test_sizes_of_the_users_own_take_the_place_of_those_of_the_scale():
         ("tokens=all", "a positive whole number"),
         ("tokens", "a positive whole number"),
         ("tokens=-3", "a positive whole number"),
+        ("tokens=" + "9" * 5000, "a positive whole number"),
     ],
 )
 def test_a_size_that_makes_no_sense_is_named(size, error):
