@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +30,8 @@ from decodathlon.harness.workers.local import EXECUTORS
 _RUN = pytest.StashKey["Run"]()
 #: How many suites were deselected for want of --benchmark.
 _IDLE = pytest.StashKey[int]()
+#: What of a decoder's file has no effect.
+_REMARK = pytest.StashKey[str]()
 #: What else the machine did while pytest-benchmark timed an item.
 _WATCH = pytest.StashKey[Conditions]()
 
@@ -63,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype, help="of the weights")
     add("--sweep", action="store_true", help="also the sweep values of every decoder, one parameter at a time")
     add("--decoder-file", action="append", default=[], metavar="PATH", help="a Python file with decoders; repeatable")
-    add("--decoder-config", default=None, metavar="FILE", help="a YAML file with the parameters of a decoder")
+    add("--decoder-config", action=_Once, default=None, metavar="FILE", help="a YAML file with a decoder's parameters")
     add("--judge", default=default.judge, metavar="SPEC", help="none, openai:MODEL or local:MODEL (default none)")
     add("--judge-url", default=default.judge_url, metavar="URL", help="of a server that speaks the OpenAI protocol")
     add("--lm-eval-task", action="append", default=[], metavar="NAME", help="a task of lm-eval 0.4; repeatable")
@@ -82,6 +84,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(
         "--gates", default=None, metavar="PATH", help=f"rules that decide the exit code (default {gates.FILE}; or none)"
     )
+
+
+class _Once(argparse.Action):
+    """An option that may be given once: the first of two would be lost in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {option_string}: given twice; one file holds one decoder's parameters")
+        setattr(namespace, self.dest, values)
 
 
 def _seconds(text: str) -> float:
@@ -137,20 +148,25 @@ def _run(config: pytest.Config) -> Run:
     given["decoder_file"] = [*given["decoder_file"], *_suite_files(config.args)]
     say = _sayer(config)
     if option.decodathlon_decoder_config:
-        given["decoder"] = _configured(option.decodathlon_decoder_config, given, say)
+        given["decoder"] = _configured(option.decodathlon_decoder_config, given, config)
     return Run(settings, Options(**given), None, say)
 
 
-def _configured(path: str, given: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
+def _configured(path: str, given: Mapping[str, Any], config: pytest.Config) -> list[str]:
     """The named decoders with the parameters of a file."""
     load_builtins()
     registry.load_entry_points()
     for file in given["decoder_file"]:
         registry.load_file(file)
     found, aside = decoder_config.applied(path, given["decoder"])
-    if aside:
-        say(f"{path}: left aside, for the harness has its own options or needs none: {', '.join(aside)}")
+    if aside:  # there is no terminal to write to yet
+        remark = f"{path}: left aside, for the harness has its own options or needs none: {', '.join(aside)}"
+        config.stash[_REMARK] = remark
     return found
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return config.stash.get(_REMARK, None)
 
 
 def _suite_files(words: Sequence[str]) -> list[str]:

@@ -18,9 +18,10 @@ from decodathlon.harness.results.measured import Measured
 
 #: What an answer may cost, by the metric that says how much on average.
 COSTS = {
-    "answer_tokens": "new tokens",
-    "answer_calls": "forward passes",
+    # first what counts everything that a method reads: particles that were not given cost, too
     "answer_positions": "token positions read",
+    "answer_calls": "forward passes",
+    "answer_tokens": "new tokens of the answers given (not of others that were drawn to choose from)",
     "answer_flops": "floating-point operations",
     "answer_seconds": "seconds",
 }

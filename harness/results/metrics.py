@@ -549,7 +549,7 @@ METRICS: dict[str, Metric] = {
     "answer_tokens": Metric(
         "1",
         "none",
-        "New tokens of an answer, on average.",
+        "New tokens of an answer, on average; of the one that is given, where several were drawn to choose from.",
         "context",
     ),
     "answer_seconds": Metric(

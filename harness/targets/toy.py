@@ -7,6 +7,7 @@ through the very same `TransformersTarget` as a real model; `law_of` enumerates 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -108,6 +109,41 @@ class Ising(Target):
         return TableContext(self, prompts, capacity if capacity is not None else self.n)
 
 
+class Coins(Target):
+    """Texts of independent tosses that never end by themselves: p^b is known in closed form at any length.
+
+    Token 1 has the probability `share`. Behind the power b it has share^b / (share^b + (1 - share)^b), again
+    independently, and the constant of a text of n tokens is (share^b + (1 - share)^b)^n.
+    """
+
+    stop_tokens = frozenset()
+    start_token = 0
+
+    def __init__(self, share: float = 0.3, length: int = 1024) -> None:
+        self.name, self.vocab_size, self.context_length = f"coins-{share:g}", 2, length
+        self.device, self.dtype = torch.device("cpu"), torch.float64
+        self.share = share
+        self._law = torch.tensor([1 - share, share], dtype=torch.float64).log()
+
+    def power(self, b: float, length: int) -> tuple[float, float]:
+        """Under p^b: how many ones a text of `length` tokens has on average, and the log of the constant."""
+        one, total = self.share**b, self.share**b + (1 - self.share) ** b
+        return length * one / total, length * math.log(total)
+
+    def next_logits_of_all(self, prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(len(prefixes), 2) log-probabilities of the next token."""
+        return self._law.expand(len(prefixes), 2).clone()
+
+    def open(
+        self, prompts: Sequence[Sequence[int]], *, capacity: int | None = None, hidden: Sequence[int] = ()
+    ) -> TableContext:
+        if hidden:
+            raise UnsupportedError("hidden", f"{self.name} has no hidden states")
+        capacity = capacity if capacity is not None else self.context_length
+        self.check_room(prompts, capacity)
+        return TableContext(self, prompts, capacity)
+
+
 def _code(prefix: Sequence[int]) -> int:
     """A beginning as a number."""
     return int("".join(map(str, prefix)) or "0", 2)
@@ -116,7 +152,7 @@ def _code(prefix: Sequence[int]) -> int:
 class TableContext(Context):
     """A context over a target that tells the law behind any prefix; keeps plain lists."""
 
-    def __init__(self, target: Ising, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+    def __init__(self, target: Ising | Coins, prompts: Sequence[Sequence[int]], capacity: int) -> None:
         self._target, self.capacity = target, capacity
         self._texts = [list(p) for p in prompts]
         self._paths: list[list[list[int]]] = []

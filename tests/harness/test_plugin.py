@@ -294,3 +294,19 @@ def test_sizes_of_the_users_own_make_a_setting_of_their_own(model, tmp_path):
     with store.connect(results) as connection:
         rows = connection.execute("SELECT scale, sizes->>'tokens' FROM cell").fetchall()
     assert rows == [("smoke[tokens=128]", "128")]
+
+
+def test_what_a_decoders_file_says_in_vain_is_told_and_a_second_file_is_refused(tmp_path):
+    one, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    one.write_text("system: {seed: 3}\ngeneration: {stop_tokens: [x], max_steps: 3}\n")
+    other.write_text("generation: {max_steps: 4}\n")
+    options = ["--benchmark", "--collect-only", "--suite", "math500", "--decoder", "persistent-smc-steps"]
+    options += ["--results", tmp_path / "r.duckdb", "--decoder-config", one]
+    done = pytest_run(*options)
+    assert (
+        "left aside, for the harness has its own options or needs none: system, generation.stop_tokens" in done.stdout
+    )
+    assert "max_steps=3" in done.stdout
+    again = pytest_run(*options, "--decoder-config", other)
+    assert again.returncode == 4
+    assert "--decoder-config: given twice" in again.stderr

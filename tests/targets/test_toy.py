@@ -156,3 +156,14 @@ def test_a_torus_has_the_bonds_of_its_neighbours():
     assert torch.allclose(gradient[0, :, 0], expected)
     with pytest.raises(ValueError, match="no 2 rows"):
         toy.Ising(9, 0.3, rows=2)
+
+
+def test_tosses_have_the_powers_that_they_state():
+    """Of three tosses, all eight texts."""
+    coins = toy.Coins(0.3)
+    law = toy.law_of(coins, [0], 3)
+    for b in (1.0, 2.0, 0.5):
+        weights = {text: p**b for text, p in law.items()}
+        ones, log_z = coins.power(b, 3)
+        assert log_z == pytest.approx(math.log(sum(weights.values())))
+        assert ones == pytest.approx(sum(w * sum(text) for text, w in weights.items()) / sum(weights.values()))
