@@ -1,15 +1,16 @@
-"""How near particle methods come to the law that they approach, by the length of the answers, where it is known exactly.
+"""How near particle methods come to the law that they approach, by the length of the answers, where it is known.
 
     python scripts/particles_bias.py [--decoder SPEC ...] [--lengths 3 12 32 64] [--answers 200]
 
-The texts are independent tosses (toy.Coins): of the law p(y)^(1 + 1/beta) the number of ones and the constant are known in
-closed form at any length. Prints both as they came out, with their standard errors.
+The texts are independent tosses (toy.Coins): of the law p(y)^(1 + 1/beta) the number of ones and the constant are
+known in closed form at any length. Prints both as they came out, with their standard errors.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 
 import torch
 
@@ -38,7 +39,7 @@ def main() -> None:
     load_builtins()
     torch.set_num_threads(1)
     n = options.answers
-    print(
+    sys.stdout.write(
         f"{'decoder':34}{'tokens':>7}  {'ones':>14}{'law':>7}{'model':>7}   {'log of the estimated constant over it':>12}"
     )
     for spec in options.decoder or USUAL:
@@ -49,10 +50,9 @@ def main() -> None:
             found = decoder.generate(target, [[0]] * n, Limits(length), RowRandom(0, range(n)))
             ones = torch.tensor([sum(a.tokens) for a in found], dtype=torch.float64)
             error = torch.tensor([a.trace[-1]["log_z"] - log_z for a in found], dtype=torch.float64)
-            print(
+            sys.stdout.write(
                 f"{spec:34}{length:>7}  {ones.mean():8.2f} ±{ones.std() / math.sqrt(n):4.2f}{law:7.2f}"
-                f"{target.share * length:7.2f}   {error.mean():8.2f} ±{error.std() / math.sqrt(n):4.2f}",
-                flush=True,
+                f"{target.share * length:7.2f}   {error.mean():8.2f} ±{error.std() / math.sqrt(n):4.2f}\n"
             )
 
 

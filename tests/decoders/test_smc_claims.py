@@ -35,7 +35,8 @@ def test_many_particles_and_a_mild_tilt_claim_a_law(spec):
 @pytest.mark.parametrize(
     "spec",
     [
-        "persistent-smc", "smc", "twisted-smc", "persistent-smc[particles=31]", "persistent-smc[particles=32,beta=0.29]",
+        "persistent-smc", "smc", "twisted-smc", "persistent-smc[particles=31]",
+        "persistent-smc[particles=32,beta=0.29]",
         "persistent-smc[particles=32,temperature=0.49]", "persistent-smc[particles=32,stages=19]",
         "persistent-smc[particles=32,alpha=0.49]", "persistent-smc[particles=32,resample=topN]",
         "persistent-smc[particles=32,answer=best]", "persistent-smc[particles=32,reward=length:2]",
