@@ -39,9 +39,7 @@ def main() -> None:
     load_builtins()
     torch.set_num_threads(1)
     n = options.answers
-    sys.stdout.write(
-        f"{'decoder':34}{'tokens':>7}  {'ones':>14}{'law':>7}{'model':>7}   {'log of the estimated constant over it':>12}"
-    )
+    sys.stdout.write(f"{'decoder':34}{'tokens':>7}  {'ones':>14}{'law':>7}{'model':>7}   log of the constant, error\n")
     for spec in options.decoder or USUAL:
         decoder = decoders.build(spec)
         for length in options.lengths:

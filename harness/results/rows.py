@@ -84,6 +84,10 @@ def _add_run(found: Rows, folder: Path) -> None:
     stranger = next((o for o in outcomes if o.run_id != run["run_id"]), None)
     if stranger is not None:
         raise StoreError(f"{folder} is of run {run['run_id']}, its {stranger.spec.cell_id} of {stranger.run_id}")
+    ids = [o.spec.cell_id for o in outcomes]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise StoreError(f"{folder} is damaged: more than one of its shards is of cell {twice}; keep the right one")
     # The hardware of a run is where its decoders ran; operations of the harness run on the CPU beside a GPU.
     models = [o.model for o in outcomes if o.model and o.spec.model != HARNESS]
     model: dict[str, Any] = next((m for m in models if "processor" in m), models[0] if models else {})

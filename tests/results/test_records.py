@@ -97,6 +97,14 @@ def test_a_cell_of_another_run_is_no_part_of_it(tmp_path):
         store.ingest(tmp_path / "r.duckdb", [run])
 
 
+def test_a_cell_that_two_shards_claim_is_named(tmp_path):
+    run = a_run(tmp_path)
+    one = next(shards.cells(run))
+    one.with_name("throughput-other.json").write_text(one.read_text())
+    with pytest.raises(StoreError, match=r"is damaged: more than one of its shards is of cell throughput-"):
+        store.ingest(tmp_path / "r.duckdb", [run])
+
+
 def test_what_newer_code_adds_is_let_through(tmp_path):
     run = a_run(tmp_path)
     broken(run / shards.RUN_FILE, "environment.more", [1])
