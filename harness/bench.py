@@ -137,7 +137,9 @@ class Bench:
         decoder = decoders.build(spec.decoder)
         outcome.decoder = describe(decoder)
         outcome.sizes = (
-            dict(suite.sizes[spec.scale]) | dict(spec.sizes) | ({suite.tuned_by: spec.limit} if spec.limit else {})
+            dict(suite.sized(spec.scale, spec.workload))
+            | dict(spec.sizes)
+            | ({suite.tuned_by: spec.limit} if spec.limit else {})
         )
         source = Path(inspect.getfile(suite.function)).read_bytes()
         outcome.protocol = {"suite_sha256": hashlib.sha256(source).hexdigest(), **suite.protocol}
@@ -178,6 +180,7 @@ class Bench:
             judge=self._judge(spec) if suite.judged else None,
             versus=versus,
             profile=spec.profile,
+            cycle_trace=spec.cycle_trace,
             say=self._say,
         )
         cell.notes += left_out + no_judge

@@ -27,9 +27,9 @@ SHARD_SCHEMA = 2
 
 
 #: Fields of a `CellSpec` that say where something lies or what is looked at besides, not what is measured.
-_PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken", "profile")
+_PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken", "profile", "cycle_trace")
 #: Fields that came later: where they say what every cell did before, its id stays what it was.
-_LATER = {"judge": "none", "split": "test", "limit": 0, "sizes": ()}
+_LATER = {"judge": "none", "split": "test", "limit": 0, "sizes": (), "workload": ""}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,11 @@ class CellSpec:
     #: Which questions: those that are reported, or those that are kept for tuning; and how many (0: as the scale says).
     split: str = "test"
     limit: int = 0
-    #: Whether to look where time and memory go.
+    #: Which prompts, of a suite that has several kinds; empty for its usual ones.
+    workload: str = ""
+    #: Whether to look where time and memory go, and to keep every cycle of a decoder that drafts.
     profile: bool = False
+    cycle_trace: bool = False
     #: Traceback of a plugin that could not be imported: the cell fails with it, without a measurement.
     broken: str | None = None
 
@@ -129,8 +132,9 @@ class Outcome:
         spec = asdict(self.spec)
         spec["data"] = Path(self.spec.data).name if self.spec.data else None
         spec["model_spec"] = spec["judge_url"] = ""
-        if not self.spec.sizes:  # as in the shards from before there was such a thing: their hashes stay what they are
-            del spec["sizes"]
+        for part in ("sizes", "workload", "cycle_trace"):
+            if not spec[part]:  # as in the shards from before there was such a thing: their hashes stay what they are
+                del spec[part]
         spec["decoder_files"] = [Path(p).name for p in self.spec.decoder_files]
         shard = {k: v for k, v in vars(self).items() if k != "spec"}
         return {"schema": SHARD_SCHEMA, "cell_id": self.spec.cell_id, "spec": spec, **shard}

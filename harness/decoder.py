@@ -104,6 +104,11 @@ class Decoder(ABC):
         """The shortest spec string that gives this decoder back."""
         return spec.render(self.info.name, self)
 
+    #: Whether it drafts tokens in cycles, which its completions' traces hold where `Limits.trace` asks for them:
+    #: each with
+    #: `drafted`, `accepted`, `draft_s`, `verify_s` and `keep_s`.
+    drafts: ClassVar[bool] = False
+
     #: Whether the answers to equal prompts in one call are independent; False where they are spread on purpose.
     independent: ClassVar[bool] = True
 

@@ -35,6 +35,8 @@ class Options:
     judge: str = "none"
     judge_url: str = ""
     profile: bool = False
+    cycle_trace: bool = False
+    workload: str = ""
     #: Of the command tune, not of pytest.
     split: str = "test"
     limit: int = 0
@@ -60,6 +62,8 @@ def cells(options: Options) -> list[CellSpec]:
         suites += [registry.get("suite", LM_EVAL)] if LM_EVAL not in options.suite else []
     elif LM_EVAL in options.suite:
         raise SpecError("--suite lm_eval measures the tasks that --lm-eval-task names; name one, such as arc_easy")
+    if options.workload:
+        _check_workload(options.workload, suites)
     sizes = _sizes(options, suites)
     chosen = _decoders(options, suites)
     baseline = decoders.build(options.baseline).spec
@@ -71,7 +75,8 @@ def cells(options: Options) -> list[CellSpec]:
     if options.data is not None:
         if not Path(options.data).is_dir():
             raise MissingError(f"--data {options.data}: there is no such folder")
-        for name in sorted(set().union(*(s.data_sets for s in suites))):
+        parts = [(s, part) for s in suites for part in s.slices(options.scale, options.workload)]
+        for name in sorted({name for s, part in parts if (name := s.data_of(part)) is not None}):
             datasets.check_folder(name, options.data)
     common: dict[str, Any] = {
         "model": model.name,
@@ -84,6 +89,7 @@ def cells(options: Options) -> list[CellSpec]:
         "data": str(Path(options.data).resolve()) if options.data else None,
         "judge_url": options.judge_url,
         "profile": options.profile,
+        "cycle_trace": options.cycle_trace,
         "split": options.split,
         "limit": options.limit,
         "decoder_files": tuple(str(Path(p).resolve()) for p in options.decoder_file),
@@ -91,15 +97,26 @@ def cells(options: Options) -> list[CellSpec]:
 
     def places(s: Suite, part: str) -> dict[str, Any]:
         judge = {"judge": options.judge} if s.judged else {}
-        own = {"sizes": tuple(sorted(sizes[s.name].items()))}
+        own: dict[str, Any] = {"workload": options.workload if options.workload in s.workloads else ""}
+        own |= {"sizes": tuple(sorted(sizes[s.name].items()))}
         return common | own | judge | ({"model": TOY, "model_spec": s.targets[part]} if s.targets else {})
 
     return [
         CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **places(s, part))
         for s in suites
-        for part in (options.lm_eval_task if s.name == LM_EVAL else s.slices(options.scale))
+        for part in (options.lm_eval_task if s.name == LM_EVAL else s.slices(options.scale, options.workload))
         for d, error in chosen
     ]
+
+
+def _check_workload(name: str, suites: Sequence[Suite]) -> None:
+    """
+    Raises:
+        SpecError: no chosen suite has such a workload.
+    """
+    known = set[str]().union(*(s.workloads for s in suites))
+    if name not in known:
+        raise SpecError(f"--workload {name}: no chosen suite has it{near_miss(name, known)}")
 
 
 def _sizes(options: Options, suites: Sequence[Suite]) -> dict[str, dict[str, int | None]]:
@@ -116,9 +133,9 @@ def _sizes(options: Options, suites: Sequence[Suite]) -> dict[str, dict[str, int
         named = [s for s in suites if not name or s.name == name]
         if not named:
             raise SpecError(f"--size {text}: {name} is not measured{near_miss(name, found)}")
-        having = [s for s in named if key in _countable(s.sizes[options.scale])]
+        having = [s for s in named if key in _countable(s.sized(options.scale, options.workload))]
         if not having:
-            known = sorted(set().union(*(_countable(s.sizes[options.scale]) for s in named)))
+            known = sorted(set().union(*(_countable(s.sized(options.scale, options.workload)) for s in named)))
             raise SpecError(f"--size {text}: no such size{near_miss(key, known)}")
         whole = value == "all" and all(s.sizes["full"].get(key, 0) is None for s in having)
         if not whole and not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) > 0):

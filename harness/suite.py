@@ -47,6 +47,8 @@ class Suite:
         rivals: decoders that every cell of the suite is compared with, side by side in the same worker.
         table: the metrics that the summary shows, most telling first.
         targets: of a suite that brings its own, the model spec of each slice, in place of --model.
+        workloads: other prompts that --workload names: per name and scale what differs in its sizes, its slices among
+            them.
     """
 
     name: str
@@ -64,9 +66,14 @@ class Suite:
     targets: Mapping[str, str] = field(default_factory=dict)
     #: Whether it asks a judge where there is one.
     judged: bool = False
+    workloads: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
-    def slices(self, scale: str) -> Sequence[str]:
-        return tuple(self.sizes[scale].get("slices", ("all",)))
+    def slices(self, scale: str, workload: str = "") -> Sequence[str]:
+        return tuple(self.sized(scale, workload).get("slices", ("all",)))
+
+    def sized(self, scale: str, workload: str = "") -> Mapping[str, Any]:
+        """The sample sizes of a scale; a workload that the suite does not have changes nothing."""
+        return {**self.sizes[scale], **self.workloads.get(workload, {}).get(scale, {})}
 
     def data_of(self, part: str) -> str | None:
         """The data set of a slice."""
@@ -103,6 +110,7 @@ def suite(
     protocol: Mapping[str, str] | None = None,
     targets: Mapping[str, str] | None = None,
     judged: bool = False,
+    workloads: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> Callable[[F], F]:
     """Register the test function below as a suite; it receives one `cell`.
 
@@ -120,7 +128,7 @@ def suite(
     def register(function: F) -> F:
         made = Suite(
             name, version, asks, data, sizes, rivals, table, function, protocol or {},
-            targets=targets or {}, judged=judged,
+            targets=targets or {}, judged=judged, workloads=workloads or {},
         )  # fmt: skip
         registry.add("suite", name, made, inspect.getfile(function))
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]
@@ -173,6 +181,7 @@ class Cell:
         judge: Judge | None = None,
         versus: Decoder | None = None,
         profile: bool = False,
+        cycle_trace: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.suite = suite
@@ -199,6 +208,8 @@ class Cell:
         self.versus = versus
         #: Whether to look where time and memory go, too.
         self.profile = profile
+        #: Whether to keep every cycle of a decoder that drafts.
+        self.cycle_trace = cycle_trace
         self._say = say
 
     def begin(self) -> None:

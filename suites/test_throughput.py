@@ -2,12 +2,14 @@
 
 from decodathlon import Chain, Sampler, suite
 
+KINDS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
+
 
 @suite(
     "throughput",
     version=3,
     asks="How fast is the decoder, and how much memory does it take?",
-    data="wikitext-2-raw-v1",
+    data={"batch-1": "wikitext-2-raw-v1", "batch-4": "wikitext-2-raw-v1", **dict.fromkeys(KINDS, "spec-bench")},
     rivals=["greedy", "hf-generate"],
     table=[
         "tokens_per_s",
@@ -15,6 +17,7 @@ from decodathlon import Chain, Sampler, suite
         "ratio_to_baseline",
         "ratio_to_hf_generate",
         "ratio_to_self",
+        "tau",
         "greedy_match",
         "peak_memory_bytes",
     ],
@@ -30,17 +33,26 @@ from decodathlon import Chain, Sampler, suite
         "quick": {"slices": ["batch-1", "batch-4"], "pairs": 8, "tokens": 32, "prompt": 32},
         "full": {"slices": ["batch-1", "batch-4"], "pairs": 20, "tokens": 512, "prompt": 64},
     },
+    workloads={
+        "spec-bench": {
+            "smoke": {"slices": KINDS[:1], "pairs": 1, "tokens": 12},
+            "quick": {"slices": KINDS, "pairs": 10, "tokens": 64},
+            "full": {"slices": KINDS, "pairs": 80, "tokens": 512},
+        }
+    },
 )
 def test_throughput(cell):
     from decodathlon.harness.errors import UnsupportedError
-    from decodathlon.harness.measure import memory, speed, texts
+    from decodathlon.harness.measure import drafts, memory, speed, texts
     from decodathlon.harness.measure.statistics import Estimate
 
     if isinstance(cell.decoder, Chain):
         raise UnsupportedError("answers that grow token by token", "a chain is as fast as it mixes")
-    sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-"))
-    batches, row_ids, hashes = texts.prompts(
-        cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"]
+    sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-")) if cell.slice not in KINDS else 1
+    batches, row_ids, hashes = (
+        texts.asked(cell.text(), cell.target, kind=cell.slice, pairs=sizes["pairs"], tokens=sizes["tokens"])
+        if cell.slice in KINDS
+        else texts.prompts(cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"])
     )
     pairs = []
     for pair in speed.measure(
@@ -60,8 +72,14 @@ def test_throughput(cell):
     speeds = speed.metrics(pairs, sizes["tokens"])
     for metric, estimate in speeds.items():
         cell.report(metric, estimate)
+    looping = speed.looping(pairs)
     for metric, rival in cell.rivals.items():
         cell.report(metric, speed.ratio(pairs, metric), baseline=rival.spec)
+        straight = speed.ratio(pairs, metric, leaving=looping)
+        if looping and straight is not None:
+            cell.report(f"{metric}(without loops)", straight, baseline=rival.spec)
+    if cell.decoder.drafts:
+        drafts.report(cell, pairs)
 
     if cell.decoder.claim == "greedy-exact" and "ratio_to_greedy" in cell.rivals:
         parted = speed.divergences(cell.target, pairs, "ratio_to_greedy")

@@ -70,6 +70,7 @@ class Speculative(Sampler):
     top_k: int = 0
     top_p: float = 1.0
 
+    drafts: ClassVar[bool] = True
     #: Whether its drafters have laws that a controller could look at.
     has_laws: ClassVar[bool] = True
 

@@ -15,8 +15,16 @@ questions.register(
     fields={"turns": list, "category": str},
     hub_table=None,
     of_hub=dict,
-    stand_in=list,
+    stand_in=lambda: questions.of_package("spec_bench.jsonl"),
     held_out=0,
     sha256=SHA256,
     source=__file__,
 )
+
+#: The kinds by which results are told apart: MT-Bench's eight categories are one.
+KINDS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
+
+
+def kind(category: str) -> str:
+    """The kind of a question."""
+    return category if category in KINDS else "mt_bench"

@@ -19,6 +19,7 @@ import torch
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
 from decodathlon.harness.measure import statistics
+from decodathlon.harness.measure.cycles import Traced, loops
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
@@ -61,14 +62,15 @@ def timed(target: Target, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def generate(
-    decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int
+    decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int, *, trace: bool = False
 ) -> list[Completion]:
-    """Exactly `tokens` new tokens per prompt.
+    """Exactly `tokens` new tokens per prompt; with `trace` a decoder that drafts keeps its cycles.
 
     Raises:
         ValueError: the decoder returned another number of completions or tokens, or a token outside the vocabulary.
     """
-    answers = decoder.generate(target, prompts, Limits(tokens, ignore_eos=True), RowRandom(seed, range(len(prompts))))
+    limits = Limits(tokens, ignore_eos=True, trace=trace)
+    answers = decoder.generate(target, prompts, limits, RowRandom(seed, range(len(prompts))))
     if len(answers) != len(prompts):
         raise ValueError(f"{decoder.spec} returned {len(answers)} completions for {len(prompts)} prompts")
     for answer in answers:
@@ -141,9 +143,13 @@ def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observat
     }
 
 
-def ratio(pairs: Sequence[Pair], rival: str) -> Observations:
-    """Rival's time over the candidate's."""
-    return Observations.each(_names(pairs), [p.log_ratio(rival) for p in pairs], scale="exp")
+def ratio(pairs: Sequence[Pair], rival: str, *, leaving: Sequence[Pair] = ()) -> Observations | None:
+    """Rival's time over the candidate's, without some pairs; None where those are all."""
+    left_out = {id(pair) for pair in leaving}
+    some = [(name, pair) for name, pair in zip(_names(pairs), pairs, strict=True) if id(pair) not in left_out]
+    if not some:
+        return None
+    return Observations.each([name for name, _ in some], [p.log_ratio(rival) for _, p in some], scale="exp")
 
 
 def remarks(pairs: Sequence[Pair]) -> list[str]:
@@ -164,6 +170,20 @@ def _names(pairs: Sequence[Pair]) -> list[str]:
     """A pair is named by its place and its prompts: in another run it is the same one only on the same prompts."""
     prompts = [repr([list(p) for p in pair.prompts]).encode() for pair in pairs]
     return [f"pair-{i}-{hashlib.blake2b(text, digest_size=4).hexdigest()}" for i, text in enumerate(prompts)]
+
+
+def traced(decoder: Decoder, target: Target, pairs: Sequence[Pair], tokens: int, seed: int) -> list[Traced]:
+    """The cycles of a decoder that drafts, in a further run per pair, which is not timed."""
+    found = []
+    for i, (name, pair) in enumerate(zip(_names(pairs), pairs, strict=True)):
+        answers = generate(decoder, target, pair.prompts, tokens, seed + i, trace=True)
+        found += [Traced(f"{name}-row-{b}", a.tokens, a.trace) for b, a in enumerate(answers)]
+    return found
+
+
+def looping(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs in which a text of the candidate loops."""
+    return [pair for pair in pairs if any(loops(tokens) for tokens in pair.answers["candidate"])]
 
 
 def sampler_shares(

@@ -28,6 +28,30 @@ class Prompts(NamedTuple):
     hashes: list[list[str]]
 
 
+def asked(text: Text, target: Target, *, kind: str, pairs: int, tokens: int) -> Prompts:
+    """The first turns of the first `pairs` questions of a kind (spec_bench.py), one by one, in the model's chat
+    template where it has one; those that leave no room for `tokens` more are passed over.
+
+    Raises:
+        MissingError: there are fewer of that kind.
+    """
+    from decodathlon.harness.datasets import questions, spec_bench
+
+    found: list[tuple[int, list[int]]] = []
+    for number, question in enumerate(questions.read(text)):
+        if spec_bench.kind(question["category"]) != kind:
+            continue
+        turn = question["turns"][0]
+        prompt = target.chat([{"role": "user", "content": turn}]) or target.encode(f"Question: {turn}\nAnswer:")
+        if len(prompt) + tokens <= target.context_length:
+            found.append((number, prompt))
+        if len(found) == pairs:
+            break
+    if not found:
+        raise MissingError(f"{text.name} has no question of kind {kind} that leaves room for {tokens} tokens")
+    return Prompts([[t] for _, t in found], [[n] for n, _ in found], [[text.row_hash(n)] for n, _ in found])
+
+
 def head(text: Text, target: Target, tokens: int | None) -> Head:
     """The first `tokens` tokens of the joined text (all of them for None).
 

@@ -137,7 +137,7 @@ def _gate(table: dict[str, Any], place: str, known: Collection[str]) -> Gate:
         if not isinstance(table.get(key, ""), str):
             raise SpecError(f"{place}: {key} must be a text")
     suite = registry.get("suite", match["suite"])
-    slices = {part for scale in SCALES for part in suite.slices(scale)}
+    slices = {part for scale in SCALES for load in ("", *suite.workloads) for part in suite.slices(scale, load)}
     for key, valid in (("scale", SCALES), ("slice", slices)):
         if key in table and table[key] not in valid:
             raise SpecError(f"{place}: suite {suite.name} has no {key} {table[key]!r}{near_miss(table[key], valid)}")

@@ -293,6 +293,34 @@ METRICS: dict[str, Metric] = {
         "A decoder against itself (A/A), run beside itself like any rival: how far noise and the order of runs go.",
         "context",
     ),
+    "ratio_predicted": Metric(
+        "1",
+        "none",
+        "Of a decoder that drafts, what `ratio_to_greedy` should be by its cycles: seconds that greedy search takes "
+        "per token, prefill apart, over seconds of a cycle per token that it makes.",
+        "context",
+    ),
+    "tau": Metric(
+        "1",
+        "none",
+        "Of a decoder that drafts, tokens that a cycle makes on average: those of the draft that stay, and one.",
+        "context",
+    ),
+    "draft_acceptance": Metric("1", "none", "Share of the drafted tokens that stay.", "context"),
+    "draft_share": Metric("1", "none", "Share of a cycle's time that goes into drafting.", "context"),
+    "keep_share": Metric(
+        "1",
+        "none",
+        "Share of a cycle's time that goes neither into drafting nor into the target's pass and verdict: bookkeeping.",
+        "context",
+    ),
+    "looping_share": Metric(
+        "1",
+        "none",
+        "Share of the answers whose last 24 tokens repeat with a period of at most 8. Small models loop, and loops "
+        "flatter who looks up; what has `(without loops)` behind its name leaves them out.",
+        "context",
+    ),
     "tokens_per_s": Metric(
         "1/s",
         "higher",

@@ -124,6 +124,7 @@ class Spec(Record):
     decoder: SpecString
     model: str
     scale: str
+    workload: str = ""
     sizes: list[Annotated[tuple[str, int | None], Strict(False)]] = []
     seed: Seed
 

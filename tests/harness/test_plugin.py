@@ -310,3 +310,22 @@ def test_what_a_decoders_file_says_in_vain_is_told_and_a_second_file_is_refused(
     again = pytest_run(*options, "--decoder-config", other)
     assert again.returncode == 4
     assert "--decoder-config: given twice" in again.stderr
+
+
+def test_a_workload_takes_the_place_of_the_prompts_and_cycles_are_kept_when_asked_for(model, tmp_path):
+    results = tmp_path / "r.duckdb"
+    done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results, "--suite", "throughput",
+                      "--decoder", "prompt-lookup", "--workload", "spec-bench", "--cycle-trace")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "own-spec-bench (stand-in)" in done.stdout
+    with store.connect(results) as connection:
+        found = dict(connection.execute("SELECT metric, value FROM results WHERE slice = 'mt_bench'").fetchall())
+        kept = connection.execute("SELECT data FROM sample WHERE row LIKE 'cycles-%'").fetchall()
+    assert found["tau"] >= 1
+    assert 0 <= found["draft_share"] <= 1
+    assert {"ratio_predicted", "looping_share", "keep_share", "ratio_to_greedy"} <= set(found)
+    cycle = json.loads(kept[0][0])["cycles"][0]
+    assert {"drafted", "accepted", "context", "position", "draft_s", "verify_s", "keep_s"} <= set(cycle)
+    wrong = pytest_run("--benchmark", "--suite", "throughput", "--workload", "spec-bensh")
+    assert wrong.returncode == 4
+    assert "--workload spec-bensh: no chosen suite has it; did you mean 'spec-bench'?" in wrong.stderr

@@ -1,0 +1,104 @@
+"""What became of the cycles of a decoder that drafts: how much of a draft stays, where the time goes, what that
+predicts.
+
+A cycle drafts some tokens, of which the first few stay, and makes one more. So an answer has one token from its
+prompt, and of each cycle what stayed and one (fewer in the last, where the answer ends).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from decodathlon.harness.measure.observations import Observations
+
+#: A text loops if its last so many tokens repeat with a period of at most so many.
+LOOP_TOKENS, LOOP_PERIOD = 24, 8
+
+
+class Traced(NamedTuple):
+    """One answer with its cycles, as `Completion.trace` has them."""
+
+    row: str
+    tokens: Sequence[int]
+    cycles: Sequence[Mapping[str, Any]]
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether the last 24 tokens repeat with a period of at most 8: small models do, and it flatters who looks up."""
+    last = list(tokens[-LOOP_TOKENS:])
+    if len(last) < LOOP_TOKENS:
+        return False
+    return any(last[period:] == last[:-period] for period in range(1, LOOP_PERIOD + 1))
+
+
+def metrics(answers: Sequence[Traced]) -> dict[str, Observations]:
+    """By metric name, over answers; those that loop left out under a name of their own."""
+    found = _of(answers, "")
+    found["looping_share"] = Observations.questions([a.row for a in answers], [float(loops(a.tokens)) for a in answers])
+    straight = [a for a in answers if not loops(a.tokens)]
+    if 0 < len(straight) < len(answers):
+        found |= _of(straight, "(without loops)")
+    return found
+
+
+def _of(answers: Sequence[Traced], remark: str) -> dict[str, Observations]:
+    some = [a for a in answers if a.cycles]
+    if not some:
+        return {}
+    rows = [a.row for a in some]
+
+    def share(of: str) -> Observations:
+        whole = [sum(c["draft_s"] + c["verify_s"] + c["keep_s"] for c in a.cycles) for a in some]
+        return Observations.each(rows, [sum(c[of] for c in a.cycles) / w for a, w in zip(some, whole, strict=True)])
+
+    cycles = [float(len(a.cycles)) for a in some]
+    found = {
+        f"tau{remark}": Observations(rows, [sum(c["accepted"] + 1.0 for c in a.cycles) for a in some], cycles),
+        f"draft_share{remark}": share("draft_s"),
+        f"keep_share{remark}": share("keep_s"),
+    }
+    drafting = [(a.row, sum(c["accepted"] for c in a.cycles), sum(c["drafted"] for c in a.cycles)) for a in some]
+    if drafting := [x for x in drafting if x[2]]:
+        names, stayed, drafted = zip(*drafting, strict=True)
+        found[f"draft_acceptance{remark}"] = Observations(names, stayed, drafted, share=True)
+    return found
+
+
+def histogram(answers: Sequence[Traced]) -> list[float]:
+    """How many cycles had 0, 1, 2, ... of their drafted tokens stay."""
+    counts = Counter(int(c["accepted"]) for a in answers for c in a.cycles)
+    return [float(counts[n]) for n in range(max(counts, default=-1) + 1)]
+
+
+def by_position(answers: Sequence[Traced]) -> list[float]:
+    """How often the token at each place of a draft stays, of those that were drafted there and could have: because all
+    before them had."""
+    reached: Counter[int] = Counter()
+    stayed: Counter[int] = Counter()
+    for cycle in (c for a in answers for c in a.cycles):
+        for place in range(min(int(cycle["drafted"]), int(cycle["accepted"]) + 1)):
+            reached[place] += 1
+            stayed[place] += place < cycle["accepted"]
+    return [stayed[place] / reached[place] for place in range(len(reached))]
+
+
+def seconds_per_token(answers: Sequence[Traced]) -> float | None:
+    """What a token took, of whole cycles alone."""
+    cycles = [c for a in answers for c in a.cycles]
+    tokens = sum(c["accepted"] + 1 for c in cycles)
+    return sum(c["draft_s"] + c["verify_s"] + c["keep_s"] for c in cycles) / tokens if tokens else None
+
+
+def flaws(answers: Sequence[Traced]) -> list[str]:
+    """What does not add up, by answer: it never should."""
+    found = []
+    for a in answers:
+        made = 1 + sum(c["accepted"] + 1 for c in a.cycles)
+        most = made - (a.cycles[-1]["accepted"] if a.cycles else 0)
+        if not most <= len(a.tokens) <= made:
+            found.append(f"{a.row}: cycles made {made} tokens, and the answer has {len(a.tokens)}")
+        if any(not 0 <= c["accepted"] <= c["drafted"] for c in a.cycles):
+            found.append(f"{a.row}: a cycle kept more tokens than it drafted")
+    return found

@@ -1,0 +1,35 @@
+"""What a throughput cell says of a decoder that drafts, from a further run in which cycles are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from decodathlon.harness.measure import cycles, speed
+from decodathlon.harness.measure.speed import Pair
+from decodathlon.harness.measure.statistics import Estimate
+from decodathlon.harness.suite import Cell
+
+
+def report(cell: Cell, pairs: Sequence[Pair]) -> None:
+    """Tokens per cycle, acceptance, where the time goes, and what speed that predicts, beside what was measured."""
+    tokens = cell.sizes["tokens"]
+    answers = speed.traced(cell.decoder, cell.target, pairs, tokens, cell.seed)
+    for metric, found in cycles.metrics(answers).items():
+        cell.report(metric, found)
+    cell.array("accepted_histogram", cycles.histogram(answers))
+    cell.array("acceptance_by_position", cycles.by_position(answers))
+    for flaw in cycles.flaws(answers):
+        cell.note(f"cycles do not add up: {flaw}")
+    each = cycles.seconds_per_token(answers)
+    greedy = [
+        (sum(pair.seconds["ratio_to_greedy"]) / 2 - pair.prefill) / tokens
+        for pair in pairs
+        if "ratio_to_greedy" in pair.seconds
+    ]
+    if each is not None and greedy:
+        cell.report(
+            "ratio_predicted", Estimate(sorted(greedy)[len(greedy) // 2] / each, n=len(greedy)), baseline="greedy"
+        )
+    if cell.cycle_trace:
+        for answer in answers:
+            cell.sample(f"cycles-{answer.row}", cycles=[dict(cycle) for cycle in answer.cycles])

@@ -1,0 +1,71 @@
+"""Cycles of drafting decoders: sums by hand, loops, and what must add up."""
+
+import pytest
+
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.measure import cycles
+from decodathlon.harness.measure.cycles import Traced
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.targets import toy
+
+load_builtins()
+
+
+def cycle(drafted, accepted, draft=0.2, verify=0.7, keep=0.1):
+    return {"drafted": drafted, "accepted": accepted, "draft_s": draft, "verify_s": verify, "keep_s": keep}
+
+
+A = Traced("a", list(range(8)), [cycle(4, 4), cycle(4, 0), cycle(2, 0)])
+B = Traced("b", [5] * 30, [cycle(9, 9)] * 3)
+NONE = Traced("c", [1], [])
+
+
+def test_sums_by_hand():
+    found = {name: o.estimate().value for name, o in cycles.metrics([A, B, NONE]).items()}
+    assert found["tau"] == pytest.approx((5 + 1 + 1 + 30) / 6)
+    assert found["draft_acceptance"] == pytest.approx((4 + 27) / (10 + 27))
+    assert found["draft_share"] == pytest.approx(0.2)
+    assert found["keep_share"] == pytest.approx(0.1)
+    assert found["looping_share"] == pytest.approx(1 / 3)
+    assert found["tau(without loops)"] == pytest.approx(7 / 3)
+    assert found["draft_acceptance(without loops)"] == pytest.approx(0.4)
+    assert cycles.histogram([A, B]) == [2, 0, 0, 0, 1, 0, 0, 0, 0, 3]
+    assert cycles.by_position([A]) == pytest.approx([1 / 3, 1, 1, 1])
+    assert cycles.seconds_per_token([A]) == pytest.approx(3 / 7)
+    assert cycles.seconds_per_token([NONE]) is None
+
+
+def test_the_mean_of_the_histogram_is_tau_less_one():
+    counts = cycles.histogram([A, B])
+    mean = sum(n * count for n, count in enumerate(counts)) / sum(counts)
+    assert mean + 1 == pytest.approx(cycles.metrics([A, B])["tau"].estimate().value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "looping"),
+    [
+        ([1] * 24, True), ([1] * 23, False), ([9, 8, *[1, 2, 3] * 8], True), ([*range(8), *range(8), *range(8)], True),
+        ([*range(9)] * 4, False), ([*[1, 2] * 11, 1, 3], False), ([], False),
+    ],
+)  # fmt: skip
+def test_a_loop_is_a_short_period_at_the_end(tokens, looping):
+    assert cycles.loops(tokens) == looping
+
+
+def test_what_does_not_add_up_is_said():
+    assert cycles.flaws([A, NONE]) == []
+    assert cycles.flaws([B]) == []  # its last cycle made one more than there was room for
+    assert "kept more" in cycles.flaws([Traced("d", [1, 2, 3, 4], [cycle(1, 2)])])[0]
+    assert "made 4 tokens, and the answer has 5" in cycles.flaws([Traced("e", [1] * 5, [cycle(2, 2)])])[0]
+
+
+@pytest.mark.parametrize("spec", ["prompt-lookup", "quantised-self[k=3]", "draft-model[k=5]"])
+def test_cycles_of_decoders_add_up(spec):
+    target = toy.enumerable_lm(8)
+    for ignore in (True, False):
+        limits = Limits(20, ignore_eos=ignore, trace=True)
+        found = decoders.build(spec).generate(target, [[0, 2, 3], [0]], limits, RowRandom(0, range(2)))
+        answers = [Traced(str(i), a.tokens, a.trace) for i, a in enumerate(found)]
+        assert cycles.flaws(answers) == []
