@@ -314,8 +314,8 @@ def test_what_a_decoders_file_says_in_vain_is_told_and_a_second_file_is_refused(
 
 def test_a_workload_takes_the_place_of_the_prompts_and_cycles_are_kept_when_asked_for(model, tmp_path):
     results = tmp_path / "r.duckdb"
-    done = pytest_run("--benchmark", "--scale", "smoke", "--model", model, "--results", results, "--suite", "throughput",
-                      "--decoder", "prompt-lookup", "--workload", "spec-bench", "--cycle-trace")  # fmt: skip
+    options = ["--benchmark", "--suite", "throughput", "--workload", "spec-bench", "--cycle-trace", "--scale", "smoke"]
+    done = pytest_run(*options, "--model", model, "--results", results, "--decoder", "prompt-lookup")
     assert done.returncode == 0, done.stdout
     assert "own-spec-bench (stand-in)" in done.stdout
     with store.connect(results) as connection:
