@@ -105,7 +105,7 @@ def cells(options: Options) -> list[CellSpec]:
         CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **places(s, part))
         for s in suites
         for part in (options.lm_eval_task if s.name == LM_EVAL else s.slices(options.scale, options.workload))
-        for d, error in chosen
+        for d, error in ([(baseline, None)] if s.of_target else chosen)
     ]
 
 

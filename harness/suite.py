@@ -67,6 +67,8 @@ class Suite:
     #: Whether it asks a judge where there is one.
     judged: bool = False
     workloads: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    #: Whether it measures the model alone: it then has one cell, of the baseline, whatever decoders are named.
+    of_target: bool = False
 
     def slices(self, scale: str, workload: str = "") -> Sequence[str]:
         return tuple(self.sized(scale, workload).get("slices", ("all",)))
@@ -111,6 +113,7 @@ def suite(
     targets: Mapping[str, str] | None = None,
     judged: bool = False,
     workloads: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    of_target: bool = False,
 ) -> Callable[[F], F]:
     """Register the test function below as a suite; it receives one `cell`.
 
@@ -129,6 +132,7 @@ def suite(
         made = Suite(
             name, version, asks, data, sizes, rivals, table, function, protocol or {},
             targets=targets or {}, judged=judged, workloads=workloads or {},
+            of_target=of_target,
         )  # fmt: skip
         registry.add("suite", name, made, inspect.getfile(function))
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from decodathlon.decoders.speculative import bandits, clocks, controllers, verify
 from decodathlon.decoders.speculative.controllers import Controller, Panel, Seconds
-from decodathlon.decoders.speculative.drafter import Autoregressive, Draft, Drafter
+from decodathlon.decoders.speculative.drafter import Autoregressive, Draft, Drafter, SharedMemory
+from decodathlon.decoders.speculative.trees import Branching, ancestors
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Claim, Completion, Cost, Limits, Sampler
 from decodathlon.harness.errors import SpecError
@@ -44,6 +45,7 @@ BLIND = {
     "break-even": clocks.BreakEven,
 }
 BOUNDS = {"k": "[1, 64]", "temperature": "[0, 100]", "top_k": "[0, inf)", "top_p": "(0, 1]"}
+SELF_BOUNDS = {**BOUNDS, "branches": "[1, 8]", "budget": "[1, 64]"}
 
 
 def claim(decoder: Speculative) -> Claim:
@@ -89,8 +91,8 @@ class Speculative(Sampler):
         return ()
 
     @property
-    def nodes(self) -> int:
-        """The most tokens that a cycle drafts, over all branches."""
+    def widest(self) -> int:
+        """The most tokens that a cycle reads behind the text, over all branches."""
         return self.k
 
     def shape(self, logits: Tensor) -> Tensor:
@@ -135,6 +137,34 @@ class Speculative(Sampler):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelfSpeculative(Speculative):
+    """A decoder whose drafter is a form of the target, in the target's own keys and values."""
+
+    #: Whether tokens are drawn from the drafter's law, or its likeliest are guessed; at temperature 0 they are.
+    proposal: Literal["sample", "guess"] = "sample"
+    #: How many ways on are drafted at each place, and how many nodes of that tree the target looks at.
+    branches: int = 1
+    budget: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.branches > 1 and self.controller in (*LOOKING, "tapout", "contextual"):
+            raise SpecError(
+                f"controller={self.controller} stops chains; a tree (branches={self.branches}) has a budget"
+            )
+
+    @property
+    def widest(self) -> int:
+        return self.k if self.branches == 1 else max(self.budget, self.branches * self.k)
+
+    def reading_on(self, context: Any, forward: Any) -> Drafter:
+        """A drafter that reads the target's context on with this forward."""
+        if self.branches > 1:
+            return Branching(context.lent(forward), _plain, branches=self.branches, nodes=self.budget)
+        return self.autoregressive(SharedMemory, context.lent(forward))
+
+
 def _plain(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
@@ -171,7 +201,7 @@ class _Request:
         target.check_room(prompts, need)
         # A short row may draft in its padding what a long one has no room for.
         self.context = target.open(
-            prompts, capacity=min(target.context_length, need + decoder.nodes), hidden=decoder.hidden
+            prompts, capacity=min(target.context_length, need + decoder.widest), hidden=decoder.hidden
         )
         self.drafter = decoder.drafter(target, self.context, prompts)
         self.rows = [_Row(i, list(p), len(p), positions=len(p)) for i, p in enumerate(prompts)]
@@ -335,25 +365,6 @@ class _Request:
             cost=Cost(row.cycles + 1, row.positions, self.drafter.calls, self.drafter.positions),
             trace=row.trace,
         )
-
-
-def ancestors(parents: Tensor) -> Tensor:
-    """(B, 1 + N, 1 + N) who is an ancestor of whom, the text's last token being the first; `parents` is (B, N).
-
-    Raises:
-        ValueError: a parent comes after its child, or there is none such.
-    """
-    B, N = parents.shape
-    number = torch.arange(N, device=parents.device)
-    if bool(((parents >= number) | (parents < -1)).any()):
-        raise ValueError("a tree lists parents before their children, and -1 for the text")
-    mask = torch.zeros(B, N + 1, N + 1, dtype=torch.bool, device=parents.device)
-    mask[:, :, 0] = True
-    row = torch.arange(B, device=parents.device)
-    for i in range(N):
-        mask[:, i + 1] = mask[row, parents[:, i] + 1]
-        mask[:, i + 1, i + 1] = True
-    return mask
 
 
 def _depth(parents: Tensor) -> int:

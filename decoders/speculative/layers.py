@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from decodathlon.decoders.speculative.cycle import BOUNDS, Speculative, claim
-from decodathlon.decoders.speculative.drafter import Drafter, SharedMemory
+from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
+from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.lazy import torch
@@ -95,17 +95,16 @@ def skipped(target: Any) -> list[int]:
     "early-exit",
     claim=claim,
     family="speculative",
-    bounds={**BOUNDS, "layers": "[0, 1000]"},
+    bounds={**SELF_BOUNDS, "layers": "[0, 1000]"},
     sweep={"k": [1, 2, 4], "layers": [4, 8, 16]},
     paper="Elhoushi et al. 2024, LayerSkip (arXiv 2404.16710)",
 )
-class EarlyExit(Speculative):
+class EarlyExit(SelfSpeculative):
     """The first `layers` of the target (0: half of them), its last norm and its head draft. Made for models that were
     trained to be left early; the others lose most of what they know."""
 
     k: int = 2
     layers: int = 0
-    proposal: Literal["sample", "guess"] = "sample"
 
     def check(self, target: Any) -> None:
         super().check(target)
@@ -114,28 +113,24 @@ class EarlyExit(Speculative):
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         first = self.layers or target.layers // 2
-        return self.autoregressive(
-            SharedMemory, context.lent(without(target.lean, range(2 * first, 2 * target.layers)))
-        )
+        return self.reading_on(context, without(target.lean, range(2 * first, 2 * target.layers)))
 
 
 @decoder(
     "layer-skip",
     claim=claim,
     family="speculative",
-    headline="layer-skip",
-    bounds=BOUNDS,
+    bounds=SELF_BOUNDS,
     sweep={"k": [1, 2, 4]},
     paper="Zhang et al. 2023, Draft & Verify (arXiv 2309.08168)",
 )
-class LayerSkip(Speculative):
+class LayerSkip(SelfSpeculative):
     """The target without those attentions and MLPs that it agrees with itself without. Which, is found once per
     model, on texts that it writes."""
 
     k: int = 2
-    proposal: Literal["sample", "guess"] = "sample"
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         if "layer-skip" not in target.kept:
             target.kept["layer-skip"] = without(target.lean, skipped(target))
-        return self.autoregressive(SharedMemory, context.lent(target.kept["layer-skip"]))
+        return self.reading_on(context, target.kept["layer-skip"])

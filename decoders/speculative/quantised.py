@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from decodathlon.decoders.speculative.cycle import BOUNDS, Speculative, claim
-from decodathlon.decoders.speculative.drafter import Drafter, SharedMemory
+from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
+from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.lazy import torch
@@ -140,12 +140,11 @@ def quantised(forward: Any, make: Callable[[Any], Any]) -> Any:
     "quantised-self",
     claim=claim,
     family="speculative",
-    headline="quantised-self",
-    bounds=BOUNDS,
+    bounds=SELF_BOUNDS,
     sweep={"k": [1, 2, 3, 4], "bits": [4, 8], "controller": ["static", "confidence", "break-even", "tapout"]},
     paper="Zhao et al. 2024, QSpec (arXiv 2410.11305); Georganas et al. 2025, ML-SpecQD (arXiv 2503.13565)",
 )
-class QuantisedSelf(Speculative):
+class QuantisedSelf(SelfSpeculative):
     """The target with its weights in `bits` bits drafts, in the target's own keys and values; the verify pass writes
     over what it left there.
 
@@ -156,7 +155,6 @@ class QuantisedSelf(Speculative):
     k: int = 2
     bits: Literal[4, 5, 6, 8] = 4
     form: Literal["int", "float"] = "int"
-    proposal: Literal["sample", "guess"] = "sample"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,7 +166,7 @@ class QuantisedSelf(Speculative):
         made = ("quantised", self.bits, self.form)
         if made not in target.kept:
             target.kept[made] = quantised(target.lean, self._made)
-        return self.autoregressive(SharedMemory, context.lent(target.kept[made]))
+        return self.reading_on(context, target.kept[made])
 
     def _made(self, dense: Any) -> Any:
         from decodathlon.harness.targets.lean import Dense

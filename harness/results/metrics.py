@@ -293,6 +293,14 @@ METRICS: dict[str, Metric] = {
         "A decoder against itself (A/A), run beside itself like any rival: how far noise and the order of runs go.",
         "context",
     ),
+    "pass_s": Metric("s", "lower", "Seconds in which the model reads one token of one row.", "speed"),
+    "verify_cost": Metric(
+        "1",
+        "none",
+        "Seconds in which the model reads as many tokens at once as the brackets say, over those for one: so many "
+        "tokens must a cycle of a drafter that costs nothing make on average, or it loses.",
+        "context",
+    ),
     "ratio_predicted": Metric(
         "1",
         "none",

@@ -1,0 +1,104 @@
+"""Trees of guesses: the likeliest beginnings, parents first, and texts that they leave alone."""
+
+import itertools
+
+import pytest
+import torch
+
+from decodathlon.decoders.speculative import trees
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.targets import toy
+
+load_builtins()
+PROMPTS = [[0, 2, 3, 2, 3], [0, 4, 5], [0, 2]]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return toy.enumerable_lm(8)
+
+
+def beginnings(draft, b):
+    """Each node of row b as the tokens from the text to it."""
+    found = []
+    for token, parent in zip(draft.tokens[b].tolist(), draft.parents[b].tolist(), strict=True):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found[: draft.counts[b]]
+
+
+def test_a_tree_of_marginals_holds_the_likeliest_beginnings():
+    log_q = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    draft = trees.from_marginals(log_q, 7, 5, [3, 2])
+    for b, depth in ((0, 3), (1, 2)):
+        worth = {
+            text: sum(float(log_q[b, i, token]) for i, token in enumerate(text))
+            for n in range(1, depth + 1)
+            for text in itertools.product(range(5), repeat=n)
+        }
+        best = sorted(worth, key=lambda text, worth=worth: -worth[text])[:7]
+        assert beginnings(draft, b) == best
+    assert trees.from_marginals(log_q, 1, 5, [3, 3]).tokens.tolist() == log_q[:, 0].argmax(-1, keepdim=True).tolist()
+    assert trees.from_marginals(log_q, 7, 5, [0, 0]).counts == [0, 0]
+    uneven = trees.from_marginals(log_q, 4, 1, [3, 1])
+    assert uneven.counts == [3, 1]
+
+
+def test_a_grown_tree_holds_likely_beginnings_of_the_drafter(target):
+    """With as many branches as tokens all beginnings are looked at, so the best of them are proposed."""
+    context = target.open([[0, 2]], capacity=32)
+    own = context.lent(target.lean)
+    drafter = trees.Branching(own, lambda x: x.log_softmax(-1), branches=8, nodes=6)
+    draft = drafter.propose([[0, 2, 3]], [2], None, None)
+    first = target.open([[0, 2, 3]], capacity=32).next_logits[0].log_softmax(-1)
+    second = torch.stack([target.open([[0, 2, 3, t]], capacity=32).next_logits[0].log_softmax(-1) for t in range(8)])
+    worth = {(a,): float(first[a]) for a in range(8)} | {
+        (a, b): float(first[a] + second[a, b]) for a in range(8) for b in range(8)
+    }
+    # of the second level the eight likeliest are looked at
+    level = sorted((text for text in worth if len(text) == 2), key=lambda text: -worth[text])[:8]
+    seen = [*level, *((a,) for a in range(8))]
+    best = sorted(seen, key=lambda text: -worth[text])[:6]
+    assert set(beginnings(draft, 0)) == set(best)
+
+
+@pytest.mark.parametrize(
+    "more", ["branches=2,k=3", "branches=3,k=4,budget=5", "branches=2,k=2,budget=1", "branches=8,k=2"]
+)
+@pytest.mark.parametrize("spec", ["quantised-self", "early-exit", "layer-skip"])
+def test_trees_leave_the_text_alone(target, spec, more):
+    limits = Limits(20, ignore_eos=True, trace=True)
+    for temperature, alone in ((0, "greedy"), (0.8, "temperature[temperature=0.8]")):
+        ours = decoders.build(f"{spec}[{more},temperature={temperature}]").generate(
+            target, PROMPTS, limits, RowRandom(0, range(3))
+        )
+        theirs = decoders.build(alone).generate(target, PROMPTS, limits, RowRandom(0, range(3)))
+        assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+        assert [a.log_prob for a in ours] == pytest.approx([a.log_prob for a in theirs], abs=1e-9)
+
+
+def test_a_tree_accepts_no_less_than_its_first_branch(target):
+    def calls(spec):
+        limits = Limits(24, ignore_eos=True)
+        found = decoders.build(spec).generate(target, PROMPTS, limits, RowRandom(0, range(3)))
+        return sum(a.cost.target_calls for a in found)
+
+    assert calls("early-exit[k=3,branches=3,budget=20]") < calls("early-exit[k=3]")
+
+
+def test_a_stopping_rule_does_not_go_with_a_tree():
+    with pytest.raises(SpecError, match="controller=svip stops chains; a tree"):
+        decoders.build("quantised-self[branches=2,controller=svip]")
+
+
+def test_trees_that_make_no_sense_are_named():
+    for parents in ([[1, 0]], [[0, -1]], [[-2, 0]]):
+        with pytest.raises(ValueError, match="parents before their children"):
+            trees.ancestors(torch.tensor(parents))
+    assert trees.ancestors(torch.tensor([[-1, 0, 0, 2, -1]]))[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1],
+    ]  # fmt: skip
