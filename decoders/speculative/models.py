@@ -33,13 +33,14 @@ class DraftModel(Speculative):
     def check(self, target: Any) -> None:
         super().check(target)
         if self.model != SELF:
-            _check_tokens(target, self._loaded(target), self.spec)
+            _check_tokens(target, self.loaded(target), self.spec)
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        drafting = target if self.model == SELF else self._loaded(target)
+        drafting = target if self.model == SELF else self.loaded(target)
         return self.autoregressive(OwnMemory, drafting.open(prompts, capacity=context.capacity))
 
-    def _loaded(self, target: Any) -> Any:
+    def loaded(self, target: Any) -> Any:
+        """The drafting model, which the target keeps."""
         made = ("draft-model", self.model)
         if made not in target.kept:
             found = models.resolve(self.model)
