@@ -121,8 +121,12 @@ class Speculative(Sampler):
         What is only guessed is not drawn from the law that the temperature makes, so rules look at the law as it is.
         """
         sampled = self.temperature > 0 and getattr(self, "proposal", "sample") == "sample"
-        looks = self.controller in LOOKING or self.controller in ("tapout", "contextual")
-        return kind(context, self.shape if sampled else _plain, sampled=sampled, watched=looks)
+        return kind(context, self.shape if sampled else _plain, sampled=sampled, watched=self.looks)
+
+    @property
+    def looks(self) -> bool:
+        """Whether the controller looks at laws, of a drafter that has some."""
+        return self.has_laws and (self.controller in LOOKING or self.controller in ("tapout", "contextual"))
 
     def new_controller(self, seed: int) -> Controller:
         """A controller for one row."""
@@ -149,7 +153,7 @@ class SelfSpeculative(Speculative):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.branches > 1 and self.controller in (*LOOKING, "tapout", "contextual"):
+        if self.branches > 1 and self.looks:
             raise SpecError(
                 f"controller={self.controller} stops chains; a tree (branches={self.branches}) has a budget"
             )

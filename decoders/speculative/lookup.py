@@ -37,12 +37,13 @@ class Lookup(Drafter):
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         found = []
         for b, (text, w) in enumerate(zip(texts, want, strict=True)):
-            self._index(b, text)
-            found.append(self._next(b, text, w))
+            self.index(b, text)
+            found.append(self.after(b, text, (), w))
         width = max(map(len, found))
         return Draft(torch.tensor([f + [0] * (width - len(f)) for f in found]).long(), [len(f) for f in found])
 
-    def _index(self, b: int, text: Sequence[int]) -> None:
+    def index(self, b: int, text: Sequence[int]) -> None:
+        """Take up what the text of a row has gained."""
         last, before = self._last[b], self._before[b]
         for end in range(self._read[b] + 1, len(text) + 1):
             for n in self.sizes:
@@ -53,14 +54,21 @@ class Lookup(Drafter):
                     last[gram] = end
         self._read[b] = len(text)
 
-    def _next(self, b: int, text: Sequence[int], count: int) -> list[int]:
+    def after(self, b: int, text: Sequence[int], tail: Sequence[int], count: int) -> list[int]:
         """What followed the last n tokens when they came up before; nothing where they did not. A copy that reaches the
-        end of the text goes on with itself, as a loop would."""
+        end of the text goes on with itself, as a loop would.
+
+        Args:
+            text: of row b, taken up.
+            tail: tokens behind it that are no part of it yet, and are not searched.
+        """
+        whole = [*text, *tail]
+        earlier = self._last[b] if tail else self._before[b]  # a text's own end is its last occurrence
         for n in self.sizes:
-            begin = self._before[b].get(tuple(text[-n:]))
+            begin = earlier.get(tuple(whole[-n:]))
             if begin is not None:
-                period = len(text) - begin
-                return [text[begin + i % period] for i in range(count)]
+                period = len(whole) - begin
+                return [whole[begin + i % period] for i in range(count)]
         return []
 
     def select(self, rows: Sequence[int]) -> None:

@@ -114,8 +114,8 @@ class TransformersContext(Context):
                 raise ValueError(f"row {b}: {kept.tolist()} is not a path from the root of the tree")
 
     def _logits_after(self, count: list[int], path: Tensor | None) -> Tensor | None:
-        """(B, V) logits behind the last token that each row keeps; rows that keep none hold theirs."""
-        if self._last_logits is None:
+        """(B, V) logits behind the last token that each row keeps; who keeps none holds his, if all have some."""
+        if self._last_logits is None or (min(count) == 0 and self._next_logits is None):
             return None
         if self._last_width == 1 and min(count) == 1:
             return self._last_logits[:, 0]

@@ -17,7 +17,7 @@ PROMPTS = [[0, 2, 3, 2, 3], [0, 4, 5], [0, 2]]
 DRAFTERS = [
     "prompt-lookup", "retrieval[longest=2]", "draft-model", "early-exit", "layer-skip", "quantised-self",
     "quantised-self[bits=8]", "quantised-self[form=float]", "quantised-self[form=float,bits=5]",
-    "quantised-self[form=float,bits=6]",
+    "quantised-self[form=float,bits=6]", "multi-level", "multi-level[form=float,k=6,ahead=2]",
 ]  # fmt: skip
 CONTROLLERS = [
     "static", "heuristic", "ewma", "break-even", "confidence", "svip", "adaedl", "margin", "contextual", "tapout",
@@ -72,7 +72,9 @@ def test_guesses_leave_the_very_text_that_the_target_draws_alone(target, spec, t
     assert_same(ours, answers(f"temperature[temperature={temperature}]", target, Limits(20)))
 
 
-@pytest.mark.parametrize("spec", ["quantised-self[temperature=1,k=3]", "prompt-lookup[temperature=1]", "early-exit"])
+@pytest.mark.parametrize(
+    "spec", ["quantised-self[temperature=1,k=3]", "prompt-lookup[temperature=1]", "multi-level[temperature=1]"]
+)
 def test_a_row_does_not_depend_on_its_neighbours(target, spec):
     together = answers(spec, target, Limits(12))
     alone = [
@@ -89,6 +91,16 @@ def test_a_drafter_that_is_the_target_has_everything_accepted(target):
         assert one.cost.target_calls == 5
     drawn = answers("draft-model[k=4,temperature=1]", target, Limits(21, ignore_eos=True, trace=True))
     assert all(c["accepted"] == c["drafted"] for one in drawn for c in one.trace)
+
+
+def test_a_second_level_drafts_what_the_first_would_draft_alone(target):
+    """The same numbers make the same draft, in fewer passes of the drafter."""
+    limits = Limits(20, ignore_eos=True)
+    for temperature in (0, 1):
+        one = answers(f"quantised-self[form=float,k=6,temperature={temperature}]", target, limits)
+        two = answers(f"multi-level[form=float,k=6,temperature={temperature}]", target, limits)
+        assert_same(two, one)
+        assert sum(a.cost.draft_calls for a in two) < sum(a.cost.draft_calls for a in one)
 
 
 def test_the_memory_after_a_cycle_is_that_of_a_fresh_reading(target):
