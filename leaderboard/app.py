@@ -20,6 +20,7 @@ page = st.navigation(
         st.Page("views/exactness.py", title="Exactness", icon=":material/verified:", url_path="exactness"),
         st.Page("views/arena.py", title="Arena", icon=":material/compare:", url_path="arena"),
         st.Page("views/profile.py", title="Profile", icon=":material/local_fire_department:", url_path="profile"),
+        st.Page("views/speculation.py", title="Speculation", icon=":material/fast_forward:", url_path="speculation"),
         st.Page("views/decoder.py", title="Decoder", icon=":material/tune:", url_path="decoder"),
         st.Page("views/run.py", title="Run", icon=":material/history:", url_path="run"),
         st.Page("views/about.py", title="About", icon=":material/help:", url_path="about"),

@@ -84,6 +84,13 @@ def by_position(answers: Sequence[Traced]) -> list[float]:
     return [stayed[place] / reached[place] for place in range(len(reached))]
 
 
+def mean_seconds(answers: Sequence[Traced]) -> dict[str, float]:
+    """Of a cycle, by its part: drafting, the target's pass and verdict, bookkeeping."""
+    cycles = [c for a in answers for c in a.cycles]
+    parts = {"draft": "draft_s", "verify": "verify_s", "keep": "keep_s"}
+    return {name: sum(c[part] for c in cycles) / len(cycles) for name, part in parts.items()} if cycles else {}
+
+
 def seconds_per_token(answers: Sequence[Traced]) -> float | None:
     """What a token took, of whole cycles alone."""
     cycles = [c for a in answers for c in a.cycles]

@@ -16,8 +16,12 @@ def report(cell: Cell, pairs: Sequence[Pair]) -> None:
     answers = speed.traced(cell.decoder, cell.target, pairs, tokens, cell.seed)
     for metric, found in cycles.metrics(answers).items():
         cell.report(metric, found)
-    cell.array("accepted_histogram", cycles.histogram(answers))
-    cell.array("acceptance_by_position", cycles.by_position(answers))
+    cell.sample(
+        "drafts",
+        accepted=cycles.histogram(answers),
+        stays=[float(f"{x:.5g}") for x in cycles.by_position(answers)],
+        cycle={part: float(f"{x:.4g}") for part, x in cycles.mean_seconds(answers).items()},
+    )
     for flaw in cycles.flaws(answers):
         cell.note(f"cycles do not add up: {flaw}")
     each = cycles.seconds_per_token(answers)

@@ -19,7 +19,7 @@ from decodathlon.harness.results import shards, store
 
 ROOT = Path(__file__).parents[2]
 OLD = Path(__file__).parents[1] / "results" / "old"
-PAGES = ("overview", "trade_off", "tasks", "exactness", "profile", "decoder", "run", "about")
+PAGES = ("overview", "trade_off", "tasks", "exactness", "profile", "speculation", "decoder", "run", "about")
 #: Seconds that a page may take on two cores; a busy machine gets three tries.
 PUBLISHED_LIMIT, MILLION_LIMIT = 1.0, 2.0
 
@@ -54,7 +54,7 @@ def test_an_older_file_opens(opened, tmp_path, page, name):
     results.write_bytes(gzip.decompress((OLD / f"{name}.duckdb.gz").read_bytes()))
     at = opened(results, page)
     assert not at.exception
-    assert page in ("about", "exactness", "tasks", "profile") or "top-p" in said(at)
+    assert page in ("about", "exactness", "tasks", "profile", "speculation") or "top-p" in said(at)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -69,7 +69,7 @@ def test_a_locked_file_is_said_and_the_last_rows_stay(opened, tmp_path, page):
         at = opened(results, page)
         assert not at.exception
         assert "close the program that has it open for writing" in said(at)
-        assert page in ("about", "exactness", "tasks", "profile") or "top-p" in said(at)
+        assert page in ("about", "exactness", "tasks", "profile", "speculation") or "top-p" in said(at)
     finally:
         holder.communicate("")
 

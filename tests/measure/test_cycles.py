@@ -35,6 +35,8 @@ def test_sums_by_hand():
     assert cycles.by_position([A]) == pytest.approx([1 / 3, 1, 1, 1])
     assert cycles.seconds_per_token([A]) == pytest.approx(3 / 7)
     assert cycles.seconds_per_token([NONE]) is None
+    assert cycles.mean_seconds([A]) == pytest.approx({"draft": 0.2, "verify": 0.7, "keep": 0.1})
+    assert cycles.mean_seconds([NONE]) == {}
 
 
 def test_the_mean_of_the_histogram_is_tau_less_one():

@@ -1,0 +1,48 @@
+"""What the page Speculation asks of the results. SQL only, as queries.py."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from decodathlon.leaderboard.queries import Row, as_rows
+
+if TYPE_CHECKING:
+    import duckdb
+
+#: The metrics of a decoder that drafts, in the order of the page's table.
+METRICS = (
+    "ratio_to_greedy",
+    "ratio_to_greedy(without loops)",
+    "ratio_predicted",
+    "tau",
+    "draft_acceptance",
+    "draft_share",
+    "keep_share",
+    "looping_share",
+)
+
+
+def drafting(connection: duckdb.DuckDBPyConnection) -> list[Row]:
+    """The newest cells of decoders that draft, with what a cycle did and took (`drafts`, as measure/drafts.py has
+    it), and their numbers by metric: value, lower and upper end."""
+    rows = as_rows(
+        connection,
+        """
+        SELECT b.run_id, b.cell_id, b.decoder, b.slice, b.model, b.dtype, b.hardware, b.scale, b.dataset, b.beside,
+        s.data FROM sample s JOIN board b USING (run_id, cell_id)
+        WHERE s.row = 'drafts' AND b.status IN ('ok', 'partial')
+        ORDER BY b.model, b.hardware, b.scale, b.slice, b.decoder
+        """,
+    )
+    numbers = connection.execute(
+        "SELECT run_id, cell_id, metric, value, ci_low, ci_high FROM metric WHERE list_contains($metrics, metric)",
+        {"metrics": list(METRICS)},
+    ).fetchall()
+    of: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
+    for run, cell, metric, *found in numbers:
+        of.setdefault((run, cell), {})[metric] = tuple(found)
+    return [
+        row | {"drafts": json.loads(row.pop("data")), "numbers": of.get((row["run_id"], row["cell_id"]), {})}
+        for row in rows
+    ]
