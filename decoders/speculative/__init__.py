@@ -5,6 +5,6 @@ many.
 controller may see. `controllers`, `clocks` and `bandits` decide how far to draft. The rest are drafters.
 """
 
-from decodathlon.decoders.speculative import layers, levels, lookup, models, peers, quantised
+from decodathlon.decoders.speculative import codebook, layers, levels, lookup, models, peers, quantised, sparse
 
-__all__ = ["layers", "levels", "lookup", "models", "peers", "quantised"]
+__all__ = ["codebook", "layers", "levels", "lookup", "models", "peers", "quantised", "sparse"]

@@ -1,0 +1,117 @@
+"""The target with part of its weights set to zero, without training, as its drafter.
+
+No kernel here is faster for it: what is measured is how many of its drafts stay, and its speed is the target's. SD2
+(arXiv
+2504.08838) has hardware on which zeros cost nothing, and repairs the drafter by training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from decodathlon.decoders.speculative import pruning
+from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
+from decodathlon.decoders.speculative.drafter import Drafter
+from decodathlon.decoders.speculative.layers import written
+from decodathlon.harness.decoder import decoder
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Method = Literal["magnitude", "wanda", "sparsegpt"]
+
+
+class Recorder:
+    """A matrix that adds up what goes into it: the mean of x x^T, or of x^2 alone."""
+
+    def __init__(self, dense: Any, *, whole: bool) -> None:
+        inputs = dense.weight.shape[1]
+        self.dense, self.count = dense, 0
+        self.total = torch.zeros(*([inputs] * (2 if whole else 1)), dtype=torch.float32, device=dense.weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).float()
+        self.total += flat.T @ flat if self.total.dim() == 2 else flat.square().sum(0)
+        self.count += len(flat)
+        found: Tensor = self.dense(x)
+        return found
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(1, self.count)
+
+
+def over_layers(target: Any, texts: Tensor, change: Callable[[Recorder], Any], *, whole: bool) -> Any:
+    """The target's forward with every matrix of its layers changed, in order: each sees the inputs that the changed
+    layers before it make. One layer's statistics are held at a time.
+
+    Args:
+        texts: (B, L) what is read for it.
+        change: makes a matrix of one whose inputs were recorded.
+        whole: whether x x^T is wanted, or x^2 alone.
+    """
+    from decodathlon.harness.targets.lean import Layer
+
+    forward, layers = target.lean, list(target.lean.layers)
+    none = Layer(None, None)
+    for i, layer in enumerate(layers):
+        seen = _each(layer, lambda dense: Recorder(dense, whole=whole))
+        behind = [none] * (len(layers) - i - 1)
+        context = target.open([row[:1].tolist() for row in texts], capacity=texts.shape[1])
+        reading = context.lent(forward.replaced([*layers[:i], seen, *behind]))
+        reading.extend(texts[:, 1:], logits_at=torch.tensor([0]))
+        layers[i] = _each(seen, change)
+    return forward.replaced(layers)
+
+
+def _each(layer: Any, make: Callable[[Any], Any]) -> Any:
+    a, m = layer.attention, layer.mlp
+    return replace(
+        layer,
+        attention=None if a is None else replace(a, qkv=make(a.qkv), out=make(a.out)),
+        mlp=None if m is None else replace(m, gate_up=make(m.gate_up), down=make(m.down)),
+    )
+
+
+@decoder(
+    "sparse-self",
+    claim=claim,
+    family="speculative",
+    bounds={**SELF_BOUNDS, "sparsity": "[0, 1]"},
+    sweep={"method": ["magnitude", "wanda", "sparsegpt"], "sparsity": [0.3, 0.5, 0.7], "k": [1, 2, 4]},
+    paper="Sun et al. 2023, Wanda (arXiv 2306.11695); Frantar, Alistarh 2023, SparseGPT (arXiv 2301.00774); "
+    "as drafters SD2 (arXiv 2504.08838)",
+)
+class SparseSelf(SelfSpeculative):
+    """The target without a share of each layer's weights drafts: those that are smallest (`magnitude`), matter least
+    for the inputs that it meets (`wanda`), or can best be made up for by the others (`sparsegpt`).
+
+    `pattern=2:4` takes two of every four neighbours instead of the share `sparsity`. The inputs are those of texts
+    that the model writes itself.
+    """
+
+    k: int = 2
+    method: Method = "wanda"
+    sparsity: float = 0.5
+    pattern: Literal["none", "2:4", "4:8"] = "none"
+
+    def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
+        made = ("sparse", self.method, self.sparsity, self.pattern)
+        if made not in target.kept:
+            texts, _ = written(target)
+            target.kept[made] = over_layers(target, texts, self.pruned, whole=self.method == "sparsegpt")
+        return self.reading_on(context, target.kept[made])
+
+    def pruned(self, seen: Recorder) -> Any:
+        """The matrix without what this decoder leaves out."""
+        from decodathlon.harness.targets.lean import Dense
+
+        weight, bias = seen.dense.weight, seen.dense.bias
+        pattern = None if self.pattern == "none" else (int(self.pattern[0]), int(self.pattern[2]))
+        if self.method == "sparsegpt":
+            return Dense(pruning.sparsegpt(weight, seen.mean, self.sparsity, pattern), bias)
+        score = pruning.magnitude(weight) if self.method == "magnitude" else pruning.wanda(weight, seen.mean)
+        return Dense(weight * pruning.kept(score, self.sparsity, pattern), bias)

@@ -1,0 +1,104 @@
+"""Rounded weights of drafters: bounds of the error, optimality against brute force, budgets that are kept."""
+
+import itertools
+
+import pytest
+import torch
+
+from decodathlon.decoders.speculative import codebook, quantised
+
+SOURCE = torch.Generator().manual_seed(0)
+WEIGHT = torch.randn(32, 64, generator=SOURCE)
+SQUARE = torch.rand(64, generator=SOURCE).mul(4).exp()
+
+
+def test_four_bits_err_by_half_a_step_inside_the_range_and_clip_beyond():
+    q, scale, zero = quantised.int4(WEIGHT)
+    assert q.unique().tolist() == [float(i) for i in range(16)]
+    found = quantised.rounded(WEIGHT, 4, "int")
+    within = (q > 0) & (q < 15)
+    steps = scale[..., None].expand(-1, -1, 32).flatten(1)
+    assert ((found - WEIGHT).abs()[within] <= 0.51 * steps[within]).all()
+    plain = ((WEIGHT.unflatten(1, (-1, 32)).amax(-1) - WEIGHT.unflatten(1, (-1, 32)).amin(-1)) / 15).square().sum()
+    assert float((found - WEIGHT).square().sum()) < 32 * float(plain) / 12 * 1.1  # clipping pays
+    assert zero.shape == scale.shape == (32, 2)
+
+
+def test_eight_bits_err_by_half_a_step():
+    q, scale = quantised.int8(WEIGHT)
+    assert int(q.abs().max()) == 127
+    assert ((q.float() * scale[:, None] - WEIGHT).abs() <= 0.5001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_kernels_multiply_by_what_the_numbers_stand_for(bits):
+    made = (quantised.Int4 if bits == 4 else quantised.Int8)(WEIGHT, torch.arange(32.0))
+    x = torch.randn(2, 3, 64, generator=SOURCE)
+    expected = x @ quantised.rounded(WEIGHT, bits, "int").T + torch.arange(32.0)
+    torch.testing.assert_close(made(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_mxfp4_has_a_power_of_two_per_block_and_eight_magnitudes():
+    found = quantised.mxfp4(WEIGHT)
+    torch.testing.assert_close(quantised.mxfp4(found), found)
+    for block, rounded in zip(WEIGHT.view(-1, 32), found.view(-1, 32), strict=True):
+        scale = 2.0 ** (torch.floor(torch.log2(block.abs().max())) - 2)
+        assert set((rounded.abs() / scale).tolist()) <= set(quantised.E2M1)
+        clipped = block.abs() > 6 * scale
+        nearest = torch.tensor([min(quantised.E2M1, key=lambda g: abs(g - float(abs(x) / scale))) for x in block])
+        assert torch.equal(rounded.abs()[~clipped], (nearest * scale)[~clipped])
+        assert (rounded.abs()[clipped] == 6 * scale).all()
+    assert (quantised.mxfp4(torch.zeros(1, 32)) == 0).all()
+
+
+@pytest.mark.parametrize("mantissa", [1, 2])
+def test_leading_bits_leave_sign_and_exponent_and_err_by_half_of_the_last_bit(mantissa):
+    found = quantised.nested(WEIGHT, mantissa)
+    kept = found != 0
+    assert (found.sign() == WEIGHT.sign())[kept].all()
+    assert torch.equal(torch.frexp(found).exponent[kept], torch.frexp(WEIGHT).exponent[kept])
+    assert ((found - WEIGHT).abs() / WEIGHT.abs())[kept].max() <= 2.0 ** -(mantissa + 1)
+    greatest = int(torch.frexp(WEIGHT).exponent.max())
+    assert torch.equal(kept, torch.frexp(WEIGHT).exponent > greatest - 7)
+    assert (quantised.nested(torch.zeros(2, 2), mantissa) == 0).all()
+
+
+def cost(rounded, weight, square):
+    return float(((rounded - weight).double().square() * square.double()).sum())
+
+
+def test_buckets_are_as_good_as_any_on_a_small_matrix():
+    """All ways to split nine numbers into two neighbouring buckets."""
+    weight, square = torch.randn(3, 3, generator=SOURCE), torch.tensor([1.0, 5.0, 0.2])
+    found = codebook.codebook(weight, square, 1)
+    assert len(found.unique()) == 2
+    values, order = weight.flatten().sort()
+    importance = square.expand_as(weight).flatten()[order]
+
+    def split(at):
+        parts = [(values[:at], importance[:at]), (values[at:], importance[at:])]
+        return sum(float((w * (v - (w * v).sum() / w.sum()) ** 2).sum()) for v, w in parts)
+
+    assert cost(found, weight, square) == pytest.approx(min(split(at) for at in range(1, 9)), rel=1e-4)
+
+
+def test_more_buckets_err_less_and_what_matters_is_moved_least():
+    costs = [cost(codebook.codebook(WEIGHT, SQUARE, bits), WEIGHT, SQUARE) for bits in (1, 2, 3, 4)]
+    assert all(b < 0.5 * a for a, b in itertools.pairwise(costs))
+    even = codebook.codebook(WEIGHT, torch.ones(64), 3)
+    assert cost(codebook.codebook(WEIGHT, SQUARE, 3), WEIGHT, SQUARE) < cost(even, WEIGHT, SQUARE)
+
+
+@pytest.mark.parametrize("budget", [0.5, 2.0, 4.0, 16.0])
+def test_bits_keep_their_budget_and_beat_as_many_for_all(budget):
+    bits = codebook.allotted(WEIGHT, SQUARE, budget)
+    assert float(bits.double().mean()) <= budget
+    assert set(bits.tolist()) <= set(codebook.BITS)
+    found = cost(codebook.rounded_channels(WEIGHT, bits), WEIGHT, SQUARE)
+    if budget in codebook.BITS:
+        same = torch.full((64,), int(budget))
+        assert found <= cost(codebook.rounded_channels(WEIGHT, same), WEIGHT, SQUARE) * 1.0001
+    if budget == 16:
+        assert found == 0
+    else:
+        assert SQUARE[bits == bits.max()].mean() > SQUARE[bits == bits.min()].mean()
