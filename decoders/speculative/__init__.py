@@ -5,6 +5,16 @@ many.
 controller may see. `controllers`, `clocks` and `bandits` decide how far to draft. The rest are drafters.
 """
 
-from decodathlon.decoders.speculative import codebook, layers, levels, lookup, models, peers, quantised, sparse
+from decodathlon.decoders.speculative import (
+    codebook,
+    layers,
+    levels,
+    lookup,
+    models,
+    peers,
+    quantised,
+    sparse,
+    structured,
+)
 
-__all__ = ["codebook", "layers", "levels", "lookup", "models", "peers", "quantised", "sparse"]
+__all__ = ["codebook", "layers", "levels", "lookup", "models", "peers", "quantised", "sparse", "structured"]

@@ -87,7 +87,7 @@ class LeanForward:
     ) -> Tensor:
         """What the attention of a block adds to the residual stream (B, Q, E)."""
         B, Q = x.shape[:2]
-        H, K, D = self.heads, self.key_heads, self.width
+        H, K, D = layer.heads or self.heads, layer.key_heads or self.key_heads, self.width
         qkv = layer.qkv(rms_norm(x, layer.norm, self.eps)).view(B, Q, H + 2 * K, D)
         if layer.q_norm is None or layer.k_norm is None:
             turned, value = qkv.split((H + K, K), dim=2)
@@ -145,6 +145,9 @@ class Attention:
     out: Linear
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    #: Query and key heads, where they are fewer than the model's.
+    heads: int | None = None
+    key_heads: int | None = None
 
 
 @dataclass(frozen=True)

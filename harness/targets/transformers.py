@@ -157,19 +157,15 @@ class TransformersContext(Context):
         self._last_width, self._last_logits = 0, None
 
 
-class LentContext(TransformersContext):
-    """The rows of another context, read by another forward."""
+class DraftContext(TransformersContext):
+    """Rows that another forward reads; the target's ledger does not count it."""
 
-    def __init__(self, target: TransformersTarget, owner: TransformersContext, forward: LeanForward) -> None:
-        super().__init__(target, owner.rows, owner.capacity, owner.cache)
-        self._owner, self._read = owner, forward
+    def __init__(
+        self, target: TransformersTarget, rows: int, capacity: int, cache: RowCache | None, forward: LeanForward
+    ) -> None:
+        super().__init__(target, rows, capacity, cache)
+        self._read = forward
         self._forward = self._of_drafter
-        self.follow()
-
-    def follow(self) -> None:
-        """Stand where the owner stands, with the rows that it has."""
-        self._host, self.lengths = list(self._owner._host), self._owner.lengths
-        self._last_width, self._last_logits, self._next_logits = 0, None, None
 
     def _of_drafter(
         self, tokens: Tensor, layout: Layout, cache: RowCache, hidden: Sequence[int], logits_at: Tensor | None
@@ -177,6 +173,20 @@ class LentContext(TransformersContext):
         cache.layout = layout
         logits, states = self._read(tokens, layout, cache, hidden, logits_at)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), states
+
+
+class LentContext(DraftContext):
+    """The rows of another context, read by another forward."""
+
+    def __init__(self, target: TransformersTarget, owner: TransformersContext, forward: LeanForward) -> None:
+        super().__init__(target, owner.rows, owner.capacity, owner.cache, forward)
+        self._owner = owner
+        self.follow()
+
+    def follow(self) -> None:
+        """Stand where the owner stands, with the rows that it has."""
+        self._host, self.lengths = list(self._owner._host), self._owner.lengths
+        self._last_width, self._last_logits, self._next_logits = 0, None, None
 
 
 class TransformersTarget(Target):
@@ -265,14 +275,24 @@ class TransformersTarget(Target):
         capacity: int | None = None,
         hidden: Sequence[int] = (),
         cache: RowCache | None = None,
+        forward: LeanForward | None = None,
     ) -> TransformersContext:
-        """Prefill; see `Target.open`. `cache` reuses the memory (and the CUDA graphs) of an earlier context."""
+        """Prefill; see `Target.open`.
+
+        Args:
+            cache: the memory (and the CUDA graphs) of an earlier context, to be used again.
+            forward: reads in the model's place, with a memory of its own: a drafter that is another model.
+        """
         capacity = capacity if capacity is not None else self.context_length
         self.check_room(prompts, max(capacity, max(map(len, prompts), default=0)))
         sizes = [len(p) for p in prompts]
         if min(sizes) < 1:
             raise ValueError(f"{self.name}: a prompt has no tokens; give it at least a BOS token")
-        context = TransformersContext(self, len(prompts), capacity, cache)
+        context = (
+            TransformersContext(self, len(prompts), capacity, cache)
+            if forward is None
+            else DraftContext(self, len(prompts), capacity, cache, forward)
+        )
         width = max(sizes)
         padded = torch.zeros(len(prompts), width, dtype=torch.long)
         for b, prompt in enumerate(prompts):
