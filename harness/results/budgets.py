@@ -21,7 +21,7 @@ COSTS = {
     # first what counts everything that a method reads: particles that were not given cost, too
     "answer_positions": "token positions read",
     "answer_calls": "forward passes",
-    "answer_tokens": "new tokens of the answers given (not of others that were drawn to choose from)",
+    "answer_tokens": "new tokens of the answers given",
     "answer_flops": "floating-point operations",
     "answer_seconds": "seconds",
 }

@@ -88,7 +88,7 @@ def test_a_run_measures_shows_and_stores(model, tmp_path):
     assert "throughput batch-1" in done.stdout
     assert "python-topics (stand-in)" in done.stdout
     assert "s left)" in done.stdout
-    assert "33 cells added in" in done.stdout
+    assert "34 cells added in" in done.stdout
     assert "unsupported: needs a next-token law" in done.stdout
     with store.connect(results) as connection:
         rows = connection.execute(

@@ -219,11 +219,11 @@ def test_a_blind_vote_by_keyboard(browser, tmp_path):
 
 def test_from_a_table_at_equal_cost_down_to_one_answer(browser, tmp_path, shots):
     with _served(asked(tmp_path / "r.duckdb")) as address, _page(browser, DESK) as page:
-        page.goto(f"{address}/tasks?answers=temperature")
+        page.goto(f"{address}/tasks?answers=temperature&cost=answer_tokens")
         _ready(page)
         _choose(page, "Budget", "400 per question")
         page.wait_for_function("location.search.includes('budget=400')", timeout=10_000)
-        table = page.get_by_role("region", name="At most 400 new tokens per question")
+        table = page.get_by_role("region", name="At most 400 new tokens of the answers given per question")
         assert "no more were drawn" in table.get_by_role("row").filter(has_text="thrifty").inner_text()
         _ready(page)  # a click on what is being drawn anew is lost
         for _ in range(5):

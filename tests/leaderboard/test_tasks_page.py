@@ -86,7 +86,7 @@ def test_the_page_opens_and_says_at_equal_what(opened, results):
         results, "tasks", suite="math500", cost="answer_tokens", quality="pass_at_k", budget="100 per question"
     )
     assert not page.exception
-    assert "Equal is answer_tokens: at most 100 new tokens per question" in said(page)
+    assert "Equal is answer_tokens: at most 100 new tokens of the answers given per question" in said(page)
     assert "thrifty" in said(page)
     assert "exact McNemar" in said(page)
 
