@@ -239,6 +239,14 @@ def test_priors_on_the_length_are_laws(prior):
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_a_hybrid_score_has_its_share_of_the_reward(monkeypatch, lm):
+    monkeypatch.setattr(
+        "decodathlon.decoders.smc.scores.rewards.build", lambda name: lambda a: torch.tensor([0.5] * len(a))
+    )
+    found = scoring(score="hybrid_prm_logprob", prm="somewhere", alpha=0.2, tau=2.0)([Answer([0], [2, 3], -3.0, lm)])
+    assert found == pytest.approx([(0.2 * 0.5 + 0.8 * -3.0) / 2.0])
+
+
 def test_bad_settings_are_named():
     for settings, message in (
         ("alpha_start=1.5", r"alpha_start=1.5 is outside \[0, 1\]"),
