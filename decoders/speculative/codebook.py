@@ -10,10 +10,8 @@ import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
-from decodathlon.decoders.speculative.drafter import Drafter
-from decodathlon.decoders.speculative.layers import written
-from decodathlon.decoders.speculative.sparse import Recorder, over_layers
+from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, claim
+from decodathlon.decoders.speculative.sparse import Calibrated, Recorder
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
@@ -97,28 +95,6 @@ def _step(errors: Sequence[Sequence[float]], j: int, now: int) -> tuple[float, i
     """The next step up of an input that gains most per bit: minus that gain, the input, the level."""
     ups = [((errors[to][j] - errors[now][j]) / (BITS[to] - BITS[now]), j, to) for to in range(now + 1, len(BITS))]
     return min(ups)
-
-
-class Calibrated(SelfSpeculative):
-    """What both share: matrices changed in order, by the inputs that they meet."""
-
-    k: int = 2
-
-    def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        made = (self.info.name, *self.key)
-        if made not in target.kept:
-            texts, _ = written(target)
-            target.kept[made] = over_layers(target, texts, self.changed, whole=False)
-        return self.reading_on(context, target.kept[made])
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What the drafter depends on."""
-        raise NotImplementedError
-
-    def changed(self, seen: Recorder) -> Any:
-        """The matrix as the drafter has it."""
-        raise NotImplementedError
 
 
 @decoder(

@@ -254,7 +254,7 @@ class _Request:
         tokens = torch.cat([pending, draft.tokens.clamp(min=0).to(pending)], 1)
         tree = None if draft.parents is None else ancestors(draft.parents)
         step = self.context.extend(tokens, tree=tree, hidden=self.drafter.hidden)
-        accepted, nodes, token = self._verdict(step.logits, draft, u[:, self.decoder.k :])
+        accepted, nodes, token = self._verdict(step.logits, draft, tree, u[:, self.decoder.k :])
         kept = [n + 1 for n in accepted]
         verified = time.perf_counter()
         if nodes is None:
@@ -289,7 +289,9 @@ class _Request:
             return torch.zeros(len(self.rows), 2 * self.decoder.k + 1, dtype=torch.float64)
         return self.rng.uniforms(2 * self.decoder.k + 1, rows=[row.number for row in self.rows])
 
-    def _verdict(self, logits: Tensor, draft: Draft, u: Tensor) -> tuple[list[int], Tensor | None, list[int]]:
+    def _verdict(
+        self, logits: Tensor, draft: Draft, tree: Tensor | None, u: Tensor
+    ) -> tuple[list[int], Tensor | None, list[int]]:
         """How many drafted tokens stay, in a tree also which, and the token behind them."""
         N = draft.tokens.shape[1]
         counts = torch.tensor(draft.counts, device=logits.device)
@@ -300,29 +302,26 @@ class _Request:
             numbers = torch.cat([u[:, :N], u[:, -1:]], 1).to(logits.device)
             verdict = verify.chain(log_p, tokens, draft.log_q, counts, numbers)
             return verdict.accepted.tolist(), None, verdict.token.tolist()
-        drawn = self._drawn(logits, draft)
+        depth = torch.arange(N + 1)[None] if tree is None else tree.sum(-1).cpu() - 1
+        drawn = self._drawn(logits, depth)
         if draft.parents is None:
             verdict = verify.match(drawn, tokens, counts)
             return verdict.accepted.tolist(), None, verdict.token.tolist()
         parents = draft.parents.to(logits.device)
         meant = torch.where(torch.arange(N, device=tokens.device) < counts[:, None], tokens, -1)
-        path = verify.walk(drawn, meant, parents, _depth(parents))
+        path = verify.walk(drawn, meant, parents, int(depth.max()))
         return path.accepted.tolist(), path.nodes.cpu(), path.token.tolist()
 
-    def _drawn(self, logits: Tensor, draft: Draft) -> Tensor:
+    def _drawn(self, logits: Tensor, depth: Tensor) -> Tensor:
         """(B, 1 + N) the target's own tokens behind the text and each guess, drawn by the number of their place in the
         text: the same that the target alone would use there."""
         if self.decoder.temperature == 0:
             return logits.argmax(-1)
-        B, N = draft.tokens.shape
-        depth = torch.arange(N + 1).expand(B, -1)
-        if draft.parents is not None:
-            depth = ancestors(draft.parents.cpu()).sum(-1) - 1
         places = torch.tensor([[row.made] for row in self.rows]) + depth
         numbers = torch.tensor([row.number for row in self.rows])[:, None]
         u = self.noise[numbers, places.clamp(max=self.noise.shape[1] - 1)]
         log_p = self.decoder.shape(logits.flatten(0, 1))
-        return law.draw(log_p, u.flatten().to(logits.device)).view(B, N + 1)
+        return law.draw(log_p, u.flatten().to(logits.device)).view(logits.shape[:2])
 
     def _scores(self, logits: Tensor, path: Tensor, new: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities of the new tokens under the target."""
@@ -369,10 +368,6 @@ class _Request:
             cost=Cost(row.cycles + 1, row.positions, self.drafter.calls, self.drafter.positions),
             trace=row.trace,
         )
-
-
-def _depth(parents: Tensor) -> int:
-    return int(ancestors(parents).sum(-1).max()) - 1
 
 
 def _check(draft: Draft, want: Sequence[int], vocabulary: int, who: str) -> None:

@@ -67,7 +67,7 @@ class Drafter(ABC):
         Args:
             texts: by row, the prompt and all tokens so far; the target has not read the last one yet.
             want: by row, the most tokens that are of use; may be 0.
-            stopping: is asked before each token, by a drafter that has a law for it.
+            stopping: is asked behind each token whether to go on, by a drafter that has the law it came from.
             u: (B, max(want)) uniforms in [0, 1) for its draws.
         """
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from decodathlon.decoders.baselines import HFGenerate
 from decodathlon.decoders.speculative.models import SELF, DraftModel
 from decodathlon.harness.decoder import Completion, Cost, Decoder, Limits, decoder
 from decodathlon.harness.lazy import torch
@@ -17,9 +20,9 @@ if TYPE_CHECKING:
 class Assisted(Decoder):
     """`generate` with an assistant: one row at a time, for it takes no more."""
 
+    @abstractmethod
     def assistance(self, target: Any) -> tuple[dict[str, Any], Any]:
         """What the configuration says beyond greedy search, and the assistant's target where there is one."""
-        raise NotImplementedError
 
     def generate(
         self, target: Any, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
@@ -43,20 +46,30 @@ class Assisted(Decoder):
             more = {"assistant_model": other} if assistant else {}
             for prompt in prompts:
                 tokens = torch.tensor([list(prompt)], device=target.device)
-                out = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config, **more)
-                found.append(self._completion(target, prompt, out[0, len(prompt) :].tolist(), stop))
+                with _counted(model) as own, _counted(other if other is not model else None) as drafting:
+                    out = model.generate(
+                        tokens, attention_mask=torch.ones_like(tokens), generation_config=config, **more
+                    )
+                answer = HFGenerate()._completion(target, prompt, out[0, len(prompt) :].tolist(), stop)
+                found.append(replace(answer, cost=Cost(*own, *drafting)))
         return found
 
-    def _completion(self, target: Any, prompt: Sequence[int], row: list[int], stop: set[int]) -> Completion:
-        end = next((i + 1 for i, token in enumerate(row) if token in stop), None)
-        kept = row[:end]
-        return Completion(
-            tokens=kept,
-            stop_reason="length" if end is None else "stop",
-            text=target.decode(kept) if "text" in target.capabilities else "",
-            # transformers does not say how many passes it took; so many at most
-            cost=Cost(target_calls=len(kept), target_positions=len(prompt) + len(kept) - 1),
-        )
+
+@contextmanager
+def _counted(model: Any) -> Iterator[list[int]]:
+    """Calls of a model and the token positions that they read; an assistant that is the target counts as the target."""
+    spent = [0, 0]
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        spent[0] += 1
+        spent[1] += (args[0] if args else kwargs["input_ids"]).shape[1]
+
+    handle = None if model is None else model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield spent
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @decoder(

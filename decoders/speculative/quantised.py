@@ -8,7 +8,6 @@ target's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
@@ -123,17 +122,7 @@ def rounded(weight: Tensor, bits: int, form: str) -> Tensor:
 
 def quantised(forward: Any, make: Callable[[Any], Any]) -> Any:
     """The forward with every matrix, the head among them, as `make` makes it of a `Dense`."""
-    layers = []
-    for layer in forward.layers:
-        a, m = layer.attention, layer.mlp
-        layers.append(
-            replace(
-                layer,
-                attention=None if a is None else replace(a, qkv=make(a.qkv), out=make(a.out)),
-                mlp=None if m is None else replace(m, gate_up=make(m.gate_up), down=make(m.down)),
-            )
-        )
-    return forward.replaced(layers, make(forward.head))
+    return forward.replaced([layer.mapped(make) for layer in forward.layers], make(forward.head))
 
 
 @decoder(

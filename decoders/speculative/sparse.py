@@ -1,14 +1,13 @@
 """The target with part of its weights set to zero, without training, as its drafter.
 
 No kernel here is faster for it: what is measured is how many of its drafts stay, and its speed is the target's. SD2
-(arXiv
-2504.08838) has hardware on which zeros cost nothing, and repairs the drafter by training.
+(arXiv 2504.08838) has hardware on which zeros cost nothing, and repairs the drafter by training.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative import pruning
@@ -58,22 +57,39 @@ def over_layers(target: Any, texts: Tensor, change: Callable[[Recorder], Any], *
     forward, layers = target.lean, list(target.lean.layers)
     none = Layer(None, None)
     for i, layer in enumerate(layers):
-        seen = _each(layer, lambda dense: Recorder(dense, whole=whole))
+        seen = layer.mapped(lambda dense: Recorder(dense, whole=whole))
         behind = [none] * (len(layers) - i - 1)
         context = target.open([row[:1].tolist() for row in texts], capacity=texts.shape[1])
         reading = context.lent(forward.replaced([*layers[:i], seen, *behind]))
         reading.extend(texts[:, 1:], logits_at=torch.tensor([0]))
-        layers[i] = _each(seen, change)
+        layers[i] = seen.mapped(change)
     return forward.replaced(layers)
 
 
-def _each(layer: Any, make: Callable[[Any], Any]) -> Any:
-    a, m = layer.attention, layer.mlp
-    return replace(
-        layer,
-        attention=None if a is None else replace(a, qkv=make(a.qkv), out=make(a.out)),
-        mlp=None if m is None else replace(m, gate_up=make(m.gate_up), down=make(m.down)),
-    )
+class Calibrated(SelfSpeculative):
+    """A drafter made of the target's matrices one by one, in order, by the inputs that they meet in texts that the
+    model writes itself."""
+
+    def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
+        made = (self.info.name, *self.key)
+        if made not in target.kept:
+            texts, _ = written(target)
+            target.kept[made] = over_layers(target, texts, self.changed, whole=self.by_pairs)
+        return self.reading_on(context, target.kept[made])
+
+    @property
+    def by_pairs(self) -> bool:
+        """Whether `changed` wants the mean of x x^T, or of x^2 alone."""
+        return False
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[Any, ...]:
+        """What the drafter depends on."""
+
+    @abstractmethod
+    def changed(self, seen: Recorder) -> Any:
+        """The matrix as the drafter has it."""
 
 
 @decoder(
@@ -85,7 +101,7 @@ def _each(layer: Any, make: Callable[[Any], Any]) -> Any:
     paper="Sun et al. 2023, Wanda (arXiv 2306.11695); Frantar, Alistarh 2023, SparseGPT (arXiv 2301.00774); "
     "as drafters SD2 (arXiv 2504.08838)",
 )
-class SparseSelf(SelfSpeculative):
+class SparseSelf(Calibrated):
     """The target without a share of each layer's weights drafts: those that are smallest (`magnitude`), matter least
     for the inputs that it meets (`wanda`), or can best be made up for by the others (`sparsegpt`).
 
@@ -98,15 +114,15 @@ class SparseSelf(SelfSpeculative):
     sparsity: float = 0.5
     pattern: Literal["none", "2:4", "4:8"] = "none"
 
-    def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        made = ("sparse", self.method, self.sparsity, self.pattern)
-        if made not in target.kept:
-            texts, _ = written(target)
-            target.kept[made] = over_layers(target, texts, self.pruned, whole=self.method == "sparsegpt")
-        return self.reading_on(context, target.kept[made])
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.method, self.sparsity, self.pattern)
 
-    def pruned(self, seen: Recorder) -> Any:
-        """The matrix without what this decoder leaves out."""
+    @property
+    def by_pairs(self) -> bool:
+        return self.method == "sparsegpt"
+
+    def changed(self, seen: Recorder) -> Any:
         from decodathlon.harness.targets.lean import Dense
 
         weight, bias = seen.dense.weight, seen.dense.bias

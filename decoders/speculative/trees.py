@@ -89,7 +89,10 @@ class Branching(SharedMemory):
 
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         self.context.follow()
-        B, w, depth = len(texts), self.branches, max(want)
+        B, w = len(texts), self.branches
+        # the last level's parents are read in one pass: the text's last token, and w for each level above it
+        room = self.context.capacity - int(self.context.lengths.max()) - 1
+        depth = min(max(want), 1 + room // w)
         empty = torch.zeros(B, 0, dtype=torch.long)
         if not depth:
             return Draft(empty, [0] * B, parents=empty)

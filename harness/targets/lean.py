@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -165,6 +165,14 @@ class Layer:
 
     attention: Attention | None
     mlp: MLP | None
+
+    def mapped(self, make: Callable[[Any], Linear]) -> Layer:
+        """The block with every matrix as `make` makes it."""
+        a, m = self.attention, self.mlp
+        return Layer(
+            None if a is None else replace(a, qkv=make(a.qkv), out=make(a.out)),
+            None if m is None else replace(m, gate_up=make(m.gate_up), down=make(m.down)),
+        )
 
 
 def _layer(block: Any) -> Layer:

@@ -35,6 +35,11 @@ def test_their_text_is_that_of_greedy_search(target, folder, spec, ignore_eos):
     greedy = decoders.build("greedy").generate(target, PROMPTS, limits, RowRandom(0, range(3)))
     assert [a.tokens for a in ours] == [a.tokens for a in greedy]
     assert [a.stop_reason for a in ours] == [a.stop_reason for a in greedy]
+    if "FOLDER" in spec and ignore_eos:  # everything that such a drafter drafts stays
+        assert all(a.cost.target_calls < len(a.tokens) for a in ours)
+        assert all(a.cost.draft_calls >= a.cost.target_calls for a in ours)
+    if spec == "hf-prompt-lookup":
+        assert all(a.cost.target_calls <= len(a.tokens) and a.cost.draft_calls == 0 for a in ours)
 
 
 def test_a_drafter_of_other_tokens_is_refused_by_both_names(folder):

@@ -89,6 +89,15 @@ def test_a_tree_accepts_no_less_than_its_first_branch(target):
     assert calls("early-exit[k=3,branches=3,budget=20]") < calls("early-exit[k=3]")
 
 
+def test_a_tree_never_reaches_beyond_the_context(target):
+    """The target reads 32 tokens."""
+    prompts, limits = [[0, 2, 3, 2, 3, 2, 3], [0, 2]], Limits(25, ignore_eos=True)
+    for spec in ("early-exit[branches=3,k=6,budget=20]", "quantised-self[branches=8,k=8,budget=64]"):
+        ours = decoders.build(spec).generate(target, prompts, limits, RowRandom(0, range(2)))
+        greedy = decoders.build("greedy").generate(target, prompts, limits, RowRandom(0, range(2)))
+        assert [a.tokens for a in ours] == [a.tokens for a in greedy]
+
+
 def test_a_stopping_rule_does_not_go_with_a_tree():
     with pytest.raises(SpecError, match="controller=svip stops chains; a tree"):
         decoders.build("quantised-self[branches=2,controller=svip]")
