@@ -7,7 +7,7 @@ target's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
@@ -27,19 +27,24 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def int4(weight: Tensor, zeros: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(out, in) weights to whole numbers 0..15, scales and zeros by group of 32: w is about (q - 8) scale + zero.
 
-    The range of each group is drawn in by the one of `CLIPS` that leaves the smallest squared error.
+    Without `zeros` the value of greatest magnitude in a group is the end of its scale, -8, so a scale may be negative
+    (llama.cpp's Q4_0). The range of each group is drawn in by the one of `CLIPS` that leaves the least squared error.
     """
     groups = weight.float().unflatten(1, (-1, GROUP))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    middle, half = (low + high) / 2, (high - low) / 2
     best: tuple[Tensor, ...] = ()
     for clip in CLIPS:
         # in the precision that the kernel keeps them in
-        scale = (2 * clip * half / 15).clamp(min=1e-8).bfloat16().float()
-        zero = (middle + scale / 2).bfloat16().float()
+        if zeros:
+            scale = (clip * (high - low) / 15).clamp(min=1e-8).bfloat16().float()
+            zero = ((low + high) / 2 + scale / 2).bfloat16().float()
+        else:
+            scale = (clip * torch.where(high > -low, -high, -low) / 8).bfloat16().float()
+            scale = torch.where(scale.abs() < 1e-8, 1e-8, scale)
+            zero = torch.zeros_like(scale)
         q = ((groups - zero) / scale + 8).round().clamp(0, 15)
         error = ((q - 8) * scale + zero - groups).square().sum(-1, keepdim=True)
         if not best:
@@ -82,8 +87,8 @@ def nested(weight: Tensor, mantissa: int) -> Tensor:
 class Int4:
     """A product with 4-bit weights: torch's kernel for CPUs."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        q, scale, zero = int4(weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None, zeros: bool = False) -> None:
+        q, scale, zero = int4(weight, zeros)
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         self.scales = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().to(weight.dtype)
         self.bias = bias
@@ -108,21 +113,29 @@ class Int8:
         return y if self.bias is None else y + self.bias
 
 
-def rounded(weight: Tensor, bits: int, form: str) -> Tensor:
+def rounded(weight: Tensor, bits: int, form: str, zeros: bool = False) -> Tensor:
     """The weights that a form of so many bits stands for, in float32."""
     if form == "float":
         return mxfp4(weight) if bits == 4 else nested(weight, bits - 4)
     if bits == 8:
         q, scale = int8(weight)
         return q.float() * scale[:, None]
-    q4, scale, zero = int4(weight)
+    q4, scale, zero = int4(weight, zeros)
     steps = q4.unflatten(1, (-1, GROUP)) - 8
     return (steps * scale[..., None] + zero[..., None]).flatten(1)
 
 
-def quantised(forward: Any, make: Callable[[Any], Any]) -> Any:
-    """The forward with every matrix, the head among them, as `make` makes it of a `Dense`."""
-    return forward.replaced([layer.mapped(make) for layer in forward.layers], make(forward.head))
+def product(dense: Any, bits: int, form: str, zeros: bool = False) -> Any:
+    """What stands for a `Dense` in so many bits: a kernel where there is one, else its rounded weights."""
+    from decodathlon.harness.targets.lean import Dense
+
+    weight, bias = dense.weight, dense.bias
+    on_kernel = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+    if form == "int" and on_kernel and weight.shape[1] % GROUP == 0 and weight.shape[0] % 16 == 0:
+        return Int4(weight, bias, zeros) if bits == 4 else Int8(weight, bias)
+    short = -weight.shape[1] % GROUP
+    padded = torch.nn.functional.pad(weight, (0, short))
+    return Dense(rounded(padded, bits, form, zeros)[:, : weight.shape[1]].to(weight.dtype), bias)
 
 
 @decoder(
@@ -137,33 +150,36 @@ class QuantisedSelf(SelfSpeculative):
     """The target with its weights in `bits` bits drafts, in the target's own keys and values; the verify pass writes
     over what it left there.
 
-    `form=int`: groups of 32 with a scale and a zero (4 bits), or rows with a scale (8). `form=float`: MXFP4 (4), or
-    sign, exponent and the leading bits of the mantissa (5: E3M1, 6: E3M2).
+    `form=int`: groups of 32 with a scale, and with `zeros` a zero (4 bits), or rows with a scale (8). `form=float`:
+    MXFP4 (4), or sign, exponent and the leading bits of the mantissa (5: E3M1, 6: E3M2). A checkpoint that was made of
+    such a form itself is repeated by it exactly (SmolLM2 as embedded here came from groups of 32 with zeros), and then
+    the acceptance says nothing about other models.
     """
 
     k: int = 2
     bits: Literal[4, 5, 6, 8] = 4
     form: Literal["int", "float"] = "int"
+    zeros: bool = False
+    #: The output matrix errs more than the others together, and a step reads it once.
+    head: Literal["same", "int8", "exact"] = "int8"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         able = {"int": (4, 8), "float": (4, 5, 6)}[self.form]
         if self.bits not in able:
             raise SpecError(f"form={self.form} has {' or '.join(map(str, able))} bits, not {self.bits}")
+        if self.zeros and (self.bits, self.form) != (4, "int"):
+            raise SpecError(f"zeros=true is of form=int with 4 bits, not of form={self.form} with {self.bits}")
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        made = ("quantised", self.bits, self.form)
+        made = ("quantised", self.bits, self.form, self.zeros, self.head)
         if made not in target.kept:
-            target.kept[made] = quantised(target.lean, self._made)
+            lean = target.lean
+            layers = [layer.mapped(lambda d: product(d, self.bits, self.form, self.zeros)) for layer in lean.layers]
+            heads = {
+                "same": lambda: product(lean.head, self.bits, self.form, self.zeros),
+                "int8": lambda: product(lean.head, 8, "int"),
+                "exact": lambda: lean.head,
+            }
+            target.kept[made] = lean.replaced(layers, heads[self.head]())
         return self.reading_on(context, target.kept[made])
-
-    def _made(self, dense: Any) -> Any:
-        from decodathlon.harness.targets.lean import Dense
-
-        weight, bias = dense.weight, dense.bias
-        on_kernel = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
-        if self.form == "int" and on_kernel and weight.shape[1] % GROUP == 0 and weight.shape[0] % 16 == 0:
-            return Int4(weight, bias) if self.bits == 4 else Int8(weight, bias)
-        short = -weight.shape[1] % GROUP
-        padded = torch.nn.functional.pad(weight, (0, short))
-        return Dense(rounded(padded, self.bits, self.form)[:, : weight.shape[1]].to(weight.dtype), bias)
