@@ -7,7 +7,7 @@ Both are rounded and kept in the target's type: their drafts are the true ones, 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, claim
@@ -112,8 +112,8 @@ class CodebookSelf(Calibrated):
     bits: Literal[2, 3, 4, 5] = 4
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.bits,)
+    def recipe(self) -> Mapping[str, Any]:
+        return {"kind": "codebook", "bits": self.bits}
 
     def changed(self, seen: Recorder) -> Any:
         from decodathlon.harness.targets.lean import Dense
@@ -137,8 +137,8 @@ class MixedPrecisionSelf(Calibrated):
     budget_bits: float = 4.0
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.budget_bits,)
+    def recipe(self) -> Mapping[str, Any]:
+        return {"kind": "mixed-precision", "budget_bits": self.budget_bits}
 
     def changed(self, seen: Recorder) -> Any:
         from decodathlon.harness.targets.lean import Dense

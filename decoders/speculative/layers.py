@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter
+from decodathlon.decoders.speculative.made import Made
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.lazy import torch
@@ -124,13 +125,20 @@ class EarlyExit(SelfSpeculative):
     sweep={"k": [1, 2, 4]},
     paper="Zhang et al. 2023, Draft & Verify (arXiv 2309.08168)",
 )
-class LayerSkip(SelfSpeculative):
+class LayerSkip(Made, SelfSpeculative):
     """The target without those attentions and MLPs that it agrees with itself without. Which, is found once per
     model, on texts that it writes."""
 
     k: int = 2
 
+    small: ClassVar[bool] = True
+
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        if "layer-skip" not in target.kept:
-            target.kept["layer-skip"] = without(target.lean, skipped(target))
-        return self.reading_on(context, target.kept["layer-skip"])
+        return self.reading_on(context, self.made(target))
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {"kind": "layer-skip"}
+
+    def layers(self, target: Any) -> Iterator[Any]:
+        return iter(without(target.lean, skipped(target)).layers)

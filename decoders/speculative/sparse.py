@@ -7,13 +7,14 @@ No kernel here is faster for it: what is measured is how many of its drafts stay
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative import pruning
 from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.decoders.speculative.layers import written
+from decodathlon.decoders.speculative.made import Made
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
@@ -43,9 +44,9 @@ class Recorder:
         return self.total / max(1, self.count)
 
 
-def over_layers(target: Any, texts: Tensor, change: Callable[[Recorder], Any], *, whole: bool) -> Any:
-    """The target's forward with every matrix of its layers changed, in order: each sees the inputs that the changed
-    layers before it make. One layer's statistics are held at a time.
+def over_layers(target: Any, texts: Tensor, change: Callable[[Recorder], Any], *, whole: bool) -> Iterator[Any]:
+    """The target's layers with every matrix changed, in order: each sees the inputs that the changed layers before it
+    make. One layer's statistics and the residual streams of the texts are held at a time.
 
     Args:
         texts: (B, L) what is read for it.
@@ -54,38 +55,44 @@ def over_layers(target: Any, texts: Tensor, change: Callable[[Recorder], Any], *
     """
     from decodathlon.harness.targets.lean import Layer
 
-    forward, layers = target.lean, list(target.lean.layers)
+    forward = target.lean
     none = Layer(None, None)
-    for i, layer in enumerate(layers):
+    count = len(forward.layers)
+    read = texts[:, 1:]
+    stream = forward.embedding[read.to(forward.embedding.device)]
+    context = target.open([row[:1].tolist() for row in texts], capacity=texts.shape[1])
+
+    def through(layer: Any, i: int) -> Tensor:
+        """The residual stream behind a layer: the model of this layer alone, for which places are tokens."""
+        alone = forward.replaced([none] * i + [layer] + [none] * (count - i - 1), embedding=stream.flatten(0, 1))
+        places = torch.arange(read.numel()).view_as(read)
+        found: Tensor = context.lent(alone).extend(places, hidden=[count], logits_at=torch.tensor([0])).hidden[count]
+        return found
+
+    for i, layer in enumerate(forward.layers):
         seen = layer.mapped(lambda dense: Recorder(dense, whole=whole))
-        behind = [none] * (len(layers) - i - 1)
-        context = target.open([row[:1].tolist() for row in texts], capacity=texts.shape[1])
-        reading = context.lent(forward.replaced([*layers[:i], seen, *behind]))
-        reading.extend(texts[:, 1:], logits_at=torch.tensor([0]))
-        layers[i] = seen.mapped(change)
-    return forward.replaced(layers)
+        through(seen, i)
+        changed = seen.mapped(change)
+        if i + 1 < count:
+            stream = through(changed, i)
+        yield changed
 
 
-class Calibrated(SelfSpeculative):
+class Calibrated(Made, SelfSpeculative):
     """A drafter made of the target's matrices one by one, in order, by the inputs that they meet in texts that the
     model writes itself."""
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        made = (self.info.name, *self.key)
-        if made not in target.kept:
-            texts, _ = written(target)
-            target.kept[made] = over_layers(target, texts, self.changed, whole=self.by_pairs)
-        return self.reading_on(context, target.kept[made])
+        return self.reading_on(context, self.made(target))
+
+    def layers(self, target: Any) -> Iterator[Any]:
+        texts, _ = written(target)
+        return over_layers(target, texts, self.changed, whole=self.by_pairs)
 
     @property
     def by_pairs(self) -> bool:
         """Whether `changed` wants the mean of x x^T, or of x^2 alone."""
         return False
-
-    @property
-    @abstractmethod
-    def key(self) -> tuple[Any, ...]:
-        """What the drafter depends on."""
 
     @abstractmethod
     def changed(self, seen: Recorder) -> Any:
@@ -115,8 +122,8 @@ class SparseSelf(Calibrated):
     pattern: Literal["none", "2:4", "4:8"] = "none"
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.method, self.sparsity, self.pattern)
+    def recipe(self) -> Mapping[str, Any]:
+        return {"kind": self.method, "sparsity": self.sparsity, "pattern": self.pattern}
 
     @property
     def by_pairs(self) -> bool:

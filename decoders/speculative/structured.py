@@ -6,13 +6,14 @@ of heads is one key head with the query heads that share it; a channel is one in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative.cycle import BOUNDS, Speculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter, OwnMemory
 from decodathlon.decoders.speculative.layers import written
+from decodathlon.decoders.speculative.made import Made
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
@@ -164,7 +165,7 @@ def _columns(dense: Any, columns: Sequence[int], mean: Tensor) -> Any:
     sweep={"share": [0.2, 0.4, 0.6], "method": ["flap", "gradient"], "k": [1, 2, 4]},
     paper="An et al. 2023, FLAP (arXiv 2312.11983); Michel, Levy, Neubig 2019 (arXiv 1905.10650)",
 )
-class StructuredSelf(Speculative):
+class StructuredSelf(Made, Speculative):
     """The target without the groups of heads and the channels that matter least drafts, as a smaller model with its own
     memory: `share` of the layers' weights is left out, by `flap` or by `gradient`, judged on texts that it writes."""
 
@@ -174,8 +175,12 @@ class StructuredSelf(Speculative):
     proposal: Literal["sample", "guess"] = "sample"
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        made = ("structured", self.method, self.share)
-        if made not in target.kept:
-            target.kept[made] = smaller(target, self.method, self.share)
-        own = target.open(prompts, capacity=context.capacity, forward=target.kept[made])
+        own = target.open(prompts, capacity=context.capacity, forward=self.made(target))
         return self.autoregressive(OwnMemory, own)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return {"kind": self.method, "share": self.share}
+
+    def layers(self, target: Any) -> Iterator[Any]:
+        return iter(smaller(target, self.method, self.share).layers)

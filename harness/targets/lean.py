@@ -100,8 +100,11 @@ class LeanForward:
         mixed = attend(query.transpose(1, 2), keys, values, layout, scale=self.scale, window=self.windows[number])
         return layer.out(mixed.reshape(B, Q, H * D))
 
-    def replaced(self, layers: Sequence[Layer], head: Linear | None = None) -> LeanForward:
-        """The same model with other blocks, which may be smaller or lack parts, and perhaps another head.
+    def replaced(
+        self, layers: Sequence[Layer], head: Linear | None = None, embedding: Tensor | None = None
+    ) -> LeanForward:
+        """The same model with other blocks, which may be smaller or lack parts, and perhaps another head or table of
+        embeddings.
 
         It reads and writes the same places of a cache, and stands in for the model only as a drafter.
         """
@@ -109,6 +112,7 @@ class LeanForward:
             raise ValueError(f"{len(layers)} blocks for a model of {len(self.layers)}")
         other = copy.copy(self)
         other.layers, other.head = list(layers), head if head is not None else self.head
+        other.embedding = embedding if embedding is not None else self.embedding
         return other
 
     def _rotation(self, layout: Layout, capacity: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from decodathlon.decoders.speculative import codebook, quantised
+from decodathlon.decoders.speculative import codebook, matrices
 
 SOURCE = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(32, 64, generator=SOURCE)
@@ -14,9 +14,9 @@ SQUARE = torch.rand(64, generator=SOURCE).mul(4).exp()
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_four_bits_err_by_half_a_step_inside_the_range_and_clip_beyond(zeros):
-    q, scale, zero = quantised.int4(WEIGHT, zeros)
+    q, scale, zero = matrices.int4(WEIGHT, zeros)
     assert q.unique().tolist() == [float(i) for i in range(16)]
-    found = quantised.rounded(WEIGHT, 4, "int", zeros)
+    found = matrices.rounded(WEIGHT, 4, "int", zeros)
     within = (q > 0) & (q < 15)
     steps = scale[..., None].abs().expand(-1, -1, 32).flatten(1)
     assert ((found - WEIGHT).abs()[within] <= 0.51 * steps[within]).all()
@@ -28,7 +28,7 @@ def test_four_bits_err_by_half_a_step_inside_the_range_and_clip_beyond(zeros):
 def test_four_bits_of_a_normal_matrix_leave_so_many_decibels(zeros, least):
     """Reference: the best uniform 16-level quantiser of one normal law has 20.2 dB (Max 1960); a scale per 32 gains."""
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(1))
-    error = quantised.rounded(weight, 4, "int", zeros) - weight
+    error = matrices.rounded(weight, 4, "int", zeros) - weight
     assert 10 * float(torch.log10(weight.square().sum() / error.square().sum())) >= least
 
 
@@ -37,50 +37,50 @@ def test_a_matrix_made_of_groups_with_zeros_is_repeated():
     steps = torch.randint(0, 16, (32, 64), generator=SOURCE)
     steps[:, ::32], steps[:, 1::32] = 0, 15
     weight = steps * 2.0**-6 - 0.0625
-    torch.testing.assert_close(quantised.rounded(weight, 4, "int", zeros=True), weight, atol=2e-4, rtol=0)
-    assert (quantised.rounded(weight, 4, "int") - weight).abs().max() > 2e-3
+    torch.testing.assert_close(matrices.rounded(weight, 4, "int", zeros=True), weight, atol=2e-4, rtol=0)
+    assert (matrices.rounded(weight, 4, "int") - weight).abs().max() > 2e-3
 
 
 def test_eight_bits_err_by_half_a_step():
-    q, scale = quantised.int8(WEIGHT)
+    q, scale = matrices.int8(WEIGHT)
     assert int(q.abs().max()) == 127
     assert ((q.float() * scale[:, None] - WEIGHT).abs() <= 0.5001 * scale[:, None]).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_kernels_multiply_by_what_the_numbers_stand_for(bits):
-    made = (quantised.Int4 if bits == 4 else quantised.Int8)(WEIGHT, torch.arange(32.0))
+    made = (matrices.Int4 if bits == 4 else matrices.Int8)(WEIGHT, torch.arange(32.0))
     x = torch.randn(2, 3, 64, generator=SOURCE)
-    expected = x @ quantised.rounded(WEIGHT, bits, "int").T + torch.arange(32.0)
+    expected = x @ matrices.rounded(WEIGHT, bits, "int").T + torch.arange(32.0)
     torch.testing.assert_close(made(x), expected, atol=1e-4, rtol=1e-4)
     if bits == 4:
-        expected = x @ quantised.rounded(WEIGHT, 4, "int", zeros=True).T
-        torch.testing.assert_close(quantised.Int4(WEIGHT, None, zeros=True)(x), expected, atol=1e-4, rtol=1e-4)
+        expected = x @ matrices.rounded(WEIGHT, 4, "int", zeros=True).T
+        torch.testing.assert_close(matrices.Int4(WEIGHT, None, zeros=True)(x), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_mxfp4_has_a_power_of_two_per_block_and_eight_magnitudes():
-    found = quantised.mxfp4(WEIGHT)
-    torch.testing.assert_close(quantised.mxfp4(found), found)
+    found = matrices.mxfp4(WEIGHT)
+    torch.testing.assert_close(matrices.mxfp4(found), found)
     for block, rounded in zip(WEIGHT.view(-1, 32), found.view(-1, 32), strict=True):
         scale = 2.0 ** (torch.floor(torch.log2(block.abs().max())) - 2)
-        assert set((rounded.abs() / scale).tolist()) <= set(quantised.E2M1)
+        assert set((rounded.abs() / scale).tolist()) <= set(matrices.E2M1)
         clipped = block.abs() > 6 * scale
-        nearest = torch.tensor([min(quantised.E2M1, key=lambda g: abs(g - float(abs(x) / scale))) for x in block])
+        nearest = torch.tensor([min(matrices.E2M1, key=lambda g: abs(g - float(abs(x) / scale))) for x in block])
         assert torch.equal(rounded.abs()[~clipped], (nearest * scale)[~clipped])
         assert (rounded.abs()[clipped] == 6 * scale).all()
-    assert (quantised.mxfp4(torch.zeros(1, 32)) == 0).all()
+    assert (matrices.mxfp4(torch.zeros(1, 32)) == 0).all()
 
 
 @pytest.mark.parametrize("mantissa", [1, 2])
 def test_leading_bits_leave_sign_and_exponent_and_err_by_half_of_the_last_bit(mantissa):
-    found = quantised.nested(WEIGHT, mantissa)
+    found = matrices.nested(WEIGHT, mantissa)
     kept = found != 0
     assert (found.sign() == WEIGHT.sign())[kept].all()
     assert torch.equal(torch.frexp(found).exponent[kept], torch.frexp(WEIGHT).exponent[kept])
     assert ((found - WEIGHT).abs() / WEIGHT.abs())[kept].max() <= 2.0 ** -(mantissa + 1)
     greatest = int(torch.frexp(WEIGHT).exponent.max())
     assert torch.equal(kept, torch.frexp(WEIGHT).exponent > greatest - 7)
-    assert (quantised.nested(torch.zeros(2, 2), mantissa) == 0).all()
+    assert (matrices.nested(torch.zeros(2, 2), mantissa) == 0).all()
 
 
 def cost(rounded, weight, square):

@@ -112,17 +112,17 @@ def test_a_pruned_target_has_its_share_of_zeros_and_sees_what_pruned_layers_make
         seen.append(recorder.mean.diagonal().sum())
         return recorder.dense
 
-    unchanged = over_layers(target, texts, same, whole=True)
+    unchanged = list(over_layers(target, texts, same, whole=True))
     assert len(seen) == 8
-    assert all(a.mlp.down is b.mlp.down for a, b in zip(unchanged.layers, target.lean.layers, strict=True))
-    half = over_layers(target, texts, SparseSelf(sparsity=0.5).changed, whole=False)
-    for layer in half.layers:
+    assert all(a.mlp.down is b.mlp.down for a, b in zip(unchanged, target.lean.layers, strict=True))
+    for layer in over_layers(target, texts, SparseSelf(sparsity=0.5).changed, whole=False):
         for dense in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
             assert float((dense.weight == 0).double().mean()) == 0.5
     # the second layer's inputs are those that the pruned first one makes
     first, other = [], []
-    over_layers(target, texts, lambda r: first.append(r.mean) or SparseSelf(sparsity=0.9).changed(r), whole=False)
-    over_layers(target, texts, lambda r: other.append(r.mean) or r.dense, whole=False)
+    prune = SparseSelf(sparsity=0.9).changed
+    list(over_layers(target, texts, lambda r: first.append(r.mean) or prune(r), whole=False))
+    list(over_layers(target, texts, lambda r: other.append(r.mean) or r.dense, whole=False))
     assert torch.equal(first[0], other[0])
     assert not torch.allclose(first[4], other[4])
     assert isinstance(Recorder(target.lean.layers[0].mlp.down, whole=False).mean, torch.Tensor)

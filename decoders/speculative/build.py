@@ -1,0 +1,98 @@
+"""`decodathlon draft`: make drafters before a run, and see which there are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from decodathlon.decoders.speculative import made
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness import embedded, models
+from decodathlon.harness.commands.command import Command, say
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.registry import registry
+
+#: What --method means: a decoder, parameters that the name settles, and options that it takes.
+METHODS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
+    **{
+        name: ("sparse-self", {"method": name}, ("sparsity", "pattern")) for name in ("magnitude", "wanda", "sparsegpt")
+    },
+    **{name: ("structured-self", {"method": name}, ("share",)) for name in ("flap", "gradient")},
+    "codebook": ("codebook-self", {}, ("bits",)),
+    "mixed-precision": ("mixed-precision-self", {}, ("budget-bits",)),
+    "quantised": ("quantised-self", {}, ("bits",)),
+    "layer-skip": ("layer-skip", {}, ()),
+}
+OPTIONS = {
+    "sparsity": "share of the weights that go",
+    "pattern": "2:4 or 4:8 instead of a share",
+    "share": "share of the layers' weights that go with their heads and channels",
+    "bits": "bits per weight",
+    "budget-bits": "bits per weight, on average",
+}
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    one = actions.add_parser("build", help="make the drafter of a decoder and keep it on disk; runs find it there")
+    what = one.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", choices=list(METHODS))
+    what.add_argument("--decoder", metavar="SPEC", help="the decoder whose drafter is made, instead of --method")
+    for name, text in OPTIONS.items():
+        able = ", ".join(m for m, (_, _, takes) in METHODS.items() if name in takes)
+        one.add_argument(f"--{name}", metavar="X", help=f"{text} ({able})")
+    one.add_argument("--model", default=embedded.NAME, metavar="SPEC")
+    one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    actions.add_parser("list", help="the drafters on disk")
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _list() if options.action == "list" else _build(options)
+
+
+def _build(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name.replace("-", "_")) for name in OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    decoder = decoders.build(options.decoder if options.decoder else _spec(options.method, given))
+    if options.decoder and given:
+        raise SpecError(f"--{next(iter(given))} goes with --method; with --decoder write it into the brackets")
+    if not isinstance(decoder, made.Made):
+        able = sorted({name for name, _, _ in METHODS.values()})
+        raise SpecError(f"{decoder.spec} has no drafter to be made; one of {', '.join(able)} has")
+    model = models.resolve(options.model)
+    models.check(model, models.pick_device(options.device))
+    say(f"loading {model.name}")
+    target = models.load(model, device=options.device, dtype=options.dtype, say=say)
+    decoder.check(target)
+    begin = time.monotonic()
+    place = made.build(decoder, target, say)
+    mib = sum(f.stat().st_size for f in place.iterdir()) / 2**20
+    say(f"{decoder.spec}: made in {time.monotonic() - begin:.0f} s, {mib:.1f} MiB in {place}")
+    return 0
+
+
+def _spec(method: str, given: dict[str, str]) -> str:
+    name, settled, takes = METHODS[method]
+    for option in given:
+        if option not in takes:
+            able = " and ".join(f"--{t}" for t in takes) or "nothing more"
+            raise SpecError(f"--method {method} takes {able}, not --{option}")
+    params = {**settled, **{option.replace("-", "_"): value for option, value in given.items()}}
+    return name + (f"[{','.join(f'{k}={v}' for k, v in params.items())}]" if params else "")
+
+
+def _list() -> int:
+    root = embedded.cache_folder() / "drafters"
+    for path in sorted(root.glob("*/*/meta.json")):
+        meta: dict[str, Any] = json.loads(path.read_text())
+        params = ",".join(f"{k}={v}" for k, v in meta["recipe"].items() if k != "kind")
+        mib = sum(f.stat().st_size for f in path.parent.iterdir()) / 2**20
+        say(f"{meta['model']}  {meta['recipe']['kind']}[{params}]  {mib:.1f} MiB  {path.parent}")
+    say(f"drafters are kept in {root}; remove a folder to be rid of one")
+    return 0
+
+
+registry.add("command", "draft", Command("make a drafter before a run", _arguments, _run), __file__)

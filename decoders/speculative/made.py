@@ -1,0 +1,256 @@
+"""Drafters that are made of the target's own matrices, and where they are kept: with the target, and on disk.
+
+On disk a drafter is a folder: `meta.json`, written last, says which model it is of, by which recipe, and what its
+layers consist of; `NNN.safetensors` has those matrices of a layer that are not the target's own. `decodathlon draft
+build` writes it, one layer at a time. A drafter that is no more than a choice of the target's parts has no other file,
+and is written when it is first made for a model that has a revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from decodathlon.decoders.speculative.matrices import Int4, Int8
+from decodathlon.harness import embedded, progress
+from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Raise it when files change, so that older ones are not read.
+VERSION = 1
+Say = Callable[[str], None]
+#: Numbers of each parameter that tell one revision of a model from another.
+SAMPLED = 512
+
+
+class Made(ABC):
+    """A decoder whose drafter is the target's forward with other matrices, made once per model."""
+
+    #: Whether making it takes so long, and its file is so small, that it is written without being asked for.
+    small: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def recipe(self) -> Mapping[str, Any]:
+        """`kind`, and all parameters that the drafter depends on; numbers, words and truths."""
+
+    @abstractmethod
+    def layers(self, target: Any) -> Iterator[Any]:
+        """The drafter's layers (`targets.lean.Layer`), in order."""
+
+    def output(self, target: Any) -> Any:
+        """Its output matrix."""
+        return target.lean.head
+
+    def made(self, target: Any) -> Any:
+        """The drafter's forward: what the target keeps, what lies on disk, or made now.
+
+        Raises:
+            SpecError: what lies on disk is of another revision of this model.
+        """
+        key = ("made", *sorted(self.recipe.items()))
+        if key not in target.kept:
+            found = stored(self, target)
+            if found is None and self.small and target.revision:
+                build(self, target, _unheard)
+                found = stored(self, target)
+            if found is None:
+                found = target.lean.replaced(list(self.layers(target)), self.output(target))
+            target.kept[key] = found
+        return target.kept[key]
+
+
+def _unheard(text: str) -> None:
+    """Takes what nobody wants to hear."""
+
+
+def folder_of(decoder: Made, target: Any) -> Path:
+    """Where the drafter lies, or would."""
+    recipe = dict(decoder.recipe)
+    text = json.dumps([recipe, *_computed_by(recipe)], sort_keys=True)
+    dtype = str(target.dtype).removeprefix("torch.")
+    name = "".join(c if c.isalnum() or c in "-._" else "-" for c in target.name)
+    short = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return embedded.cache_folder() / "drafters" / name / f"{recipe['kind']}-{dtype}-{short}"
+
+
+def _computed_by(recipe: Mapping[str, Any]) -> list[str]:
+    """What lays numbers out in its own way, where that is so: packed 4-bit weights are read by the kernel that packed
+    them."""
+    return [torch.version.__version__, torch.backends.cpu.get_cpu_capability()] if recipe["kind"] == "quantised" else []
+
+
+def fingerprint(target: Any) -> str:
+    """A hash of numbers from every parameter of the model: other weights, another fingerprint."""
+    found = hashlib.sha256()
+    for name, weight in sorted(target.model.named_parameters()):
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].float().cpu()
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        found.update(some.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def build(decoder: Made, target: Any, say: Say) -> Path:
+    """Make the drafter and write it; of the matrices made, one layer's are held at a time.
+
+    Raises:
+        MissingError: the disk has no room for it.
+    """
+    place = folder_of(decoder, target)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
+    try:
+        head, own = decoder.output(target), target.lean
+        parts = []
+        count = len(own.layers)
+        told = progress.told(range(count), f"{decoder.recipe['kind']}: layers", say)
+        layers = decoder.layers(target)
+        for i in told:
+            parts.append(_write(next(layers), own.layers[i], work / f"{i:03}.safetensors"))
+        meta = {
+            "version": VERSION,
+            "model": target.name,
+            "revision": target.revision,
+            "fingerprint": fingerprint(target),
+            "recipe": dict(decoder.recipe),
+            "layers": parts,
+            "head": _write_matrices({"head": head}, {"head": own.head}, work / "head.safetensors")["head"],
+        }
+        (work / "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(work, place)
+    except OSError as error:
+        raise MissingError(f"the drafter cannot be written to {place}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return place
+
+
+def stored(decoder: Made, target: Any) -> Any:
+    """The drafter as it lies on disk, or None.
+
+    Raises:
+        SpecError: it was made of other weights than the target's, or is damaged.
+    """
+    place = folder_of(decoder, target)
+    try:
+        meta = json.loads((place / "meta.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise _refused(place, f"cannot be read ({error})") from error
+    if meta.get("version") != VERSION:
+        return None
+    if meta["fingerprint"] != fingerprint(target):
+        raise _refused(
+            place,
+            f"was made of {_shown(meta['model'], meta['revision'], meta['fingerprint'])}, and the model now is "
+            f"{_shown(target.name, target.revision, fingerprint(target))}",
+        )
+    from safetensors import SafetensorError
+
+    own = target.lean
+    try:
+        layers = [
+            _read(parts, own.layers[i], place / f"{i:03}.safetensors", target.device)
+            for i, parts in enumerate(meta["layers"])
+        ]
+        head = _read_matrices({"head": meta["head"]}, {"head": own.head}, place / "head.safetensors", target.device)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _refused(place, f"is damaged ({str(error).splitlines()[0]})") from error
+    return own.replaced(layers, head["head"])
+
+
+def _shown(name: str, revision: str, print_: str) -> str:
+    return f"{name} ({', '.join(filter(None, [revision and f'revision {revision}', f'weights {print_}']))})"
+
+
+def _refused(place: Path, why: str) -> SpecError:
+    return SpecError(
+        f"the drafter in {place} {why}. Build it anew (decodathlon draft build) or remove that folder; without it the "
+        "drafter is made when it is needed."
+    )
+
+
+def _kinds() -> dict[str, tuple[Any, Sequence[str]]]:
+    """Matrices that have a form on disk, and the tensors that each consists of."""
+    from decodathlon.harness.targets.lean import Dense
+
+    return {
+        "dense": (Dense, ("weight", "bias")),
+        "int4": (Int4, ("packed", "scales", "bias")),
+        "int8": (Int8, ("weight", "scale", "bias")),
+    }
+
+
+def _matrices(layer: Any) -> dict[str, Any]:
+    a, m = layer.attention, layer.mlp
+    found = {} if a is None else {"qkv": a.qkv, "out": a.out}
+    return found if m is None else {**found, "gate_up": m.gate_up, "down": m.down}
+
+
+def _write(layer: Any, own: Any, path: Path) -> dict[str, Any]:
+    """Write what is not the target's own; returns what the layer consists of."""
+    a = layer.attention
+    heads = {} if a is None or a.heads is None else {"heads": a.heads, "key_heads": a.key_heads}
+    return {**_write_matrices(_matrices(layer), _matrices(own), path), **heads}
+
+
+def _write_matrices(matrices: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> dict[str, str]:
+    from safetensors.torch import save_file
+
+    parts: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, matrix in matrices.items():
+        if matrix is own[name]:
+            parts[name] = "target"
+            continue
+        kind, names = next((k, n) for k, (form, n) in _kinds().items() if type(matrix) is form)
+        parts[name] = kind
+        for part in names:
+            if (tensor := getattr(matrix, part)) is not None:
+                tensors[f"{name}.{part}"] = tensor.detach().cpu().contiguous()
+    if tensors:
+        save_file(tensors, str(path))
+    return parts
+
+
+def _read(parts: Mapping[str, Any], own: Any, path: Path, device: Any) -> Any:
+    from dataclasses import replace
+
+    found = _read_matrices({k: v for k, v in parts.items() if k not in ("heads", "key_heads")}, _matrices(own), path,
+                           device)  # fmt: skip
+    heads = {k: parts[k] for k in ("heads", "key_heads") if k in parts}
+    a, m = own.attention, own.mlp
+    return replace(
+        own,
+        attention=replace(a, qkv=found["qkv"], out=found["out"], **heads) if "qkv" in found else None,
+        mlp=replace(m, gate_up=found["gate_up"], down=found["down"]) if "down" in found else None,
+    )
+
+
+def _read_matrices(parts: Mapping[str, str], own: Mapping[str, Any], path: Path, device: Any) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(path), device=str(device)) if any(p != "target" for p in parts.values()) else {}
+    found = {}
+    for name, kind in parts.items():
+        if kind == "target":
+            found[name] = own[name]
+            continue
+        form, names = _kinds()[kind]
+        found[name] = form.__new__(form)  # its constructor would make the numbers anew
+        for part in names:
+            setattr(found[name], part, tensors.get(f"{name}.{part}"))
+    return found
