@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from decodathlon.decoders.speculative import bandits, clocks, controllers, verify
 from decodathlon.decoders.speculative.controllers import Controller, Panel, Seconds
 from decodathlon.decoders.speculative.drafter import Autoregressive, Draft, Drafter, SharedMemory
-from decodathlon.decoders.speculative.trees import Branching, ancestors
+from decodathlon.decoders.speculative.trees import Branching, DrawnTree, ancestors
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Claim, Completion, Cost, Limits, Sampler
 from decodathlon.harness.errors import SpecError
@@ -95,6 +95,11 @@ class Speculative(Sampler):
         """The most tokens that a cycle reads behind the text, over all branches."""
         return self.k
 
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """How many uniform numbers a cycle needs by row, for drafting and for verifying."""
+        return self.k, self.k + 1
+
     def shape(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return law.one_hot(logits)
@@ -145,7 +150,8 @@ class Speculative(Sampler):
 class SelfSpeculative(Speculative):
     """A decoder whose drafter is a form of the target, in the target's own keys and values."""
 
-    #: Whether tokens are drawn from the drafter's law, or its likeliest are guessed; at temperature 0 they are.
+    #: Whether tokens are drawn from the drafter's law (in a tree without replacement), or its likeliest are guessed;
+    #: at temperature 0 they are.
     proposal: Literal["sample", "guess"] = "sample"
     #: How many ways on are drafted at each place, and how many nodes of that tree the target looks at.
     branches: int = 1
@@ -162,8 +168,18 @@ class SelfSpeculative(Speculative):
     def widest(self) -> int:
         return self.k if self.branches == 1 else max(self.budget, self.branches * self.k)
 
+    @property
+    def draws_trees(self) -> bool:
+        return self.branches > 1 and self.temperature > 0 and self.proposal == "sample"
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        return (self.budget, (self.k + 1) * (self.branches + 1)) if self.draws_trees else super().numbers
+
     def reading_on(self, context: Any, forward: Any) -> Drafter:
         """A drafter that reads the target's context on with this forward."""
+        if self.draws_trees:
+            return DrawnTree(context.lent(forward), self.shape, branches=self.branches, nodes=self.budget)
         if self.branches > 1:
             return Branching(context.lent(forward), _plain, branches=self.branches, nodes=self.budget)
         return self.autoregressive(SharedMemory, context.lent(forward))
@@ -245,7 +261,8 @@ class _Request:
         asked = [c.width() for c in self.panel.controllers]
         want = [max(0, min(w, n, room)) for w, n in zip(asked, left, strict=True)]
         u = self._uniforms()
-        draft = self.drafter.propose(texts, want, self.panel, u[:, : self.decoder.k])
+        drafting = self.decoder.numbers[0]
+        draft = self.drafter.propose(texts, want, self.panel, u[:, :drafting])
         _check(draft, want, self.target.vocab_size, self.decoder.spec)
         draft = draft.cut(room)
         drafted = time.perf_counter()
@@ -254,7 +271,7 @@ class _Request:
         tokens = torch.cat([pending, draft.tokens.clamp(min=0).to(pending)], 1)
         tree = None if draft.parents is None else ancestors(draft.parents)
         step = self.context.extend(tokens, tree=tree, hidden=self.drafter.hidden)
-        accepted, nodes, token = self._verdict(step.logits, draft, tree, u[:, self.decoder.k :])
+        accepted, nodes, token = self._verdict(step.logits, draft, tree, u[:, drafting:])
         kept = [n + 1 for n in accepted]
         verified = time.perf_counter()
         if nodes is None:
@@ -284,10 +301,10 @@ class _Request:
             self._take(row, new[b], scores[b])
 
     def _uniforms(self) -> Tensor:
-        """(B, 2 k + 1): fresh in every cycle, because what a controller does may depend on the ones before."""
+        """(B, n): fresh in every cycle, because what a controller does may depend on the ones before."""
         if self.decoder.temperature == 0:
-            return torch.zeros(len(self.rows), 2 * self.decoder.k + 1, dtype=torch.float64)
-        return self.rng.uniforms(2 * self.decoder.k + 1, rows=[row.number for row in self.rows])
+            return torch.zeros(len(self.rows), sum(self.decoder.numbers), dtype=torch.float64)
+        return self.rng.uniforms(sum(self.decoder.numbers), rows=[row.number for row in self.rows])
 
     def _verdict(
         self, logits: Tensor, draft: Draft, tree: Tensor | None, u: Tensor
@@ -303,13 +320,19 @@ class _Request:
             verdict = verify.chain(log_p, tokens, draft.log_q, counts, numbers)
             return verdict.accepted.tolist(), None, verdict.token.tolist()
         depth = torch.arange(N + 1)[None] if tree is None else tree.sum(-1).cpu() - 1
-        drawn = self._drawn(logits, depth)
         if draft.parents is None:
-            verdict = verify.match(drawn, tokens, counts)
+            verdict = verify.match(self._drawn(logits, depth), tokens, counts)
             return verdict.accepted.tolist(), None, verdict.token.tolist()
         parents = draft.parents.to(logits.device)
         meant = torch.where(torch.arange(N, device=tokens.device) < counts[:, None], tokens, -1)
-        path = verify.walk(drawn, meant, parents, int(depth.max()))
+        deepest = int(depth.max())
+        if draft.log_q is None:
+            path = verify.walk(self._drawn(logits, depth), meant, parents, deepest)
+        else:
+            log_p = self.decoder.shape(logits.flatten(0, 1)).view_as(logits)
+            # by level: the tests' own numbers, and behind them the one for the draw
+            numbers = u.unflatten(1, (self.decoder.k + 1, -1))[:, : deepest + 1].to(logits.device)
+            path = verify.walk_drawn(log_p, meant, parents, draft.log_q, numbers, deepest, replaced=False)
         return path.accepted.tolist(), path.nodes.cpu(), path.token.tolist()
 
     def _drawn(self, logits: Tensor, depth: Tensor) -> Tensor:
@@ -385,12 +408,18 @@ def _check(draft: Draft, want: Sequence[int], vocabulary: int, who: str) -> None
     meant = (
         torch.arange(N, device=draft.tokens.device) < torch.tensor(draft.counts, device=draft.tokens.device)[:, None]
     )
+    if draft.parents is not None and draft.log_q is not None:
+        meant = meant & (draft.tokens != -1)
     outside = meant & ((draft.tokens < 0) | (draft.tokens >= vocabulary))
     if bool(outside.any()):
         raise ValueError(
             f"{who}: drafted token {int(draft.tokens[outside][0])}, outside the vocabulary of {vocabulary}"
         )
     if draft.log_q is not None:
-        drawn = draft.log_q.gather(2, draft.tokens.to(draft.log_q.device)[:, :, None])[..., 0]
+        laws, tokens = draft.log_q, draft.tokens.to(draft.log_q.device).clamp(min=0)
+        if draft.parents is not None:
+            behind = draft.parents.to(laws.device) + 1
+            laws = laws.gather(1, behind[:, :, None].expand(-1, -1, laws.shape[2]))
+        drawn = laws.gather(2, tokens[:, :, None])[..., 0]
         if bool((~drawn.isfinite())[meant.to(drawn.device)].any()):
             raise ValueError(f"{who}: drafted a token to which its own law gives no probability, or NaN")

@@ -27,7 +27,9 @@ class Draft:
     tokens: Tensor
     #: How many of them are meant, by row.
     counts: list[int]
-    #: (B, N, V) natural log-probabilities of the law that each was drawn from; None for guesses that were not drawn.
+    #: Natural log-probabilities, (B, N, V), of the law that each was drawn from; None for guesses that were not drawn.
+    #: In a tree (B, 1 + N, V): of the law that the children of the text and of each node were drawn from, without
+    #: replacement and in their order. A child that is negative is none, because its law had no more tokens.
     log_q: Tensor | None = None
     #: (B, N) of a tree, the parent of each node, -1 for the text; parents before children. None for a chain.
     parents: Tensor | None = None
@@ -39,7 +41,7 @@ class Draft:
         return Draft(
             self.tokens[:, :nodes],
             [min(n, nodes) for n in self.counts],
-            None if self.log_q is None else self.log_q[:, :nodes],
+            None if self.log_q is None else self.log_q[:, : nodes + (self.parents is not None)],
             None if self.parents is None else self.parents[:, :nodes],
         )
 

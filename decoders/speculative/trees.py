@@ -9,10 +9,12 @@ Dimensions: B rows, D places of a draft, N nodes, V vocabulary.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from decodathlon.decoders.speculative.drafter import Draft, SharedMemory, Stopping
+from decodathlon.harness import law
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -73,6 +75,97 @@ def ancestors(parents: Tensor) -> Tensor:
         mask[:, i + 1] = mask[row, parents[:, i] + 1]
         mask[:, i + 1, i + 1] = True
     return mask
+
+
+def by_levels(stays: float, depth: int, branches: int, nodes: int) -> list[tuple[int, int]]:
+    """The shape of the tree of so many nodes of which most are expected to stay, if of the siblings at a place each is
+    kept with probability `stays` where those before it were not: (parent, level) of each node, by level.
+
+    A node is worth the product of stays (1 - stays)^rank along its path, so the best are found best first. Sequoia
+    (Chen et al. 2024, arXiv 2402.12374) finds them by dynamic programming, for rates by rank that need not be these.
+    """
+    ranks = [math.log(stays) + r * math.log1p(-stays) for r in range(branches)]
+    places = [list(range(branches)) for _ in range(depth)]
+    parents = [parent for _, parent in _best_first([ranks] * depth, places, nodes, depth)]
+    levels: list[int] = []
+    for parent in parents:
+        levels.append(0 if parent < 0 else levels[parent] + 1)
+    order = sorted(range(len(parents)), key=lambda i: levels[i])
+    number = {-1: -1, **{old: new for new, old in enumerate(order)}}
+    return [(number[parents[i]], levels[i]) for i in order]
+
+
+class DrawnTree(SharedMemory):
+    """A form of the target that draws a tree, level by level: the children of a node from one law, without
+    replacement. Its shape follows from how often a level of earlier cycles stayed, never from the tokens.
+
+    Sequoia (Chen et al. 2024, arXiv 2402.12374). What was drafted is read anew at each level, because nothing of it is
+    kept.
+    """
+
+    def __init__(self, context: Any, law: Any, *, branches: int, nodes: int) -> None:
+        super().__init__(context, law, sampled=True, watched=False)
+        self.branches, self.nodes = branches, nodes
+        # levels that stayed, and that were tried; as if two cycles had gone before
+        self._stayed, self._tried = 1.0, 2.0
+        self._first, self._depth = 1, 0
+
+    def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
+        self.context.follow()
+        B = len(texts)
+        room = self.context.capacity - int(self.context.lengths.max()) - 1
+        self._depth = depth = min(max(want), room)
+        if depth < 1:
+            none = torch.zeros(B, 0, dtype=torch.long)
+            return Draft(none, [0] * B, parents=none)
+        shape = by_levels(self._rate(), depth, self.branches, min(self.nodes, room))
+        self._first = sum(parent < 0 for parent, _ in shape)
+        parents = torch.tensor([parent for parent, _ in shape]).expand(B, -1)
+        tokens = torch.full((B, 1 + len(shape)), -1)
+        tokens[:, 0] = torch.tensor([text[-1] for text in texts])
+        laws: Tensor | None = None
+        for level in range(1 + shape[-1][1]):
+            log_q = self._read_tree(tokens[:, : 1 + sum(at < level for _, at in shape)], parents)
+            # the laws behind the nodes that are still to come are never asked for
+            laws = log_q if laws is None else torch.cat([laws, log_q[:, laws.shape[1] :]], 1)
+            for place in {parent: None for parent, at in shape if at == level}:
+                mine = [i for i, (parent, _) in enumerate(shape) if parent == place]
+                drawn = _without_replacement(laws[:, place + 1], u[:, mine].to(laws.device))
+                tokens[:, [i + 1 for i in mine]] = drawn.cpu()
+        assert laws is not None
+        missing = 1 + len(shape) - laws.shape[1]
+        laws = torch.nn.functional.pad(laws, (0, 0, 0, missing), value=float("-inf"))
+        return Draft(tokens[:, 1:], [len(shape) if w else 0 for w in want], laws, parents)
+
+    def _read_tree(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """(B, 1 + n, V) laws behind the text and the n nodes so far."""
+        self.calls += 1
+        self.positions += tokens.shape[1]
+        tree = ancestors(parents[:, : tokens.shape[1] - 1])
+        found = self.context.extend(tokens.clamp(min=0), tree=tree).logits
+        return self.law(found.flatten(0, 1)).view_as(found)
+
+    def _rate(self) -> float:
+        """How often one of several siblings stays, if a level with as many as the text has stays as often as it did."""
+        level = min(max(self._stayed / self._tried, 0.05), 0.95)
+        return float(1 - (1 - level) ** (1 / self._first))
+
+    def settle(self, accepted: Sequence[int], hidden: Mapping[int, Tensor]) -> None:
+        super().settle(accepted, hidden)
+        self._stayed += sum(accepted)
+        self._tried += sum(min(n + 1, self._depth) for n in accepted)
+
+
+def _without_replacement(log_q: Tensor, u: Tensor) -> Tensor:
+    """(B, n) different tokens, drawn one by one with the numbers u (B, n); -1 where the law (B, V) has no more."""
+    left = log_q.exp()
+    drawn = []
+    for j in range(u.shape[1]):
+        total = left.sum(-1)
+        token = law.draw(left.where(total[:, None] > 0, 1.0).log(), u[:, j])
+        drawn.append(torch.where(total > 0, token, -1))
+        left = left.scatter(1, token[:, None], 0.0)
+    return torch.stack(drawn, 1)
 
 
 class Branching(SharedMemory):

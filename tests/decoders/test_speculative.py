@@ -99,8 +99,8 @@ def test_a_second_level_drafts_what_the_first_would_draft_alone(target):
     """The same numbers make the same draft, in fewer passes of the drafter."""
     limits = Limits(20, ignore_eos=True)
     for temperature in (0, 1):
-        one = answers(f"quantised-self[form=float,k=6,temperature={temperature}]", target, limits)
-        two = answers(f"multi-level[form=float,k=6,temperature={temperature}]", target, limits)
+        one = answers(f"quantised-self[form=float,head=same,k=6,temperature={temperature}]", target, limits)
+        two = answers(f"multi-level[form=float,head=same,k=6,temperature={temperature}]", target, limits)
         assert_same(two, one)
         assert sum(a.cost.draft_calls for a in two) < sum(a.cost.draft_calls for a in one)
 

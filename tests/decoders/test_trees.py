@@ -1,6 +1,7 @@
 """Trees of guesses: the likeliest beginnings, parents first, and texts that they leave alone."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -72,12 +73,84 @@ def test_a_grown_tree_holds_likely_beginnings_of_the_drafter(target):
 def test_trees_leave_the_text_alone(target, spec, more):
     limits = Limits(20, ignore_eos=True, trace=True)
     for temperature, alone in ((0, "greedy"), (0.8, "temperature[temperature=0.8]")):
-        ours = decoders.build(f"{spec}[{more},temperature={temperature}]").generate(
+        ours = decoders.build(f"{spec}[{more},temperature={temperature},proposal=guess]").generate(
             target, PROMPTS, limits, RowRandom(0, range(3))
         )
         theirs = decoders.build(alone).generate(target, PROMPTS, limits, RowRandom(0, range(3)))
         assert [a.tokens for a in ours] == [a.tokens for a in theirs]
         assert [a.log_prob for a in ours] == pytest.approx([a.log_prob for a in theirs], abs=1e-9)
+
+
+def stays_on(shape, stays):
+    """The nodes of a tree that are expected to stay."""
+    worth, ranks = {-1: 1.0}, {}
+    for i, (parent, _) in enumerate(shape):
+        rank = ranks[parent] = ranks.get(parent, -1) + 1
+        worth[i] = worth[parent] * stays * (1 - stays) ** rank
+    return sum(worth.values()) - 1
+
+
+@pytest.mark.parametrize(("depth", "branches", "nodes"), [(3, 2, 5), (2, 3, 4), (4, 2, 6), (1, 3, 2), (5, 1, 3)])
+@pytest.mark.parametrize("stays", [0.3, 0.5, 0.8])
+def test_no_tree_of_that_size_keeps_more(depth, branches, nodes, stays):
+    """All trees, by adding nodes one by one."""
+
+    def grown(shape, last):
+        yield shape
+        if len(shape) < nodes:
+            for parent in range(-1, len(shape)):
+                level = 0 if parent < 0 else shape[parent][1] + 1
+                crowd = sum(p == parent for p, _ in shape)
+                if level < depth and crowd < branches and parent >= last:  # each tree in one order is enough
+                    yield from grown([*shape, (parent, level)], parent)
+
+    found = trees.by_levels(stays, depth, branches, nodes)
+    assert [level for _, level in found] == sorted(level for _, level in found)
+    best = max(stays_on(shape, stays) for shape in grown([], -1))
+    assert stays_on(found, stays) == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("spec", ["early-exit[k=2,branches=4,budget=12,layers=1", "layer-skip[k=3,branches=2,top_k=4"])
+def test_what_stays_of_a_drawn_tree_has_the_law_of_the_target(target, spec):
+    """Chi-square over all texts of four tokens."""
+    rows, prompt = 1000, [0, 2]
+    decoder = decoders.build(spec + ",temperature=1]")
+    law = {(): 0.0}
+    for _ in range(4):
+        law = {
+            (*text, t): p + q
+            for text, p in law.items()
+            for t, q in enumerate(decoder.shape(_behind(target, [*prompt, *text]))[0].tolist())
+            if q > -50
+        }
+    counts = dict.fromkeys(law, 0)
+    for seed in range(20):
+        answers = decoder.generate(target, [prompt] * rows, Limits(4, ignore_eos=True), RowRandom(seed, range(rows)))
+        for answer in answers:
+            counts[tuple(answer.tokens)] += 1
+    drawn = 20 * rows
+    expected = {text: drawn * math.exp(p) for text, p in law.items()}
+    rare = [text for text, e in expected.items() if e < 5]
+    cells = [(counts[t], e) for t, e in expected.items() if e >= 5]
+    cells.append((sum(counts[t] for t in rare), sum(expected[t] for t in rare)))
+    chi = sum((n - e) ** 2 / e for n, e in cells if e > 0)
+    assert len(cells) > 20
+    assert chi < len(cells) + 4 * math.sqrt(2 * len(cells))
+
+
+def _behind(target, text):
+    return target.open([text], capacity=len(text)).next_logits
+
+
+def test_a_law_that_runs_out_of_tokens_has_no_more_children(target):
+    drawn = trees._without_replacement(torch.tensor([[0.5, 0.0, 0.5]]).log(), torch.tensor([[0.1, 0.7, 0.3]]))
+    assert drawn.tolist() == [[0, 2, -1]]
+    limits = Limits(12, ignore_eos=True)
+    found = decoders.build("early-exit[branches=3,k=3,budget=9,top_k=1,temperature=1]").generate(
+        target, PROMPTS, limits, RowRandom(0, range(3))
+    )
+    greedy = decoders.build("greedy").generate(target, PROMPTS, limits, RowRandom(0, range(3)))
+    assert [a.tokens for a in found] == [a.tokens for a in greedy]
 
 
 def test_a_tree_accepts_no_less_than_its_first_branch(target):
