@@ -153,8 +153,8 @@ class LinUCB:
 
 
 class Contextual(Controller):
-    """LinUCB over the rules of `arms`, by what the last cycle's first law looked like, how much stays on average,
-    and how far the text has come."""
+    """LinUCB over the rules of `arms`, by what the last cycle's first law looked like and how large the activations
+    were that it was made from, how much stays on average, and how far the text has come."""
 
     watches = True
 
@@ -163,12 +163,12 @@ class Contextual(Controller):
         self.arms, self.watches = arms(longest, laws=laws), laws
         self.rewarding = Rewarding(reward, longest)
         self.kept, self.tokens, self._arm = Mean(), 0, 0
-        self._seen = [0.0, 0.0, 0.0]
+        self._seen = [0.0, 0.0, 0.0, 0.0]
         self.model = LinUCB(len(self.arms), len(self._features()))
 
     def _features(self) -> list[float]:
-        """A constant, root of the entropy, top probability, margin, acceptance, and the log of the position, all of
-        order one."""
+        """A constant, root of the entropy, top probability, margin, log of the activations' root mean square,
+        acceptance, and the log of the position, all of order one."""
         return [1.0, *self._seen, self.kept.value, math.log1p(self.tokens) / 8]
 
     def width(self) -> int:
@@ -178,7 +178,8 @@ class Contextual(Controller):
 
     def stops(self, outlook: Outlook, row: int) -> bool:
         if outlook.position == 0:
-            self._seen = [math.sqrt(outlook.entropy[row]) / 3, outlook.top[row], outlook.margin[row]]
+            size = math.log1p(outlook.norm[row]) / 4
+            self._seen = [math.sqrt(outlook.entropy[row]) / 3, outlook.top[row], outlook.margin[row], size]
         return self.arms[self._arm].stops(outlook, row)
 
     def settle(self, drafted: int, accepted: int, seconds: Seconds) -> None:

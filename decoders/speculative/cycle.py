@@ -126,7 +126,8 @@ class Speculative(Sampler):
         What is only guessed is not drawn from the law that the temperature makes, so rules look at the law as it is.
         """
         sampled = self.temperature > 0 and getattr(self, "proposal", "sample") == "sample"
-        return kind(context, self.shape if sampled else _plain, sampled=sampled, watched=self.looks)
+        law_of = self.shape if sampled else _plain
+        return kind(context, law_of, sampled=sampled, watched=self.looks, normed=self.controller == "contextual")
 
     @property
     def looks(self) -> bool:

@@ -92,11 +92,14 @@ class Autoregressive(Drafter):
         law: (B, V) logits to the processed law, as the target's are.
         sampled: whether tokens are drawn from the law, or its likeliest is guessed.
         watched: whether `stopping` wants to see laws; where it does not, none is made for guesses.
+        normed: whether it wants to see how large the drafter's activations are.
     """
 
-    def __init__(self, context: Any, law: Any, *, sampled: bool, watched: bool) -> None:
+    def __init__(self, context: Any, law: Any, *, sampled: bool, watched: bool, normed: bool = False) -> None:
         self.context, self.law, self.sampled, self.watched = context, law, sampled, watched
         self.rows = context.rows
+        self._wanted = [context.deepest] if normed and context.deepest is not None else []
+        self._state: Tensor | None = None
 
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         from decodathlon.harness import law
@@ -120,7 +123,7 @@ class Autoregressive(Drafter):
             counts = [n + g for n, g in zip(counts, going, strict=True)]
             going = [g and n < w for g, n, w in zip(going, counts, want, strict=True)]
             if log_q is not None and self.watched and any(going):
-                stopped = stopping.stops(Outlook(log_q, position=j))
+                stopped = stopping.stops(Outlook(log_q, j, self._state))
                 going = [g and not s for g, s in zip(going, stopped, strict=True)]
         if not tokens:
             return Draft(torch.zeros(B, 0, dtype=torch.long), counts)
@@ -135,8 +138,10 @@ class Autoregressive(Drafter):
         self._read(padded, [len(m) for m in missing])
 
     def _read(self, tokens: Tensor, counts: list[int]) -> None:
-        self.context.extend(tokens)
+        step = self.context.extend(tokens, hidden=self._wanted)
         self.context.keep(counts)
+        for state in step.hidden.values():
+            self._state = state[torch.arange(len(counts)), [n - 1 for n in counts]]
         self.calls += 1
         self.positions += tokens.shape[1]
 

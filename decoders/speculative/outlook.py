@@ -18,19 +18,27 @@ class Outlook:
     p = (.5, .3, .15, .05) and q = (.1, .2, .3, .4), dropping drafts of q(x) < .25 makes of p (.55, .19, .195, .065).
     """
 
-    def __init__(self, log_q: Tensor, position: int) -> None:
+    def __init__(self, log_q: Tensor, position: int, state: Tensor | None = None) -> None:
         """
         Args:
             log_q: (B, V) natural log-probabilities.
             position: how many tokens were drafted before in this cycle.
+            state: (B, E) the drafter's residual stream that the law was made from, where somebody asked for it.
         """
-        self._log_q, self.position = log_q, position
+        self._log_q, self.position, self._state = log_q, position, state
 
     @cached_property
     def entropy(self) -> list[float]:
         """In nats."""
         p = self._log_q.exp()
         return torch.special.entr(p).sum(-1).tolist()
+
+    @cached_property
+    def norm(self) -> list[float]:
+        """Root mean square of the residual stream; zeros where nobody asked for it."""
+        if self._state is None:
+            return [0.0] * len(self._log_q)
+        return self._state.float().square().mean(-1).sqrt().tolist()
 
     @cached_property
     def _two(self) -> list[list[float]]:

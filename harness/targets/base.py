@@ -69,6 +69,8 @@ class Context(ABC):
     next_logits: Tensor
     #: The most tokens that a row can hold.
     capacity: int
+    #: The number of the residual stream behind the last block, among the hidden states of `extend`; None without any.
+    deepest: int | None = None
     #: Hidden states of the prompts that `open` was asked for, by number, each (B, L, E), padded at the end.
     prompt_hidden: Mapping[int, Tensor]
 

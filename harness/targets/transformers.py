@@ -32,7 +32,7 @@ class TransformersContext(Context):
         self.capacity = capacity
         self.cache = cache if cache is not None else RowCache(target.layers, rows, capacity)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=target.device)
-        self._target = target
+        self._target, self.deepest = target, target.layers
         self._host = [0] * rows
         self._last_logits: Tensor | None = None
         self._next_logits: Tensor | None = None

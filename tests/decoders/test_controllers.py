@@ -9,6 +9,11 @@ import torch
 from decodathlon.decoders.speculative import bandits, clocks, controllers
 from decodathlon.decoders.speculative.controllers import Seconds
 from decodathlon.decoders.speculative.outlook import Outlook
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.targets import toy
 
 NO_TIME = Seconds(0.0, 0.0, 0.0)
 
@@ -202,3 +207,22 @@ def test_tapout_comes_near_the_best_of_its_arms():
     for policy in ("ucb1-tuned", "thompson"):
         tapout = bandits.TapOut(8, policy=policy, level="sequence", reward="tokens-per-second", seed=0, laws=False)
         assert speed(tapout, lambda _: stays, cost, 20_000, skip=2000) > 0.97 * best
+
+
+def test_the_contextual_rule_sees_how_large_activations_are():
+    state = torch.tensor([[3.0, -4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    log_q = torch.full((2, 2), 0.5).log()
+    assert Outlook(log_q, 0, state).norm == pytest.approx([2.5, 0.0])
+    assert Outlook(log_q, 0).norm == [0.0, 0.0]
+    load_builtins()
+    target = toy.enumerable_lm(8)
+    prompts = [[0, 2, 3, 4], [0, 5]]
+    decoder = decoders.build("quantised-self[controller=contextual]")
+    decoder.generate(target, prompts, Limits(4, ignore_eos=True), RowRandom(0, range(2)))
+    found = [c._seen[3] for c in target.kept[decoder]]
+    # it is asked in the first cycle alone, and what it saw there is the stream behind the prompt and the first token
+    for b, prompt in enumerate(prompts):
+        first = int(target.open([prompt], capacity=9).next_logits.argmax())
+        own = target.open([prompt], capacity=9).lent(decoder.made(target))
+        states = own.extend(torch.tensor([[first]]), hidden=[target.layers]).hidden[target.layers]
+        assert found[b] == pytest.approx(math.log1p(float(states.square().mean().sqrt())) / 4, rel=1e-5)
