@@ -7,11 +7,12 @@ Both are rounded and kept in the target's type: their drafts are the true ones, 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, claim
-from decodathlon.decoders.speculative.sparse import Calibrated, Recorder
+from decodathlon.decoders.speculative.layers import written
+from decodathlon.decoders.speculative.sparse import Calibrated, Recorder, over_layers
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
@@ -64,37 +65,51 @@ def rounded_channels(weight: Tensor, bits: Tensor) -> Tensor:
 
 
 def allotted(weight: Tensor, square: Tensor, budget: float) -> Tensor:
-    """(I,) bits for each input of a matrix, `budget` of them on average: each next step goes where it takes away
-    most of the sum of (W - rounded)^2 times the mean square of the input, per bit. HAWQ (arXiv 1905.03696) gives
-    bits so by layer.
+    """(I,) bits for each input of a matrix, `budget` of them on average, where they lessen the sum of (W - rounded)^2
+    times the mean square of the input most."""
+    errors = torch.stack([_errors(weight, square, b) for b in BITS], 1).tolist()
+    return torch.tensor(shared_out(errors, [1] * len(errors), budget), device=weight.device)
+
+
+def shared_out(errors: Sequence[Sequence[float]], sizes: Sequence[int], budget: float) -> list[int]:
+    """Bits for each unit, `budget` of them per weight: each next step goes where it takes away most of the error per
+    bit, among those that can still be paid. HAWQ (arXiv 1905.03696) gives bits to layers so.
+
+    Args:
+        errors: by unit, the error at each of `BITS`.
+        sizes: weights of each unit.
     """
-    inputs = weight.shape[1]
-    errors = torch.stack([_errors(weight, square, b) for b in BITS]).tolist()
-    level, left = [0] * inputs, budget * inputs
-    waiting = [_step(errors, j, 0) for j in range(inputs)]
+    level, left = [0] * len(sizes), budget * sum(sizes)
+
+    def step(unit: int) -> tuple[float, int, int] | None:
+        """The step up that gains most per bit and can be paid: minus that gain, the unit, the level."""
+        now, mine = level[unit], errors[unit]
+        ups = [
+            ((mine[to] - mine[now]) / price, unit, to)
+            for to in range(now + 1, len(BITS))
+            if (price := (BITS[to] - BITS[now]) * sizes[unit]) <= left
+        ]
+        return min(ups, default=None)
+
+    waiting = [up for unit in range(len(sizes)) if (up := step(unit))]
     heapq.heapify(waiting)
     while waiting:
-        gain, j, to = heapq.heappop(waiting)
-        price = BITS[to] - BITS[level[j]]
-        if gain >= 0 or price > left:
+        gain, unit, to = heapq.heappop(waiting)
+        price = (BITS[to] - BITS[level[unit]]) * sizes[unit]
+        if gain < 0 and price <= left:
+            left -= price
+            level[unit] = to
+        elif gain >= 0:
             continue
-        left -= price
-        level[j] = to
-        if to + 1 < len(BITS):
-            heapq.heappush(waiting, _step(errors, j, to))
-    return torch.tensor([BITS[n] for n in level], device=weight.device)
+        if up := step(unit):
+            heapq.heappush(waiting, up)
+    return [BITS[n] for n in level]
 
 
 def _errors(weight: Tensor, square: Tensor, bits: int) -> Tensor:
     """(I,) what rounding each input's weights to so many bits costs."""
     every = torch.full((weight.shape[1],), bits, device=weight.device)
     return (weight.float() - rounded_channels(weight, every).float()).square().sum(0) * square.float()
-
-
-def _step(errors: Sequence[Sequence[float]], j: int, now: int) -> tuple[float, int, int]:
-    """The next step up of an input that gains most per bit: minus that gain, the input, the level."""
-    ups = [((errors[to][j] - errors[now][j]) / (BITS[to] - BITS[now]), j, to) for to in range(now + 1, len(BITS))]
-    return min(ups)
 
 
 @decoder(
@@ -130,18 +145,41 @@ class CodebookSelf(Calibrated):
     paper="the founding note on drafters; Dong et al. 2019, HAWQ (arXiv 1905.03696)",
 )
 class MixedPrecisionSelf(Calibrated):
-    """The target with 16, 8, 4, 2 or no bits for the weights of each input drafts: `budget_bits` on average, given
-    to those where they are worth most."""
+    """The target with 16, 8, 4, 2 or no bits for the weights of each input (`by=channel`) or of each matrix
+    (`by=layer`) drafts: `budget_bits` on average, given to those where they are worth most."""
 
     k: int = 2
     budget_bits: float = 4.0
+    by: Literal["channel", "layer"] = "channel"
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"kind": "mixed-precision", "budget_bits": self.budget_bits}
+        return {"kind": "mixed-precision", "budget_bits": self.budget_bits, "by": self.by}
+
+    def layers(self, target: Any) -> Iterator[Any]:
+        if self.by == "channel":
+            return super().layers(target)
+        errors: list[list[float]] = []
+        sizes: list[int] = []
+
+        def felt(seen: Recorder) -> Any:
+            errors.append([float(_errors(seen.dense.weight, seen.mean, b).double().sum()) for b in BITS])
+            sizes.append(seen.dense.weight.numel())
+            return seen.dense
+
+        texts, _ = written(target)
+        for _ in over_layers(target, texts, felt, whole=False):
+            pass
+        bits = iter(shared_out(errors, sizes, self.budget_bits))
+        return (layer.mapped(lambda dense: _rounded(dense, next(bits))) for layer in target.lean.layers)
 
     def changed(self, seen: Recorder) -> Any:
-        from decodathlon.harness.targets.lean import Dense
+        return _rounded(seen.dense, allotted(seen.dense.weight, seen.mean, self.budget_bits))
 
-        weight = seen.dense.weight
-        return Dense(rounded_channels(weight, allotted(weight, seen.mean, self.budget_bits)), seen.dense.bias)
+
+def _rounded(dense: Any, bits: Tensor | int) -> Any:
+    from decodathlon.harness.targets.lean import Dense
+
+    inputs = dense.weight.shape[1]
+    every = torch.full((inputs,), bits, device=dense.weight.device) if isinstance(bits, int) else bits
+    return Dense(rounded_channels(dense.weight, every), dense.bias)

@@ -122,3 +122,26 @@ def test_bits_keep_their_budget_and_beat_as_many_for_all(budget):
         assert found == 0
     else:
         assert SQUARE[bits == bits.max()].mean() > SQUARE[bits == bits.min()].mean()
+
+
+def test_bits_are_shared_out_nearly_as_well_as_in_any_way():
+    """All ways for five units: greedy steps lose little, and nothing where every step costs the same."""
+    source = torch.Generator().manual_seed(3)
+    for sizes in ([1] * 5, [1, 2, 3, 1, 4]):
+        for _ in range(10):
+            scale = torch.rand(5, generator=source).mul(3).exp()
+            errors = [[float(s) * 4.0**-b for b in codebook.BITS] for s in scale]
+            for budget in (1.0, 3.0, 5.5):
+                left = budget * sum(sizes)
+                ways = [
+                    sum(e[i] for e, i in zip(errors, way, strict=True))
+                    for way in itertools.product(range(5), repeat=5)
+                    if sum(codebook.BITS[i] * n for i, n in zip(way, sizes, strict=True)) <= left
+                ]
+                found = codebook.shared_out(errors, sizes, budget)
+                assert sum(b * n for b, n in zip(found, sizes, strict=True)) <= left
+                mine = sum(e[codebook.BITS.index(b)] for e, b in zip(errors, found, strict=True))
+                nothing = sum(e[0] for e in errors)
+                assert mine - min(ways) <= 0.25 * (nothing - min(ways))
+    assert codebook.shared_out([[4.0, 1.0, 0.5, 0.1, 0.0]], [7], 16) == [16]
+    assert codebook.shared_out([[1.0, 1.0, 1.0, 1.0, 1.0]], [7], 16) == [0]  # nothing to be gained

@@ -20,6 +20,7 @@ SPECS = [
     "sparse-self[method=sparsegpt,pattern=2:4]",
     "codebook-self[bits=2]",
     "mixed-precision-self[budget_bits=3]",
+    "mixed-precision-self[budget_bits=3,by=layer]",
     "quantised-self",
     "quantised-self[bits=8,head=same]",
     "quantised-self[bits=5,form=float,head=exact]",

@@ -18,7 +18,7 @@ DRAFTERS = [
     "prompt-lookup", "retrieval[longest=2]", "draft-model", "early-exit", "layer-skip", "quantised-self",
     "quantised-self[bits=8]", "quantised-self[form=float]", "quantised-self[form=float,bits=5]",
     "quantised-self[form=float,bits=6]", "multi-level", "multi-level[form=float,k=6,ahead=2]",
-    "codebook-self", "mixed-precision-self[budget_bits=2.5]",
+    "codebook-self", "mixed-precision-self[budget_bits=2.5]", "mixed-precision-self[by=layer]",
     "sparse-self", "sparse-self[method=sparsegpt,pattern=2:4]", "sparse-self[method=magnitude,sparsity=1]",
 ]  # fmt: skip
 CONTROLLERS = [
