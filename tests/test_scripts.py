@@ -135,3 +135,21 @@ def test_a_reservoir_keeps_all_of_a_law_that_stays_and_loses_the_likeliest_token
     found = held(jumps, 8, cross=True)
     assert found.kept < 0.1
     assert found.greatest > 100
+
+
+def test_the_regret_of_bandits_is_that_against_the_best_rule(monkeypatch, tmp_path, capsys):
+    made = script("bandit_regret")
+    monkeypatch.setattr(made, "TABLE", tmp_path / "table.csv")
+    monkeypatch.setattr(made, "FIGURE", tmp_path / "figure.svg")
+    made.main(["--cycles", "100", "--runs", "1"])
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(made.WAYS) * 2  # two rewards, after 50 and 100 cycles
+    assert "best" in capsys.readouterr().out
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
+    # who always pulls the best rule loses nothing, but for the noise of its own rewards
+    arms = made.arms("blend", 4000)
+    best = max(arms, key=arms.get)
+    rule = made.bandits.arms(made.LONGEST, laws=True)[list(arms).index(best)]
+    own = made.cycles(rule, "blend", 4000, 5)
+    assert abs(np.mean(own) - arms[best]) < 4 * np.std(own) / np.sqrt(4000)
