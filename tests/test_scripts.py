@@ -153,3 +153,17 @@ def test_the_regret_of_bandits_is_that_against_the_best_rule(monkeypatch, tmp_pa
     rule = made.bandits.arms(made.LONGEST, laws=True)[list(arms).index(best)]
     own = made.cycles(rule, "blend", 4000, 5)
     assert abs(np.mean(own) - arms[best]) < 4 * np.std(own) / np.sqrt(4000)
+
+
+def test_greedy_identity_tells_texts_that_part(monkeypatch, capsys):
+    made = script("greedy_identity")
+    target = toy.enumerable_lm(8)
+    monkeypatch.setattr(made.models, "load", lambda *args, **more: target)
+    monkeypatch.setattr(made, "prompts", lambda *args: [[[0, 2, 3], [0, 4]], [[0, 5]]])
+    assert made.main(["--tokens", "8", "--decoder", "quantised-self", "--decoder", "early-exit"]) == 0
+    assert "0 of 3 texts differ" in capsys.readouterr().out
+    assert made.main(["--tokens", "8", "--decoder", "temperature[temperature=2]"]) == 1
+    assert "of 3 texts differ, gaps" in capsys.readouterr().out
+    names = made.specs()
+    assert {"prompt-lookup", "layer-skip", "structured-self", "multi-level"} <= set(names)
+    assert not {"hf-assisted", "draft-model", "temperature"} & set(names)

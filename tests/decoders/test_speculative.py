@@ -221,3 +221,41 @@ def test_a_lookup_that_grows_finds_what_a_fresh_one_finds():
 def test_a_range_of_matches_that_is_empty_is_refused():
     with pytest.raises(SpecError, match="shortest=4 exceeds longest=3"):
         decoders.build("prompt-lookup[shortest=4]")
+
+
+def test_parameters_outside_their_bounds_are_named():
+    for spec, error in (
+        ("prompt-lookup[k=0]", "k=0"),
+        ("quantised-self[budget=0,branches=2]", "budget=0"),
+        ("quantised-self[bits=5]", "form=int has 4 or 8 bits, not 5"),
+        ("quantised-self[zeros=true,bits=8]", "zeros=true is of form=int with 4 bits"),
+        ("quantised-self[controller=always]", "controller"),
+    ):
+        with pytest.raises(SpecError, match=error):
+            decoders.build(spec)
+
+
+@pytest.mark.parametrize("where", ["before", "behind the first"])
+@pytest.mark.parametrize("spec", ["quantised-self", "prompt-lookup", "draft-model", "quantised-self[branches=2]"])
+def test_a_controller_that_always_stops_makes_greedy_search(target, spec, where, monkeypatch):
+    class Stopper(cycle.Controller):
+        watches = True
+
+        def width(self):
+            return 0 if where == "before" else self.longest
+
+        def stops(self, outlook, row):
+            return True
+
+    decoder = decoders.build(spec)
+    monkeypatch.setattr(type(decoder), "new_controller", lambda self, seed: Stopper(self.k))
+    monkeypatch.setattr(type(decoder), "looks", True)
+    target.release()  # what controllers have learnt among it
+    ours = answers(decoder, target, Limits(12, ignore_eos=True, trace=True))
+    assert_same(ours, answers("greedy", target, Limits(12, ignore_eos=True)))
+    drafted = [c["drafted"] for a in ours for c in a.trace]
+    if where == "before":
+        assert set(drafted) == {0}
+        assert all(a.cost.target_calls == 12 for a in ours)
+    elif spec in ("quantised-self", "draft-model"):
+        assert max(drafted) == 1
