@@ -5,12 +5,16 @@ Both may decide to draft nothing, and then look again from time to time whether 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from decodathlon.decoders.speculative.controllers import Controller, Seconds
 
 #: How much of an average the newest value is.
 NEWEST = 0.03
 #: Another length must promise so much more before it is taken.
 HYSTERESIS = 1.03
+#: What of older cycles is left, in a straight line through what was measured.
+FADE = 0.97
 #: Cycles between two looks at what the next length up or down would bring.
 PROBE = 48
 
@@ -66,6 +70,55 @@ class EWMA(Controller):
     @property
     def state(self) -> dict[str, float | str]:
         return {"best": self.best}
+
+
+class Budget:
+    """How many nodes of a tree are looked at: `fixed`, or where that is 0 as many as pay, at most `most`.
+
+    With the nodes in falling order of how likely they are to stay, n of them promise 1 + w_1 + ... + w_n tokens in
+    t_draft + t_verify(1 + n) + t_keep seconds; verifying is a straight line through what was measured of it.
+    """
+
+    def __init__(self, fixed: int, most: int) -> None:
+        self.fixed, self.most = fixed, max(1, most)
+        self.cycle = 0
+        self.other = Mean()
+        # by least squares in which the past fades: number, sums of n, n^2, seconds, n * seconds
+        self._sums = [0.0] * 5
+
+    def nodes(self, worth: Sequence[float]) -> int:
+        """The number to take of nodes that stay with these probabilities, in falling order."""
+        if self.fixed or not worth:
+            return min(self.fixed, len(worth))
+        most = min(self.most, len(worth))
+        line = self._line()
+        if line is None:  # not yet two lengths: the shortest and the longest, in turn
+            return most if self.cycle % 2 else 1
+        begin, slope = line
+        tokens, best, found = 1.0, 0.0, 1
+        for n in range(1, most + 1):
+            tokens += worth[n - 1]
+            rate = tokens / max(1e-9, self.other.value + begin + slope * n)
+            if rate > best:
+                best, found = rate, n
+        # now and then another number, without which the line would be forgotten
+        return min(most, max(1, found + (4 if found < most else -4))) if self.cycle % PROBE == 0 else found
+
+    def timed(self, nodes: int, seconds: Seconds) -> None:
+        """What the cycle took in which so many were looked at."""
+        self.cycle += 1
+        self.other.add(seconds.draft + seconds.keep)
+        new = (1.0, nodes, nodes * nodes, seconds.verify, nodes * seconds.verify)
+        self._sums = [FADE * old + one for old, one in zip(self._sums, new, strict=True)]
+
+    def _line(self) -> tuple[float, float] | None:
+        """Seconds of verifying no node, and of each."""
+        count, n, nn, t, nt = self._sums
+        spread = count * nn - n * n
+        if self.cycle < 4 or spread <= 1e-6 * count * nn:
+            return None
+        slope = max(0.0, (count * nt - n * t) / spread)
+        return (t - slope * n) / count, slope
 
 
 class BreakEven(Controller):

@@ -45,7 +45,7 @@ BLIND = {
     "break-even": clocks.BreakEven,
 }
 BOUNDS = {"k": "[1, 64]", "temperature": "[0, 100]", "top_k": "[0, inf)", "top_p": "(0, 1]"}
-SELF_BOUNDS = {**BOUNDS, "branches": "[1, 8]", "budget": "[1, 64]"}
+SELF_BOUNDS = {**BOUNDS, "branches": "[1, 8]", "budget": "[0, 64]"}
 
 
 def claim(decoder: Speculative) -> Claim:
@@ -154,7 +154,8 @@ class SelfSpeculative(Speculative):
     #: Whether tokens are drawn from the drafter's law (in a tree without replacement), or its likeliest are guessed;
     #: at temperature 0 they are.
     proposal: Literal["sample", "guess"] = "sample"
-    #: How many ways on are drafted at each place, and how many nodes of that tree the target looks at.
+    #: How many ways on are drafted at each place, and how many nodes of that tree the target looks at (0: as many as
+    #: pay by the times that were measured).
     branches: int = 1
     budget: int = 8
 
@@ -167,7 +168,12 @@ class SelfSpeculative(Speculative):
 
     @property
     def widest(self) -> int:
-        return self.k if self.branches == 1 else max(self.budget, self.branches * self.k)
+        return self.k if self.branches == 1 else max(self.budget, self._most)
+
+    @property
+    def _most(self) -> int:
+        """Nodes of the widest tree: so many at each place."""
+        return self.branches * self.k
 
     @property
     def draws_trees(self) -> bool:
@@ -175,14 +181,20 @@ class SelfSpeculative(Speculative):
 
     @property
     def numbers(self) -> tuple[int, int]:
-        return (self.budget, (self.k + 1) * (self.branches + 1)) if self.draws_trees else super().numbers
+        if not self.draws_trees:
+            return super().numbers
+        return self.budget or self._most, (self.k + 1) * (self.branches + 1)
 
-    def reading_on(self, context: Any, forward: Any) -> Drafter:
+    def reading_on(self, target: Any, context: Any, forward: Any) -> Drafter:
         """A drafter that reads the target's context on with this forward."""
-        if self.draws_trees:
-            return DrawnTree(context.lent(forward), self.shape, branches=self.branches, nodes=self.budget)
         if self.branches > 1:
-            return Branching(context.lent(forward), _plain, branches=self.branches, nodes=self.budget)
+            kept = ("budget", self)
+            if not self.remember or kept not in target.kept:
+                target.kept[kept] = clocks.Budget(self.budget, self._most)
+            budget = target.kept[kept]
+            if self.draws_trees:
+                return DrawnTree(context.lent(forward), self.shape, branches=self.branches, budget=budget)
+            return Branching(context.lent(forward), _plain, branches=self.branches, budget=budget)
         return self.autoregressive(SharedMemory, context.lent(forward))
 
 
@@ -288,6 +300,7 @@ class _Request:
         ]
         scores = self._scores(step.logits, path, new)
         seconds = Seconds(drafted - begin, verified - drafted, time.perf_counter() - verified)
+        self.drafter.timed(N, seconds)
         for b, row in enumerate(self.rows):
             controller = self.panel.controllers[b]
             controller.settle(draft.counts[b], accepted[b], seconds)

@@ -18,6 +18,8 @@ from decodathlon.harness.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from decodathlon.decoders.speculative.controllers import Seconds
+
 
 @dataclass
 class Draft:
@@ -79,6 +81,9 @@ class Drafter(ABC):
             accepted: by row, how many of the drafted tokens stayed.
             hidden: what `hidden` asked for, (B, 1 + N, E) each: behind the text's last token and each drafted one.
         """
+
+    def timed(self, nodes: int, seconds: Seconds) -> None:  # noqa: B027 - chains have controllers for that
+        """What the cycle took in which the target looked at so many of its tokens per row."""
 
     def select(self, rows: Sequence[int]) -> None:  # noqa: B027 - most keep nothing by row
         """Only these rows go on, in this order."""

@@ -114,7 +114,7 @@ class EarlyExit(SelfSpeculative):
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         first = self.layers or target.layers // 2
-        return self.reading_on(context, without(target.lean, range(2 * first, 2 * target.layers)))
+        return self.reading_on(target, context, without(target.lean, range(2 * first, 2 * target.layers)))
 
 
 @decoder(
@@ -134,7 +134,7 @@ class LayerSkip(Made, SelfSpeculative):
     small: ClassVar[bool] = True
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        return self.reading_on(context, self.made(target))
+        return self.reading_on(target, context, self.made(target))
 
     @property
     def recipe(self) -> Mapping[str, Any]:

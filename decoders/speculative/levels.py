@@ -116,7 +116,7 @@ class MultiLevel(QuantisedSelf):
         if self.branches > 1 or self.looks:
             raise SpecError("multi-level drafts chains of a length that is known before: no branches, no rule on laws")
 
-    def reading_on(self, context: Any, forward: Any) -> Drafter:
+    def reading_on(self, target: Any, context: Any, forward: Any) -> Drafter:
         lookup = Lookup(context.rows, self.longest, 1, [0] * context.rows)
         plain = self.autoregressive(SharedMemory, context.lent(forward))
         return TwoLevels(plain.context, plain.law, sampled=plain.sampled, lookup=lookup, ahead=self.ahead)

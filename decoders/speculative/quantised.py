@@ -47,7 +47,7 @@ class QuantisedSelf(Made, SelfSpeculative):
             raise SpecError(f"zeros=true is of form=int with 4 bits, not of form={self.form} with {self.bits}")
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        return self.reading_on(context, self.made(target))
+        return self.reading_on(target, context, self.made(target))
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ class Calibrated(Made, SelfSpeculative):
     model writes itself."""
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        return self.reading_on(context, self.made(target))
+        return self.reading_on(target, context, self.made(target))
 
     def layers(self, target: Any) -> Iterator[Any]:
         texts, _ = written(target)

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from decodathlon.decoders.speculative.clocks import Budget
+from decodathlon.decoders.speculative.controllers import Seconds
 from decodathlon.decoders.speculative.drafter import Draft, SharedMemory, Stopping
 from decodathlon.harness import law
 from decodathlon.harness.lazy import torch
@@ -77,9 +80,10 @@ def ancestors(parents: Tensor) -> Tensor:
     return mask
 
 
-def by_levels(stays: float, depth: int, branches: int, nodes: int) -> list[tuple[int, int]]:
+def by_levels(stays: float, depth: int, branches: int, nodes: int) -> tuple[list[tuple[int, int]], list[float]]:
     """The shape of the tree of so many nodes of which most are expected to stay, if of the siblings at a place each is
-    kept with probability `stays` where those before it were not: (parent, level) of each node, by level.
+    kept with probability `stays` where those before it were not: (parent, level) of each node, by level; and how likely
+    the nodes are to stay, in falling order.
 
     A node is worth the product of stays (1 - stays)^rank along its path, so the best are found best first. Sequoia
     (Chen et al. 2024, arXiv 2402.12374) finds them by dynamic programming, for rates by rank that need not be these.
@@ -88,11 +92,15 @@ def by_levels(stays: float, depth: int, branches: int, nodes: int) -> list[tuple
     places = [list(range(branches)) for _ in range(depth)]
     parents = [parent for _, parent in _best_first([ranks] * depth, places, nodes, depth)]
     levels: list[int] = []
+    worth: list[float] = []
+    crowd: Counter[int] = Counter()
     for parent in parents:
         levels.append(0 if parent < 0 else levels[parent] + 1)
+        worth.append((1.0 if parent < 0 else worth[parent]) * math.exp(ranks[crowd[parent]]))
+        crowd[parent] += 1
     order = sorted(range(len(parents)), key=lambda i: levels[i])
     number = {-1: -1, **{old: new for new, old in enumerate(order)}}
-    return [(number[parents[i]], levels[i]) for i in order]
+    return [(number[parents[i]], levels[i]) for i in order], worth
 
 
 class DrawnTree(SharedMemory):
@@ -103,9 +111,9 @@ class DrawnTree(SharedMemory):
     kept.
     """
 
-    def __init__(self, context: Any, law: Any, *, branches: int, nodes: int) -> None:
+    def __init__(self, context: Any, law: Any, *, branches: int, budget: Budget) -> None:
         super().__init__(context, law, sampled=True, watched=False)
-        self.branches, self.nodes = branches, nodes
+        self.branches, self.budget = branches, budget
         # levels that stayed, and that were tried; as if two cycles had gone before
         self._stayed, self._tried = 1.0, 2.0
         self._first, self._depth = 1, 0
@@ -118,7 +126,10 @@ class DrawnTree(SharedMemory):
         if depth < 1:
             none = torch.zeros(B, 0, dtype=torch.long)
             return Draft(none, [0] * B, parents=none)
-        shape = by_levels(self._rate(), depth, self.branches, min(self.nodes, room))
+        most = self.budget.fixed or self.branches * depth
+        shape, worth = by_levels(self._rate(), depth, self.branches, min(most, room))
+        if not self.budget.fixed:
+            shape, _ = by_levels(self._rate(), depth, self.branches, self.budget.nodes(worth))
         self._first = sum(parent < 0 for parent, _ in shape)
         parents = torch.tensor([parent for parent, _ in shape]).expand(B, -1)
         tokens = torch.full((B, 1 + len(shape)), -1)
@@ -150,6 +161,10 @@ class DrawnTree(SharedMemory):
         level = min(max(self._stayed / self._tried, 0.05), 0.95)
         return float(1 - (1 - level) ** (1 / self._first))
 
+    def timed(self, nodes: int, seconds: Seconds) -> None:
+        if nodes:
+            self.budget.timed(nodes, seconds)
+
     def settle(self, accepted: Sequence[int], hidden: Mapping[int, Tensor]) -> None:
         super().settle(accepted, hidden)
         self._stayed += sum(accepted)
@@ -176,9 +191,13 @@ class Branching(SharedMemory):
     nothing of it is kept.
     """
 
-    def __init__(self, context: Any, law: Any, *, branches: int, nodes: int) -> None:
+    def __init__(self, context: Any, law: Any, *, branches: int, budget: Budget) -> None:
         super().__init__(context, law, sampled=False, watched=False)
-        self.branches, self.nodes = branches, nodes
+        self.branches, self.budget = branches, budget
+
+    def timed(self, nodes: int, seconds: Seconds) -> None:
+        if nodes:
+            self.budget.timed(nodes, seconds)
 
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         self.context.follow()
@@ -215,9 +234,10 @@ class Branching(SharedMemory):
 
     def _best(self, tokens: Tensor, parents: Tensor, worth: Tensor, want: Sequence[int]) -> Draft:
         """The likeliest nodes, in their order: a parent is worth more than its children, so it is among them."""
-        count = min(self.nodes, tokens.shape[1])
         # of equals the earlier one: a parent whose child is certain
-        kept = worth.argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
+        order = worth.argsort(dim=1, descending=True, stable=True)
+        count = self.budget.nodes(worth.gather(1, order).exp().mean(0).tolist())
+        kept = order[:, :count].sort(1).values
         number = torch.full((len(tokens), tokens.shape[1] + 1), -1)
         number[:, 1:].scatter_(1, kept, torch.arange(count).expand(len(tokens), -1))
         return Draft(

@@ -226,7 +226,7 @@ def test_a_range_of_matches_that_is_empty_is_refused():
 def test_parameters_outside_their_bounds_are_named():
     for spec, error in (
         ("prompt-lookup[k=0]", "k=0"),
-        ("quantised-self[budget=0,branches=2]", "budget=0"),
+        ("quantised-self[budget=65,branches=2]", "budget=65"),
         ("quantised-self[bits=5]", "form=int has 4 or 8 bits, not 5"),
         ("quantised-self[zeros=true,bits=8]", "zeros=true is of form=int with 4 bits"),
         ("quantised-self[controller=always]", "controller"),

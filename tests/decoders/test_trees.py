@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from decodathlon.decoders.speculative import trees
+from decodathlon.decoders.speculative.clocks import Budget
+from decodathlon.decoders.speculative.controllers import Seconds
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.errors import SpecError
@@ -52,7 +54,7 @@ def test_a_grown_tree_holds_likely_beginnings_of_the_drafter(target):
     """With as many branches as tokens all beginnings are looked at, so the best of them are proposed."""
     context = target.open([[0, 2]], capacity=32)
     own = context.lent(target.lean)
-    drafter = trees.Branching(own, lambda x: x.log_softmax(-1), branches=8, nodes=6)
+    drafter = trees.Branching(own, lambda x: x.log_softmax(-1), branches=8, budget=Budget(6, 24))
     draft = drafter.propose([[0, 2, 3]], [2], None, None)
     first = target.open([[0, 2, 3]], capacity=32).next_logits[0].log_softmax(-1)
     second = torch.stack([target.open([[0, 2, 3, t]], capacity=32).next_logits[0].log_softmax(-1) for t in range(8)])
@@ -67,7 +69,14 @@ def test_a_grown_tree_holds_likely_beginnings_of_the_drafter(target):
 
 
 @pytest.mark.parametrize(
-    "more", ["branches=2,k=3", "branches=3,k=4,budget=5", "branches=2,k=2,budget=1", "branches=8,k=2"]
+    "more",
+    [
+        "branches=2,k=3",
+        "branches=3,k=4,budget=5",
+        "branches=2,k=2,budget=1",
+        "branches=8,k=2",
+        "branches=3,k=3,budget=0",
+    ],
 )
 @pytest.mark.parametrize("spec", ["quantised-self", "early-exit", "layer-skip"])
 def test_trees_leave_the_text_alone(target, spec, more):
@@ -104,13 +113,22 @@ def test_no_tree_of_that_size_keeps_more(depth, branches, nodes, stays):
                 if level < depth and crowd < branches and parent >= last:  # each tree in one order is enough
                     yield from grown([*shape, (parent, level)], parent)
 
-    found = trees.by_levels(stays, depth, branches, nodes)
+    found, worth = trees.by_levels(stays, depth, branches, nodes)
+    assert sum(worth) == pytest.approx(stays_on(found, stays))
+    assert worth == sorted(worth, reverse=True)
     assert [level for _, level in found] == sorted(level for _, level in found)
     best = max(stays_on(shape, stays) for shape in grown([], -1))
     assert stays_on(found, stays) == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("spec", ["early-exit[k=2,branches=4,budget=12,layers=1", "layer-skip[k=3,branches=2,top_k=4"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "early-exit[k=2,branches=4,budget=12,layers=1",
+        "early-exit[k=3,branches=3,budget=0",
+        "layer-skip[k=3,branches=2,top_k=4",
+    ],
+)
 def test_what_stays_of_a_drawn_tree_has_the_law_of_the_target(target, spec):
     """Chi-square over all texts of four tokens."""
     rows, prompt = 1000, [0, 2]
@@ -184,3 +202,21 @@ def test_trees_that_make_no_sense_are_named():
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0],
         [1, 0, 0, 0, 0, 1],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("per_node", "expected"), [(0.0, 12), (0.3, 3), (5.0, 1)])
+def test_a_budget_takes_as_many_nodes_as_pay(per_node, expected):
+    """On a machine where a pass over n nodes takes 1 + per_node n seconds, found by trying all n."""
+    worth = [0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01, 0.01, 0.01]
+    rate = {n: (1 + sum(worth[:n])) / (0.2 + 1 + per_node * n) for n in range(1, 13)}
+    assert max(rate, key=rate.get) == expected
+    budget, taken = Budget(0, 12), []
+    for _ in range(200):
+        n = budget.nodes(worth)
+        taken.append(n)
+        budget.timed(n, Seconds(0.1, 1 + per_node * n, 0.1))
+    assert set(taken[:4]) == {1, 12}
+    assert taken[4:].count(expected) >= 190
+    assert Budget(5, 12).nodes(worth) == 5
+    assert Budget(5, 12).nodes(worth[:3]) == 3
+    assert Budget(0, 12).nodes([]) == 0
