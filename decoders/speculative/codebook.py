@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, claim
+from decodathlon.decoders.speculative.base import SELF_BOUNDS, claim
 from decodathlon.decoders.speculative.layers import written
 from decodathlon.decoders.speculative.sparse import Calibrated, Recorder, over_layers
 from decodathlon.harness.decoder import decoder

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
+from decodathlon.decoders.speculative.base import SELF_BOUNDS, SelfSpeculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.decoders.speculative.made import Made
 from decodathlon.harness.decoder import decoder

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from decodathlon.decoders.speculative.cycle import SELF_BOUNDS
-from decodathlon.decoders.speculative.cycle import claim as claim_of_law
+from decodathlon.decoders.speculative.base import SELF_BOUNDS
+from decodathlon.decoders.speculative.base import claim as claim_of_law
 from decodathlon.decoders.speculative.drafter import Draft, Drafter, SharedMemory, Stopping
 from decodathlon.decoders.speculative.lookup import Lookup
 from decodathlon.decoders.speculative.quantised import QuantisedSelf

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from decodathlon.decoders.speculative.cycle import BOUNDS, Speculative, claim
+from decodathlon.decoders.speculative.base import BOUNDS, Speculative, claim
 from decodathlon.decoders.speculative.drafter import Draft, Drafter, Stopping
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.errors import SpecError

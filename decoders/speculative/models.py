@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from decodathlon.decoders.speculative.cycle import BOUNDS, Speculative, claim
+from decodathlon.decoders.speculative.base import BOUNDS, Speculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter, OwnMemory
 from decodathlon.harness import models
 from decodathlon.harness.decoder import decoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
+from decodathlon.decoders.speculative.base import SELF_BOUNDS, SelfSpeculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.decoders.speculative.made import Made
 from decodathlon.decoders.speculative.matrices import product

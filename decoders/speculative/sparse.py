@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative import pruning
-from decodathlon.decoders.speculative.cycle import SELF_BOUNDS, SelfSpeculative, claim
+from decodathlon.decoders.speculative.base import SELF_BOUNDS, SelfSpeculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.decoders.speculative.layers import written
 from decodathlon.decoders.speculative.made import Made

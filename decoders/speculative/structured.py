@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from decodathlon.decoders.speculative.cycle import BOUNDS, Speculative, claim
+from decodathlon.decoders.speculative.base import BOUNDS, Speculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter, OwnMemory
 from decodathlon.decoders.speculative.layers import written
 from decodathlon.decoders.speculative.made import Made

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from decodathlon.decoders.speculative import cycle, drafter, lookup
-from decodathlon.decoders.speculative.cycle import Speculative
+from decodathlon.decoders.speculative import base, drafter, lookup
+from decodathlon.decoders.speculative.base import Speculative
+from decodathlon.decoders.speculative.controllers import Controller
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.errors import SpecError
@@ -58,7 +59,7 @@ def test_greedy_text_is_that_of_greedy_search(target, spec, limits):
 @pytest.mark.parametrize("controller", CONTROLLERS)
 @pytest.mark.parametrize("spec", ["quantised-self[k=5]", "prompt-lookup"])
 def test_no_controller_changes_the_text(target, spec, controller):
-    if spec == "prompt-lookup" and controller in cycle.LOOKING:
+    if spec == "prompt-lookup" and controller in base.LOOKING:
         with pytest.raises(SpecError, match="this drafter has none; one of static, heuristic"):
             decoders.build(with_parameter(spec, f"controller={controller}"))
         return
@@ -238,7 +239,7 @@ def test_parameters_outside_their_bounds_are_named():
 @pytest.mark.parametrize("where", ["before", "behind the first"])
 @pytest.mark.parametrize("spec", ["quantised-self", "prompt-lookup", "draft-model", "quantised-self[branches=2]"])
 def test_a_controller_that_always_stops_makes_greedy_search(target, spec, where, monkeypatch):
-    class Stopper(cycle.Controller):
+    class Stopper(Controller):
         watches = True
 
         def width(self):
