@@ -167,3 +167,23 @@ def test_greedy_identity_tells_texts_that_part(monkeypatch, capsys):
     names = made.specs()
     assert {"prompt-lookup", "layer-skip", "structured-self", "multi-level"} <= set(names)
     assert not {"hf-assisted", "draft-model", "temperature"} & set(names)
+
+
+def test_a_model_without_layers_is_a_model_of_its_own(tmp_path, capsys):
+    from decodathlon.harness import models
+    from tests.tiny_models import save_folder
+
+    made = script("drop_layers")
+    source, out = str(save_folder(tmp_path / "whole")), tmp_path / "less"
+    assert made.main([source, str(out), "--drop", "1-2"]) == 0
+    assert "2 of 4 layers" in capsys.readouterr().out
+    less, whole = (
+        models.load(models.resolve(str(p)), device="cpu", dtype="bfloat16", say=lambda text: None)
+        for p in (out, source)
+    )
+    kept = [whole.model.model.layers[i].mlp.down_proj.weight for i in (0, 3)]
+    assert all(torch.equal(a, b.mlp.down_proj.weight) for a, b in zip(kept, less.model.model.layers, strict=True))
+    assert torch.equal(less.model.model.embed_tokens.weight, whole.model.model.embed_tokens.weight)
+    for drop, error in (("9", "layers 0 to 3, not 9"), ("0-3", "no layer left"), ("x", "not 'x'"), ("1", "not empty")):
+        assert made.main([source, str(out if drop == "1" else tmp_path / "other"), "--drop", drop]) == 2
+        assert error in capsys.readouterr().err
