@@ -10,6 +10,7 @@ import torch
 
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.results import store
 from decodathlon.harness.results.measured import Measured, Number
 from decodathlon.harness.targets import toy
 
@@ -187,3 +188,19 @@ def test_a_model_without_layers_is_a_model_of_its_own(tmp_path, capsys):
     for drop, error in (("9", "layers 0 to 3, not 9"), ("0-3", "no layer left"), ("x", "not 'x'"), ("1", "not empty")):
         assert made.main([source, str(out if drop == "1" else tmp_path / "other"), "--drop", drop]) == 2
         assert error in capsys.readouterr().err
+
+
+def test_the_table_of_speculative_decoders_is_that_of_the_results(tmp_path, capsys):
+    made = script("speculative_verdict")
+    row = {f"{made.RATIO} low": 0.9, f"{made.RATIO} high": 2.5}
+    rows = [
+        row | {"decoder": "a", "slice": kind, made.RATIO: 2.0 if i % 2 else 0.5} for i, kind in enumerate(made.KINDS)
+    ]
+    rows += [row | {"decoder": "b", "slice": "qa", made.RATIO: 3.0}]
+    table = made.across(rows)
+    assert [line[:2] for line in table[1:]] == [["a", "1.00"], ["b", made.DASH]]
+    assert table[2][1 + 1 + made.KINDS.index("qa")] == "3.00 [0.90, 2.50]"
+    empty = tmp_path / "empty.duckdb"
+    store.ingest(empty, [])
+    with pytest.raises(SystemExit, match="no rows of drafting decoders"):
+        made.main(["--results", str(empty), "--out", str(tmp_path)])
