@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from decodathlon.harness.measure import cycles, speed
 from decodathlon.harness.measure.speed import Pair
-from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.suite import Cell
 
 
@@ -24,16 +23,8 @@ def report(cell: Cell, pairs: Sequence[Pair]) -> None:
     )
     for flaw in cycles.flaws(answers):
         cell.note(f"cycles do not add up: {flaw}")
-    each = cycles.seconds_per_token(answers)
-    greedy = [
-        (sum(pair.seconds["ratio_to_greedy"]) / 2 - pair.prefill) / tokens
-        for pair in pairs
-        if "ratio_to_greedy" in pair.seconds
-    ]
-    if each is not None and greedy:
-        cell.report(
-            "ratio_predicted", Estimate(sorted(greedy)[len(greedy) // 2] / each, n=len(greedy)), baseline="greedy"
-        )
+    if (ratio := speed.predicted(pairs, answers, tokens)) is not None:
+        cell.report("ratio_predicted", ratio, baseline="greedy")
     if cell.cycle_trace:
         for answer in answers:
             cell.sample(f"cycles-{answer.row}", cycles=[dict(cycle) for cycle in answer.cycles])

@@ -305,7 +305,7 @@ METRICS: dict[str, Metric] = {
         "1",
         "none",
         "Of a decoder that drafts, what `ratio_to_greedy` should be by its cycles: seconds that greedy search takes "
-        "per token, prefill apart, over seconds of a cycle per token that it makes.",
+        "per token, prefill apart, over seconds of a cycle per token that it makes, pair by pair.",
         "context",
     ),
     "tau": Metric(

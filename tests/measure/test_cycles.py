@@ -1,10 +1,12 @@
 """Cycles of drafting decoders: sums by hand, loops, and what must add up."""
 
+import math
+
 import pytest
 
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
-from decodathlon.harness.measure import cycles
+from decodathlon.harness.measure import cycles, speed
 from decodathlon.harness.measure.cycles import Traced
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
@@ -71,3 +73,17 @@ def test_cycles_of_decoders_add_up(spec):
         found = decoders.build(spec).generate(target, [[0, 2, 3], [0]], limits, RowRandom(0, range(2)))
         answers = [Traced(str(i), a.tokens, a.trace) for i, a in enumerate(found)]
         assert cycles.flaws(answers) == []
+
+
+def test_the_predicted_ratio_is_that_of_each_pair():
+    """Greedy takes 0.5 s and then 0.25 s per token; cycles of 1 s make 4 tokens, those of 2 s one."""
+    slow = speed.Pair(seconds={"ratio_to_greedy": [2.0, 3.0]}, prefill=0.5, prompts=[[1, 2]])
+    fast = speed.Pair(seconds={"ratio_to_greedy": [1.25, 1.25]}, prefill=0.25, prompts=[[3]])
+    part = {"drafted": 3, "draft_s": 0.25, "verify_s": 0.5, "keep_s": 0.25}
+    answers = [
+        cycles.Traced("a", list(range(5)), [part | {"accepted": 3}]),
+        cycles.Traced("b", list(range(5)), [part | {"accepted": 0, "verify_s": 1.5}] * 4),
+    ]
+    found = speed.predicted([slow, fast], answers, 5)
+    assert found.estimate.value == pytest.approx(math.sqrt((0.5 / 0.25) * (0.25 / 2.0)))
+    assert speed.predicted([slow], [cycles.Traced("a", [1], [])], 5) is None
