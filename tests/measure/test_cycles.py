@@ -85,5 +85,5 @@ def test_the_predicted_ratio_is_that_of_each_pair():
         cycles.Traced("b", list(range(5)), [part | {"accepted": 0, "verify_s": 1.5}] * 4),
     ]
     found = speed.predicted([slow, fast], answers, 5)
-    assert found.estimate.value == pytest.approx(math.sqrt((0.5 / 0.25) * (0.25 / 2.0)))
+    assert found.estimate().value == pytest.approx(math.sqrt((0.5 / 0.25) * (0.25 / 2.0)))
     assert speed.predicted([slow], [cycles.Traced("a", [1], [])], 5) is None
