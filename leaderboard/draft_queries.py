@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 #: The metrics of a decoder that drafts, in the order of the page's table.
 METRICS = (
     "ratio_to_greedy",
+    "ratio_to_greedy(decode)",
     "ratio_to_greedy(without loops)",
     "ratio_predicted",
     "tau",

@@ -78,6 +78,9 @@ def test_throughput(cell):
         straight = speed.ratio(pairs, metric, leaving=looping)
         if looping and straight is not None:
             cell.report(f"{metric}(without loops)", straight, baseline=rival.spec)
+    apart = speed.decode_ratio(pairs, "ratio_to_greedy") if "ratio_to_greedy" in cell.rivals else None
+    if cell.slice in KINDS and apart is not None:
+        cell.report("ratio_to_greedy(decode)", apart, baseline="greedy")
     if cell.decoder.drafts:
         drafts.report(cell, pairs)
 

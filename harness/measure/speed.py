@@ -152,6 +152,20 @@ def ratio(pairs: Sequence[Pair], rival: str, *, leaving: Sequence[Pair] = ()) ->
     return Observations.each([name for name, _ in some], [p.log_ratio(rival) for _, p in some], scale="exp")
 
 
+def decode_ratio(pairs: Sequence[Pair], rival: str) -> Observations | None:
+    """As `ratio`, the prompt apart: the same prefill, the candidate's, is taken off both sides, so the rival must have
+    the candidate's engine."""
+    found = []
+    for name, pair in zip(_names(pairs), pairs, strict=True):
+        theirs, ours = ([s - pair.prefill for s in pair.seconds[side]] for side in (rival, "candidate"))
+        if min(*theirs, *ours) > 0:
+            log = sum(map(math.log, theirs)) / len(theirs) - sum(map(math.log, ours)) / len(ours)
+            found.append((name, log))
+    if not found:
+        return None
+    return Observations.each([name for name, _ in found], [log for _, log in found], scale="exp")
+
+
 def remarks(pairs: Sequence[Pair]) -> list[str]:
     """What looks wrong about the candidate's runs."""
     found = []

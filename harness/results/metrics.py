@@ -272,7 +272,7 @@ METRICS: dict[str, Metric] = {
         "1",
         "higher",
         "Speed against greedy search on the same engine: its time over the decoder's, end to end, paired and "
-        "interleaved.",
+        "interleaved; with `(decode)` behind its name, the reading of the prompt taken off both.",
         "speed",
     ),
     "ratio_to_hf_generate": Metric(

@@ -87,3 +87,11 @@ def test_the_predicted_ratio_is_that_of_each_pair():
     found = speed.predicted([slow, fast], answers, 5)
     assert found.estimate().value == pytest.approx(math.sqrt((0.5 / 0.25) * (0.25 / 2.0)))
     assert speed.predicted([slow], [cycles.Traced("a", [1], [])], 5) is None
+
+
+def test_the_decode_ratio_leaves_the_prompt_out():
+    pair = speed.Pair(seconds={"ratio_to_greedy": [3.0, 3.0], "candidate": [2.0, 2.0]}, prefill=1.0, prompts=[[1]])
+    assert speed.decode_ratio([pair], "ratio_to_greedy").estimate().value == pytest.approx(2.0)
+    assert speed.ratio([pair], "ratio_to_greedy").estimate().value == pytest.approx(1.5)
+    late = speed.Pair(seconds={"ratio_to_greedy": [1.0], "candidate": [1.0]}, prefill=1.0, prompts=[[1]])
+    assert speed.decode_ratio([late], "ratio_to_greedy") is None
