@@ -31,6 +31,8 @@ def numbers(text: str) -> list[int]:
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise SpecError(f"--drop {text}: numbers of layers such as 3,7-9, not {part!r}")
+        if int(last or first) < int(first):
+            raise SpecError(f"--drop {text}: {part.strip()} runs backwards")
         found |= set(range(int(first), int(last or first) + 1))
     return sorted(found)
 
@@ -66,8 +68,8 @@ def main(words: Sequence[str] | None = None) -> int:
     load_builtins()
     try:
         gone = numbers(options.drop)
-        if options.out.exists() and any(options.out.iterdir()):
-            raise SpecError(f"{options.out} is not empty; name another folder")
+        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+            raise SpecError(f"{options.out} is not an empty folder; name another")
         target = models.load(models.resolve(options.model), device="cpu", dtype="bfloat16", say=say)
         model = without(target, gone)
         # the fused matrices of our forward are views of one tensor, which safetensors does not write

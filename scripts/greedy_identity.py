@@ -21,6 +21,7 @@ from decodathlon.harness import datasets, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.commands.command import say
 from decodathlon.harness.datasets import spec_bench
+from decodathlon.harness.errors import SpecError, UnsupportedError
 from decodathlon.harness.measure import texts
 from decodathlon.harness.measure.speed import Pair, divergences
 from decodathlon.harness.progress import told
@@ -82,6 +83,11 @@ def main(words: Sequence[str] | None = None) -> int:
     count = sum(map(len, batches))
     rows, parted = [["decoder", "texts", "differ", "first at", "gap of the two best logits there"]], 0
     for spec in told(wanted, "decoders", say):
+        try:
+            decoders.build(spec).check(target)
+        except (SpecError, UnsupportedError) as error:
+            rows.append([spec, "-", "-", "-", str(error)])
+            continue
         pairs = [
             Pair(answers={"candidate": answers(target, spec, batch, options.tokens), "greedy": own}, prompts=batch)
             for batch, own in zip(batches, greedy, strict=True)

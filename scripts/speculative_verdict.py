@@ -33,16 +33,20 @@ TABLE = "speculative.csv"
 RATIO = "ratio_to_greedy(decode)"
 
 
+#: What must be the same for speeds to stand in one table.
+SETTING = ("model", "dtype", "hardware", "scale", "dataset")
+
+
 def lines(results: Path) -> list[dict[str, Any]]:
-    """The newest sound row of each decoder, kind of prompt and setting."""
+    """The newest sound row of each decoder, kind of prompt and setting; what stands beside a sound one is left out."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "copy.duckdb"
         store.snapshot(results, copy, queries.prepare)
         with duckdb.connect(str(copy)) as connection:
-            cells = [c for c in draft_queries.drafting(connection) if c["slice"] in KINDS]
+            cells = [c for c in draft_queries.drafting(connection) if c["slice"] in KINDS and not c["beside"]]
     found = []
     for cell in cells:
-        row = {k: cell[k] for k in ("decoder", "slice", "model", "dtype", "hardware", "scale")}
+        row = {k: cell[k] for k in ("decoder", "slice", *SETTING)}
         for metric in draft_queries.METRICS:
             value, low, high = cell["numbers"].get(metric, (None, None, None))
             row |= {metric: value, **({f"{metric} low": low, f"{metric} high": high} if "ratio_to" in metric else {})}
@@ -61,7 +65,10 @@ def across(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         return math.exp(statistics.fmean(math.log(row[RATIO]) for row in of.values()))
 
     def shown(row: Mapping[str, Any] | None) -> str:
-        return DASH if row is None else f"{row[RATIO]:.2f} [{row[f'{RATIO} low']:.2f}, {row[f'{RATIO} high']:.2f}]"
+        if row is None:
+            return DASH
+        low, high = row[f"{RATIO} low"], row[f"{RATIO} high"]
+        return f"{row[RATIO]:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")
 
     table = [["decoder", "all six", *KINDS]]
     for name, of in sorted(by.items(), key=lambda item: (-len(item[1]), -mean(item[1]))):
@@ -84,8 +91,13 @@ def main(words: Sequence[str] | None = None) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    say("\n".join(aligned(across(rows))))
-    say(f"\n{len(rows)} rows in {options.out / TABLE}")
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        places.setdefault(tuple(row[k] for k in SETTING), []).append(row)
+    for place, mine in places.items():
+        say(" ".join(map(str, place)))
+        say("\n".join(aligned(across(mine))) + "\n")
+    say(f"{len(rows)} rows in {options.out / TABLE}")
 
 
 if __name__ == "__main__":

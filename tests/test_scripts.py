@@ -185,7 +185,14 @@ def test_a_model_without_layers_is_a_model_of_its_own(tmp_path, capsys):
     kept = [whole.model.model.layers[i].mlp.down_proj.weight for i in (0, 3)]
     assert all(torch.equal(a, b.mlp.down_proj.weight) for a, b in zip(kept, less.model.model.layers, strict=True))
     assert torch.equal(less.model.model.embed_tokens.weight, whole.model.model.embed_tokens.weight)
-    for drop, error in (("9", "layers 0 to 3, not 9"), ("0-3", "no layer left"), ("x", "not 'x'"), ("1", "not empty")):
+    wrong = {
+        "9": "layers 0 to 3, not 9",
+        "0-3": "no layer left",
+        "x": "not 'x'",
+        "1": "not an empty",
+        "3-1": "backwards",
+    }
+    for drop, error in wrong.items():
         assert made.main([source, str(out if drop == "1" else tmp_path / "other"), "--drop", drop]) == 2
         assert error in capsys.readouterr().err
 
@@ -200,6 +207,8 @@ def test_the_table_of_speculative_decoders_is_that_of_the_results(tmp_path, caps
     table = made.across(rows)
     assert [line[:2] for line in table[1:]] == [["a", "1.00"], ["b", made.DASH]]
     assert table[2][1 + 1 + made.KINDS.index("qa")] == "3.00 [0.90, 2.50]"
+    few = [{"decoder": "c", "slice": "qa", made.RATIO: 1.0, f"{made.RATIO} low": None, f"{made.RATIO} high": None}]
+    assert "1.00" in made.across(few)[1]
     empty = tmp_path / "empty.duckdb"
     store.ingest(empty, [])
     with pytest.raises(SystemExit, match="no rows of drafting decoders"):

@@ -171,6 +171,9 @@ class Contextual(Controller):
         acceptance, and the log of the position, all of order one."""
         return [1.0, *self._seen, self.kept.value, math.log1p(self.tokens) / 8]
 
+    def begin(self) -> None:
+        self.tokens = 0
+
     def width(self) -> int:
         self._x = self._features()
         self._arm = self.model.choose(self._x)

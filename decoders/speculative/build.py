@@ -86,10 +86,14 @@ def _spec(method: str, given: dict[str, str]) -> str:
 
 def _list() -> int:
     root = embedded.cache_folder() / "drafters"
-    for path in sorted(root.glob("*/*/meta.json")):
-        meta: dict[str, Any] = json.loads(path.read_text())
-        params = ",".join(f"{k}={v}" for k, v in meta["recipe"].items() if k != "kind")
+    for path in sorted(p for p in root.glob("*/*/meta.json") if not p.parent.name.startswith(".")):
         mib = sum(f.stat().st_size for f in path.parent.iterdir()) / 2**20
+        try:
+            meta: dict[str, Any] = json.loads(path.read_text())
+            params = ",".join(f"{k}={v}" for k, v in meta["recipe"].items() if k != "kind")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            say(f"damaged: {path.parent} ({mib:.1f} MiB); remove it")
+            continue
         say(f"{meta['model']}  {meta['recipe']['kind']}[{params}]  {mib:.1f} MiB  {path.parent}")
     say(f"drafters are kept in {root}; remove a folder to be rid of one")
     return 0

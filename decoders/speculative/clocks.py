@@ -76,18 +76,23 @@ class Budget:
     """How many nodes of a tree are looked at: `fixed`, or where that is 0 as many as pay, at most `most`.
 
     With the nodes in falling order of how likely they are to stay, n of them promise 1 + w_1 + ... + w_n tokens in
-    t_draft + t_verify(1 + n) + t_keep seconds; verifying is a straight line through what was measured of it.
+    t_draft d_n + t_verify(1 + n) + t_keep seconds, d_n being the passes of the drafter that make them; verifying is a
+    straight line through what was measured of it.
     """
 
     def __init__(self, fixed: int, most: int) -> None:
         self.fixed, self.most = fixed, max(1, most)
-        self.cycle = 0
-        self.other = Mean()
+        self.cycle, self.passes = 0, 0
+        self.draft, self.keep = Mean(), Mean()
         # by least squares in which the past fades: number, sums of n, n^2, seconds, n * seconds
         self._sums = [0.0] * 5
 
-    def nodes(self, worth: Sequence[float]) -> int:
-        """The number to take of nodes that stay with these probabilities, in falling order."""
+    def nodes(self, worth: Sequence[float], passes: Sequence[int] = ()) -> int:
+        """The number to take of nodes that stay with these probabilities, in falling order.
+
+        Args:
+            passes: of the drafter that the first 1, 2, ... of them take; where they are already made, none.
+        """
         if self.fixed or not worth:
             return min(self.fixed, len(worth))
         most = min(self.most, len(worth))
@@ -98,16 +103,19 @@ class Budget:
         tokens, best, found = 1.0, 0.0, 1
         for n in range(1, most + 1):
             tokens += worth[n - 1]
-            rate = tokens / max(1e-9, self.other.value + begin + slope * n)
+            drafting = self.draft.value * (passes[n - 1] if passes else self.passes)
+            rate = tokens / max(1e-9, drafting + self.keep.value + begin + slope * n)
             if rate > best:
                 best, found = rate, n
         # now and then another number, without which the line would be forgotten
         return min(most, max(1, found + (4 if found < most else -4))) if self.cycle % PROBE == 0 else found
 
-    def timed(self, nodes: int, seconds: Seconds) -> None:
-        """What the cycle took in which so many were looked at."""
+    def timed(self, nodes: int, passes: int, seconds: Seconds) -> None:
+        """What the cycle took in which so many were looked at, and the drafter read so often."""
         self.cycle += 1
-        self.other.add(seconds.draft + seconds.keep)
+        self.passes = passes
+        self.draft.add(seconds.draft / max(1, passes))
+        self.keep.add(seconds.keep)
         new = (1.0, nodes, nodes * nodes, seconds.verify, nodes * seconds.verify)
         self._sums = [FADE * old + one for old, one in zip(self._sums, new, strict=True)]
 

@@ -32,6 +32,9 @@ class Controller:
     def __init__(self, longest: int) -> None:
         self.longest = longest
 
+    def begin(self) -> None:
+        """A new text begins. What was learnt of older ones may stay."""
+
     def width(self) -> int:
         """The most tokens of the coming cycle, at most `longest`."""
         return self.longest
@@ -141,8 +144,9 @@ class Panel:
     def watches(self) -> bool:
         return any(c.watches for c in self.controllers)
 
-    def stops(self, outlook: Outlook) -> list[bool]:
-        return [c.stops(outlook, row) for row, c in enumerate(self.controllers)]
+    def stops(self, outlook: Outlook, going: Sequence[bool]) -> list[bool]:
+        pairs = zip(self.controllers, going, strict=True)
+        return [not goes or c.stops(outlook, row) for row, (c, goes) in enumerate(pairs)]
 
     def select(self, rows: Sequence[int]) -> None:
         self.controllers = [self.controllers[row] for row in rows]

@@ -67,12 +67,16 @@ class Request:
         self.noise = rng.uniforms(limits.max_new_tokens, 1)[..., 0]
         self.panel = Panel(self._controllers(len(prompts)))
         self.done: dict[int, Completion] = {}
+        #: When the last cycle was booked; what comes behind it belongs to the bookkeeping of the next one.
+        self._booked: float | None = None
 
     def _controllers(self, count: int) -> list[Controller]:
         found: list[Controller] = self.target.kept.pop(self.decoder, []) if self.decoder.remember else []
         # drawn by every row, also where its controller is one that has learnt: later draws must not depend on that
         seeds = (self.rng.uniforms(1)[:, 0] * 2**31).long().tolist()
         found += [self.decoder.new_controller(seeds[b]) for b in range(len(found), count)]
+        for controller in found:
+            controller.begin()
         self._all = found
         return found[:count]
 
@@ -94,6 +98,7 @@ class Request:
 
     def _cycle(self) -> None:
         begin = time.perf_counter()
+        before = begin - self._booked if self._booked is not None else 0.0
         texts = [row.text for row in self.rows]
         room = self.context.capacity - max(map(len, texts))
         left = [self.limits.max_new_tokens - row.made - 1 for row in self.rows]
@@ -125,18 +130,21 @@ class Request:
             for b, (n, last) in enumerate(zip(accepted, token, strict=True))
         ]
         scores = self._scores(step.logits, path, new)
-        seconds = Seconds(drafted - begin, verified - drafted, time.perf_counter() - verified)
+        self._booked = time.perf_counter()
+        seconds = Seconds(drafted - begin, verified - drafted, before + self._booked - verified)
         self.drafter.timed(N, seconds)
+        places = draft.places(tree)
         for b, row in enumerate(self.rows):
             controller = self.panel.controllers[b]
-            controller.settle(draft.counts[b], accepted[b], seconds)
+            if want[b] == asked[b]:  # what the end of the text or of the context cut short says nothing of a length
+                controller.settle(places[b], accepted[b], seconds)
             row.cycles += 1
             row.positions += N + 1
             if self.limits.trace:
                 row.trace.append(
-                    {"position": row.made, "context": len(row.text), "asked": want[b], "drafted": draft.counts[b],
-                     "accepted": accepted[b], "draft_s": seconds.draft, "verify_s": seconds.verify,
-                     "keep_s": seconds.keep, **controller.state}
+                    {"position": row.made, "context": len(row.text), "asked": want[b], "drafted": places[b],
+                     "nodes": draft.counts[b], "accepted": accepted[b], "draft_s": seconds.draft,
+                     "verify_s": seconds.verify, "keep_s": seconds.keep, **controller.state}
                 )  # fmt: skip
             self._take(row, new[b], scores[b])
 

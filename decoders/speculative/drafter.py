@@ -36,6 +36,14 @@ class Draft:
     #: (B, N) of a tree, the parent of each node, -1 for the text; parents before children. None for a chain.
     parents: Tensor | None = None
 
+    def places(self, tree: Tensor | None) -> list[int]:
+        """By row, how far ahead its tokens reach: as far as there are of a chain, and in a tree its levels. `tree` is
+        its ancestor mask (B, 1 + N, 1 + N), as `trees.ancestors` has it."""
+        if tree is None:
+            return self.counts
+        depth = tree.sum(-1) - 1
+        return [int(depth[b, : 1 + n].max()) for b, n in enumerate(self.counts)]
+
     def cut(self, nodes: int) -> Draft:
         """The first so many tokens of each row. What is left out goes by its place, not by what it is."""
         if self.tokens.shape[1] <= nodes:
@@ -51,8 +59,9 @@ class Draft:
 class Stopping(Protocol):
     """Who decides how many tokens are drafted. It sees laws, never a token (`controllers.py`)."""
 
-    def stops(self, outlook: Outlook) -> list[bool]:
-        """By row, whether nothing shall be drafted behind the token that this law is for."""
+    def stops(self, outlook: Outlook, going: Sequence[bool]) -> list[bool]:
+        """By row, whether nothing shall be drafted behind the token that this law is for; who does not go on anyway is
+        not asked."""
 
 
 class Drafter(ABC):
@@ -128,7 +137,7 @@ class Autoregressive(Drafter):
             counts = [n + g for n, g in zip(counts, going, strict=True)]
             going = [g and n < w for g, n, w in zip(going, counts, want, strict=True)]
             if log_q is not None and self.watched and any(going):
-                stopped = stopping.stops(Outlook(log_q, j, self._state))
+                stopped = stopping.stops(Outlook(log_q, j, self._state), going)
                 going = [g and not s for g, s in zip(going, stopped, strict=True)]
         if not tokens:
             return Draft(torch.zeros(B, 0, dtype=torch.long), counts)
@@ -154,9 +163,14 @@ class Autoregressive(Drafter):
 class OwnMemory(Autoregressive):
     """A model that has read the texts itself."""
 
+    def __init__(self, context: Any, law: Any, **more: bool) -> None:
+        super().__init__(context, law, **more)
+        self.calls, self.positions = 1, int(context.lengths.max())
+
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         self._lengths = [len(t) for t in texts]
-        return super().propose(texts, want, stopping, u)
+        room = self.context.capacity - max(self._lengths)  # its context may be the shorter one
+        return super().propose(texts, [min(w, max(0, room)) for w in want], stopping, u)
 
     def settle(self, accepted: Sequence[int], hidden: Mapping[int, Tensor]) -> None:
         have = self.context.lengths.tolist()

@@ -109,8 +109,8 @@ class EarlyExit(SelfSpeculative):
 
     def check(self, target: Any) -> None:
         super().check(target)
-        if self.layers >= target.layers:
-            raise SpecError(f"{self.spec}: {target.name} has {target.layers} layers, and a drafter has fewer")
+        if self.layers >= (count := len(target.lean.layers)):
+            raise SpecError(f"{self.spec}: {target.name} has {count} layers, and a drafter has fewer")
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         first = self.layers or target.layers // 2

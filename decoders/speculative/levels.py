@@ -39,8 +39,10 @@ class TwoLevels(SharedMemory):
         for b, text in enumerate(texts):
             self.lookup.index(b, text)
         while any(len(d) < w for d, w in zip(drafted, want, strict=True)):
+            # a pass is as wide as its longest row, and begins behind the row that has come furthest
+            room = self.context.capacity - int(self.context.lengths.max()) - 1
             guesses = [
-                self.lookup.after(b, texts[b], drafted[b], max(0, min(self.ahead, w - len(drafted[b]) - 1)))
+                self.lookup.after(b, texts[b], drafted[b], max(0, min(self.ahead, w - len(drafted[b]) - 1, room)))
                 for b, w in enumerate(want)
             ]
             self._pass(texts, want, drafted, laws, guesses, u)

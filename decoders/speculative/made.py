@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from decodathlon.decoders.speculative.matrices import Int4, Int8
 from decodathlon.harness import embedded, progress
-from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.errors import MissingError, SpecError, StoreError
 from decodathlon.harness.lazy import torch
+from decodathlon.harness.locks import file_lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,34 +62,43 @@ class Made(ABC):
         """
         key = ("made", *sorted(self.recipe.items()))
         if key not in target.kept:
-            found = stored(self, target)
-            if found is None and self.small and target.revision:
-                build(self, target, _unheard)
-                found = stored(self, target)
-            if found is None:
-                found = target.lean.replaced(list(self.layers(target)), self.output(target))
-            target.kept[key] = found
+            target.kept[key] = self._small(target) if self.small else stored(self, target) or self._now(target)
         return target.kept[key]
 
+    def _now(self, target: Any) -> Any:
+        return target.lean.replaced(list(self.layers(target)), self.output(target))
 
-def _unheard(text: str) -> None:
-    """Takes what nobody wants to hear."""
+    def _small(self, target: Any) -> Any:
+        """As it lies on disk; what was written unasked, and is of other weights or damaged, is written anew."""
+        try:
+            found = stored(self, target)
+        except SpecError:
+            found = None
+        if found is None and target.revision:
+            try:
+                build(self, target, lambda text: None)
+                found = stored(self, target)
+            except (MissingError, StoreError) as error:
+                warnings.warn(f"{error}; it is made anew in every run", stacklevel=2)
+        return found or self._now(target)
 
 
 def folder_of(decoder: Made, target: Any) -> Path:
     """Where the drafter lies, or would."""
     recipe = dict(decoder.recipe)
-    text = json.dumps([recipe, *_computed_by(recipe)], sort_keys=True)
+    text = json.dumps([recipe, *_computed_by(recipe, torch.device(target.device).type)], sort_keys=True)
     dtype = str(target.dtype).removeprefix("torch.")
     name = "".join(c if c.isalnum() or c in "-._" else "-" for c in target.name)
     short = hashlib.sha256(text.encode()).hexdigest()[:10]
     return embedded.cache_folder() / "drafters" / name / f"{recipe['kind']}-{dtype}-{short}"
 
 
-def _computed_by(recipe: Mapping[str, Any]) -> list[str]:
+def _computed_by(recipe: Mapping[str, Any], device: str) -> list[str]:
     """What lays numbers out in its own way, where that is so: packed 4-bit weights are read by the kernel that packed
-    them."""
-    return [torch.version.__version__, torch.backends.cpu.get_cpu_capability()] if recipe["kind"] == "quantised" else []
+    them, and other devices have none."""
+    if recipe["kind"] != "quantised":
+        return []
+    return [device, torch.version.__version__, torch.backends.cpu.get_cpu_capability()]
 
 
 def fingerprint(target: Any) -> str:
@@ -105,10 +116,20 @@ def build(decoder: Made, target: Any, say: Say) -> Path:
     """Make the drafter and write it; of the matrices made, one layer's are held at a time.
 
     Raises:
-        MissingError: the disk has no room for it.
+        MissingError: it cannot be written; the message says where.
+        StoreError: somebody else has been building it for ten minutes.
     """
     place = folder_of(decoder, target)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with file_lock(place.parent / f".{place.name}.lock"):
+            return _build(decoder, target, place, say)
+    except OSError as error:
+        raise MissingError(f"the drafter cannot be written to {place}: {error.strerror or error}") from error
+
+
+def _build(decoder: Made, target: Any, place: Path, say: Say) -> Path:
+    for stale in place.parent.glob(f".{place.name}-*"):  # of somebody who was killed, for we have the lock
+        shutil.rmtree(stale, ignore_errors=True)
     work = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
     try:
         head, own = decoder.output(target), target.lean
@@ -130,8 +151,6 @@ def build(decoder: Made, target: Any, say: Say) -> Path:
         (work / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(place, ignore_errors=True)
         os.replace(work, place)
-    except OSError as error:
-        raise MissingError(f"the drafter cannot be written to {place}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return place
@@ -146,11 +165,15 @@ def stored(decoder: Made, target: Any) -> Any:
     place = folder_of(decoder, target)
     try:
         meta = json.loads((place / "meta.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise _refused(place, f"cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise _refused(place, f"cannot be read ({error})") from error
-    if meta.get("version") != VERSION:
+    if not isinstance(meta, dict) or not {"version", "model", "fingerprint", "layers", "head"} <= set(meta):
+        raise _refused(place, "is damaged (meta.json lacks parts)")
+    if meta["version"] != VERSION:
         return None
     if meta["fingerprint"] != fingerprint(target):
         raise _refused(

@@ -37,7 +37,8 @@ class DraftModel(Speculative):
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         drafting = target if self.model == SELF else self.loaded(target)
-        return self.autoregressive(OwnMemory, drafting.open(prompts, capacity=context.capacity))
+        room = min(context.capacity, drafting.context_length)
+        return self.autoregressive(OwnMemory, drafting.open(prompts, capacity=room))
 
     def loaded(self, target: Any) -> Any:
         """The drafting model, which the target keeps."""

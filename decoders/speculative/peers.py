@@ -44,6 +44,8 @@ class Assisted(Decoder):
         found = []
         with target.native() as model, assistant.native() if assistant else nullcontext() as other, torch.no_grad():
             more = {"assistant_model": other} if assistant else {}
+            for name, value in options.items() if assistant else ():
+                setattr(other.generation_config, name, value)  # it is the assistant's own that is asked
             for prompt in prompts:
                 tokens = torch.tensor([list(prompt)], device=target.device)
                 with _counted(model) as own, _counted(other if other is not model else None) as drafting:

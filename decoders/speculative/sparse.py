@@ -16,6 +16,7 @@ from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.decoders.speculative.layers import written
 from decodathlon.decoders.speculative.made import Made
 from decodathlon.harness.decoder import decoder
+from decodathlon.harness.errors import SpecError
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -121,9 +122,26 @@ class SparseSelf(Calibrated):
     sparsity: float = 0.5
     pattern: Literal["none", "2:4", "4:8"] = "none"
 
+    def check(self, target: Any) -> None:
+        super().check(target)
+        if not (group := self._group):
+            return
+        for matrix in (m for layer in target.lean.layers for m in (layer.attention.qkv, layer.mlp.down)):
+            if matrix.weight.shape[1] % group[1]:
+                raise SpecError(
+                    f"{self.spec}: {target.name} has a matrix of {matrix.weight.shape[1]} inputs, which {group[1]} "
+                    "does not divide; give a share (sparsity) in place of the pattern"
+                )
+
+    @property
+    def _group(self) -> tuple[int, int] | None:
+        """How many stay of how many neighbours."""
+        return None if self.pattern == "none" else (int(self.pattern[0]), int(self.pattern[2]))
+
     @property
     def recipe(self) -> Mapping[str, Any]:
-        return {"kind": self.method, "sparsity": self.sparsity, "pattern": self.pattern}
+        what = {"sparsity": self.sparsity} if self._group is None else {"pattern": self.pattern}
+        return {"kind": self.method, **what}
 
     @property
     def by_pairs(self) -> bool:
@@ -133,7 +151,7 @@ class SparseSelf(Calibrated):
         from decodathlon.harness.targets.lean import Dense
 
         weight, bias = seen.dense.weight, seen.dense.bias
-        pattern = None if self.pattern == "none" else (int(self.pattern[0]), int(self.pattern[2]))
+        pattern = self._group
         if self.method == "sparsegpt":
             return Dense(pruning.sparsegpt(weight, seen.mean, self.sparsity, pattern), bias)
         score = pruning.magnitude(weight) if self.method == "magnitude" else pruning.wanda(weight, seen.mean)

@@ -9,6 +9,7 @@ Dimensions: B rows, D places of a draft, N nodes, V vocabulary.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -80,10 +81,12 @@ def ancestors(parents: Tensor) -> Tensor:
     return mask
 
 
-def by_levels(stays: float, depth: int, branches: int, nodes: int) -> tuple[list[tuple[int, int]], list[float]]:
+def by_levels(
+    stays: float, depth: int, branches: int, nodes: int
+) -> tuple[list[tuple[int, int]], list[float], list[int]]:
     """The shape of the tree of so many nodes of which most are expected to stay, if of the siblings at a place each is
-    kept with probability `stays` where those before it were not: (parent, level) of each node, by level; and how likely
-    the nodes are to stay, in falling order.
+    kept with probability `stays` where those before it were not: (parent, level) of each node, by level; how likely the
+    nodes are to stay, in falling order; and how many levels the first 1, 2, ... of these have.
 
     A node is worth the product of stays (1 - stays)^rank along its path, so the best are found best first. Sequoia
     (Chen et al. 2024, arXiv 2402.12374) finds them by dynamic programming, for rates by rank that need not be these.
@@ -100,7 +103,7 @@ def by_levels(stays: float, depth: int, branches: int, nodes: int) -> tuple[list
         crowd[parent] += 1
     order = sorted(range(len(parents)), key=lambda i: levels[i])
     number = {-1: -1, **{old: new for new, old in enumerate(order)}}
-    return [(number[parents[i]], levels[i]) for i in order], worth
+    return [(number[parents[i]], levels[i]) for i in order], worth, [1 + n for n in itertools.accumulate(levels, max)]
 
 
 class DrawnTree(SharedMemory):
@@ -116,7 +119,7 @@ class DrawnTree(SharedMemory):
         self.branches, self.budget = branches, budget
         # levels that stayed, and that were tried; as if two cycles had gone before
         self._stayed, self._tried = 1.0, 2.0
-        self._first, self._depth = 1, 0
+        self._first, self._depth, self._passes = 1, 0, 0
 
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         self.context.follow()
@@ -127,9 +130,10 @@ class DrawnTree(SharedMemory):
             none = torch.zeros(B, 0, dtype=torch.long)
             return Draft(none, [0] * B, parents=none)
         most = self.budget.fixed or self.branches * depth
-        shape, worth = by_levels(self._rate(), depth, self.branches, min(most, room))
+        shape, worth, passes = by_levels(self._rate(), depth, self.branches, min(most, room))
         if not self.budget.fixed:
-            shape, _ = by_levels(self._rate(), depth, self.branches, self.budget.nodes(worth))
+            shape, *_ = by_levels(self._rate(), depth, self.branches, self.budget.nodes(worth, passes))
+        self._passes = 1 + shape[-1][1]
         self._first = sum(parent < 0 for parent, _ in shape)
         parents = torch.tensor([parent for parent, _ in shape]).expand(B, -1)
         tokens = torch.full((B, 1 + len(shape)), -1)
@@ -163,7 +167,7 @@ class DrawnTree(SharedMemory):
 
     def timed(self, nodes: int, seconds: Seconds) -> None:
         if nodes:
-            self.budget.timed(nodes, seconds)
+            self.budget.timed(nodes, self._passes, seconds)
 
     def settle(self, accepted: Sequence[int], hidden: Mapping[int, Tensor]) -> None:
         super().settle(accepted, hidden)
@@ -194,10 +198,11 @@ class Branching(SharedMemory):
     def __init__(self, context: Any, law: Any, *, branches: int, budget: Budget) -> None:
         super().__init__(context, law, sampled=False, watched=False)
         self.branches, self.budget = branches, budget
+        self._passes = 0
 
     def timed(self, nodes: int, seconds: Seconds) -> None:
         if nodes:
-            self.budget.timed(nodes, seconds)
+            self.budget.timed(nodes, self._passes, seconds)
 
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         self.context.follow()
@@ -208,6 +213,7 @@ class Branching(SharedMemory):
         empty = torch.zeros(B, 0, dtype=torch.long)
         if not depth:
             return Draft(empty, [0] * B, parents=empty)
+        self._passes = depth
         pending = torch.tensor([[text[-1]] for text in texts])
         law = self._laws(pending, None, 1)  # (B, 1, V) behind the text
         tokens, parents, worth = empty, empty, torch.zeros(B, 0)

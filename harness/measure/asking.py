@@ -216,5 +216,6 @@ def costs(answers: Sequence[Answer], target: Target) -> dict[str, Estimate | Obs
         found["answer_calls"] = per_question([a.cost.target_calls for a in answers])
         found["answer_positions"] = per_question([a.cost.target_positions for a in answers])
         each = 2.0 * target.parameters
-        found["answer_flops"] = per_question([each * a.cost.target_positions for a in answers])
+        if not any(a.cost.draft_calls for a in answers):  # what a drafter computes is not known here
+            found["answer_flops"] = per_question([each * a.cost.target_positions for a in answers])
     return found

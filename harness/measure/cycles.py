@@ -24,6 +24,11 @@ class Traced(NamedTuple):
     tokens: Sequence[int]
     cycles: Sequence[Mapping[str, Any]]
 
+    @property
+    def batch(self) -> str:
+        """What it ran in: the answers of a batch share their cycles, until they end."""
+        return self.row.rpartition("-row-")[0] or self.row
+
 
 def loops(tokens: Sequence[int]) -> bool:
     """Whether the last 24 tokens repeat with a period of at most 8: small models do, and it flatters who looks up."""
@@ -50,8 +55,9 @@ def _of(answers: Sequence[Traced], remark: str) -> dict[str, Observations]:
     rows = [a.row for a in some]
 
     def share(of: str) -> Observations:
-        whole = [sum(c["draft_s"] + c["verify_s"] + c["keep_s"] for c in a.cycles) for a in some]
-        return Observations.each(rows, [sum(c[of] for c in a.cycles) / w for a, w in zip(some, whole, strict=True)])
+        """By batch: its answers share their seconds, so they are no units of their own."""
+        whole = longest(some)
+        return Observations.each(list(whole), [sum(c[of] for c in a.cycles) / seconds(a) for a in whole.values()])
 
     cycles = [float(len(a.cycles)) for a in some]
     found = {
@@ -91,11 +97,18 @@ def mean_seconds(answers: Sequence[Traced]) -> dict[str, float]:
     return {name: sum(c[part] for c in cycles) / len(cycles) for name, part in parts.items()} if cycles else {}
 
 
-def seconds_per_token(answers: Sequence[Traced]) -> float | None:
-    """What a token took, of whole cycles alone."""
-    cycles = [c for a in answers for c in a.cycles]
-    tokens = sum(c["accepted"] + 1 for c in cycles)
-    return sum(c["draft_s"] + c["verify_s"] + c["keep_s"] for c in cycles) / tokens if tokens else None
+def seconds(answer: Traced) -> float:
+    """What its cycles took in all."""
+    return float(sum(c["draft_s"] + c["verify_s"] + c["keep_s"] for c in answer.cycles))
+
+
+def longest(answers: Sequence[Traced]) -> dict[str, Traced]:
+    """By batch, the answer of most cycles: it has those of all others."""
+    found: dict[str, Traced] = {}
+    for answer in answers:
+        if answer.batch not in found or len(answer.cycles) > len(found[answer.batch].cycles):
+            found[answer.batch] = answer
+    return found
 
 
 def flaws(answers: Sequence[Traced]) -> list[str]:

@@ -23,7 +23,7 @@ def report(cell: Cell, pairs: Sequence[Pair]) -> None:
     )
     for flaw in cycles.flaws(answers):
         cell.note(f"cycles do not add up: {flaw}")
-    if (ratio := speed.predicted(pairs, answers, tokens)) is not None:
+    if (ratio := speed.predicted(pairs, answers)) is not None:
         cell.report("ratio_predicted", ratio, baseline="greedy")
     if cell.cycle_trace:
         for answer in answers:

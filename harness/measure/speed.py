@@ -19,7 +19,7 @@ import torch
 from decodathlon.harness import law
 from decodathlon.harness.decoder import Completion, Decoder, Limits, Sampler
 from decodathlon.harness.measure import statistics
-from decodathlon.harness.measure.cycles import Traced, loops, seconds_per_token
+from decodathlon.harness.measure.cycles import Traced, longest, loops, seconds
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Estimate
 from decodathlon.harness.randomness import RowRandom
@@ -195,16 +195,16 @@ def traced(decoder: Decoder, target: Target, pairs: Sequence[Pair], tokens: int,
     return found
 
 
-def predicted(pairs: Sequence[Pair], answers: Sequence[Traced], tokens: int) -> Observations | None:
-    """Greedy search's seconds per token behind the prompt over those of the cycles, pair by pair; `answers` are those
-    of `traced`. None where no pair has both."""
+def predicted(pairs: Sequence[Pair], answers: Sequence[Traced]) -> Observations | None:
+    """Greedy search's seconds behind the prompt over those of all cycles, pair by pair; `answers` are those of
+    `traced`. None where no pair has both."""
     found, begin = [], 0
     for name, pair in zip(_names(pairs), pairs, strict=True):
         mine = answers[begin : begin + len(pair.prompts)]
         begin += len(mine)
-        each, greedy = seconds_per_token(mine), pair.seconds.get("ratio_to_greedy")
-        if each and greedy and tokens > 1 and (alone := sum(greedy) / len(greedy) - pair.prefill) > 0:
-            found.append((name, math.log(alone / (tokens - 1) / each)))
+        spent, greedy = sum(map(seconds, longest(mine).values())), pair.seconds.get("ratio_to_greedy")
+        if spent and greedy and (alone := sum(greedy) / len(greedy) - pair.prefill) > 0:
+            found.append((name, math.log(alone / spent)))
     if not found:
         return None
     return Observations.each([name for name, _ in found], [log for _, log in found], scale="exp")

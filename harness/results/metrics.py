@@ -304,8 +304,8 @@ METRICS: dict[str, Metric] = {
     "ratio_predicted": Metric(
         "1",
         "none",
-        "Of a decoder that drafts, what `ratio_to_greedy` should be by its cycles: seconds that greedy search takes "
-        "per token, prefill apart, over seconds of a cycle per token that it makes, pair by pair.",
+        "Of a decoder that drafts, what `ratio_to_greedy(decode)` should be by its cycles: seconds that greedy search "
+        "takes, prefill apart, over those of all cycles of a further run, pair by pair.",
         "context",
     ),
     "tau": Metric(
@@ -604,13 +604,14 @@ METRICS: dict[str, Metric] = {
     "answer_positions": Metric(
         "1",
         "none",
-        "Tokens that these passes read for this answer, on average.",
+        "Tokens that these passes read for this answer, on average; what a drafter reads is not among them.",
         "context",
     ),
     "answer_flops": Metric(
         "1",
         "none",
-        "Floating-point operations of an answer, estimated: 2 per parameter and token read.",
+        "Floating-point operations of an answer, estimated: 2 per parameter and token read. Not said of decoders that "
+        "draft.",
         "context",
     ),
     "kernel_s": Metric(

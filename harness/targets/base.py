@@ -244,6 +244,11 @@ class Target(ABC):
         """(B,) float64 energy of whole sequences: minus the log-probability, up to a constant."""
         raise UnsupportedError("energy", f"{self.name} has no energy")
 
+    @property
+    def lean(self) -> Any:
+        """A forward whose parts a drafter may replace (targets/lean.py)."""
+        raise UnsupportedError("a forward whose parts can be replaced", f"{self.name} has none")
+
     @cached_property
     def kept(self) -> dict[Hashable, Any]:
         """What decoders keep with this target between requests: a drafter made of it, what they have learnt."""

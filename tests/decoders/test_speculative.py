@@ -1,17 +1,23 @@
 """Speculative decoders: the text is the target's own whatever is drafted; rows are independent; bad drafts are told."""
 
+import math
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from decodathlon.decoders.speculative import base, drafter, lookup
+from decodathlon.decoders.speculative import bandits, base, drafter, lookup
 from decodathlon.decoders.speculative.base import Speculative
 from decodathlon.decoders.speculative.controllers import Controller
 from decodathlon.harness import decoder as decoders
+from decodathlon.harness import models
 from decodathlon.harness.decoder import Limits
-from decodathlon.harness.errors import SpecError
+from decodathlon.harness.errors import SpecError, UnsupportedError
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets import toy
+from tests.text_laws import chi_square
 
 load_builtins()
 PROMPTS = [[0, 2, 3, 2, 3], [0, 4, 5], [0, 2]]
@@ -260,3 +266,91 @@ def test_a_controller_that_always_stops_makes_greedy_search(target, spec, where,
         assert all(a.cost.target_calls == 12 for a in ours)
     elif spec in ("quantised-self", "draft-model"):
         assert max(drafted) == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(f"quantised-self[form=float,head=same,k=3,controller={c}" for c in ("static", "svip", "ewma", "contextual")),
+        "quantised-self[form=float,k=3,controller=tapout,level=token,policy=thompson",
+        "early-exit[k=3", "layer-skip[k=2,top_k=5", "structured-self[k=3,share=0.5", "multi-level[form=float,k=3",
+        "draft-model[k=3,top_p=0.9", "sparse-self[sparsity=0.6,k=3", "codebook-self[bits=2,k=3",
+    ],
+)  # fmt: skip
+def test_sampled_texts_have_the_law_of_the_target(target, spec):
+    """All texts of four tokens. A verdict that reads the draft's own numbers is off by more than fifty deviations."""
+    chi, cells = chi_square(target, decoders.build(f"{spec},temperature=1]"), [0, 2], 4, rows=600, runs=12)
+    assert chi < cells + 4.5 * math.sqrt(2 * cells)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_draft_overflows_the_context(target, temperature):
+    """Rows of unequal length, to the last token that the target reads, which is its 32nd."""
+    source = random.Random(0)
+    for spec in ("multi-level[k=12", "draft-model[k=9", "structured-self[k=9", "early-exit[branches=3,k=4,budget=0"):
+        decoder = decoders.build(f"{spec},temperature={temperature}]")
+        for _ in range(4):
+            prompts = [[0, *(source.choice([2, 3]) for _ in range(source.randrange(7)))] for _ in range(3)]
+            longest = max(map(len, prompts))
+            limits = Limits(32 - longest, ignore_eos=True)
+            found = decoder.generate(target, prompts, limits, RowRandom(0, range(3)))
+            assert [len(a.tokens) for a in found] == [32 - longest] * 3
+
+
+@pytest.mark.parametrize("controller", ["break-even", "heuristic", "ewma"])
+def test_a_rule_that_counts_sees_the_levels_of_a_tree(target, controller):
+    decoder = decoders.build(f"early-exit[k=4,branches=3,budget=12,controller={controller}]")
+    target.release()
+    found = answers(decoder, target, Limits(24, ignore_eos=True, trace=True))
+    assert_same(found, answers("greedy", target, Limits(24, ignore_eos=True)))
+    cycles = [c for a in found for c in a.trace]
+    assert max(c["drafted"] for c in cycles) <= 4 < max(c["nodes"] for c in cycles)
+    assert all(c["accepted"] <= c["drafted"] for c in cycles)  # a batch drafts as far as any row of it asks
+
+
+def test_a_rule_is_asked_of_rows_that_go_on_and_learns_from_whole_cycles(target, monkeypatch):
+    """Bandits by place credit the places that were drafted; a length cut by the end of the text is not the rule's."""
+    credited = []
+    settle = bandits.TapOut.settle
+
+    def watched(self, drafted, accepted, seconds):
+        credited.append((drafted, len(self._pulled)))
+        settle(self, drafted, accepted, seconds)
+
+    monkeypatch.setattr(bandits.TapOut, "settle", watched)
+    target.release()
+    answers("quantised-self[form=float,k=5,controller=tapout,level=token]", target, Limits(20, ignore_eos=True))
+    assert credited
+    assert all(pulled <= max(1, drafted) for drafted, pulled in credited)
+    target.release()
+    decoder = decoders.build("quantised-self[form=float,k=8,controller=ewma]")
+    answers(decoder, target, Limits(4, ignore_eos=True))
+    assert all(tokens.count == 0 for c in target.kept[decoder] for n, (tokens, _) in c.arms.items() if n > 3)
+
+
+def test_a_target_without_layers_is_told_so():
+    ising = models.load(models.resolve("ising[n=4]"), device="cpu", dtype="auto", say=lambda text: None)
+    for spec in ("early-exit", "quantised-self", "layer-skip", "sparse-self", "structured-self"):
+        with pytest.raises(UnsupportedError, match="parts can be replaced"):
+            decoders.build(spec).generate(ising, [[0]], Limits(2), RowRandom(0, [0]))
+
+
+def test_two_of_four_needs_a_width_that_four_divides(target, monkeypatch):
+    wide = SimpleNamespace(weight=torch.zeros(4, 50))
+    odd = SimpleNamespace(attention=SimpleNamespace(qkv=wide), mlp=SimpleNamespace(down=wide))
+    monkeypatch.setattr(type(target), "lean", SimpleNamespace(layers=[odd]))
+    with pytest.raises(SpecError, match="a matrix of 50 inputs, which 4 does not divide"):
+        decoders.build("sparse-self[pattern=2:4]").check(target)
+
+
+def test_a_drafter_of_a_shorter_context_drafts_as_far_as_it_reads(target):
+    short = toy.enumerable_lm(8)
+    short.context_length = 12
+    decoder = decoders.build("draft-model[k=4,model=short]")
+    target.release()
+    target.kept["draft-model", "short"] = short
+    ours = answers(decoder, target, Limits(20, ignore_eos=True, trace=True))
+    assert_same(ours, answers("greedy", target, Limits(20, ignore_eos=True)))
+    drafted = [(c["context"], c["drafted"]) for a in ours for c in a.trace]
+    assert any(n for at, n in drafted if at < 10)
+    assert not any(n for at, n in drafted if at >= 12)

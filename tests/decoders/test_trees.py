@@ -15,6 +15,7 @@ from decodathlon.harness.errors import SpecError
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets import toy
+from tests.text_laws import chi_square
 
 load_builtins()
 PROMPTS = [[0, 2, 3, 2, 3], [0, 4, 5], [0, 2]]
@@ -113,9 +114,10 @@ def test_no_tree_of_that_size_keeps_more(depth, branches, nodes, stays):
                 if level < depth and crowd < branches and parent >= last:  # each tree in one order is enough
                     yield from grown([*shape, (parent, level)], parent)
 
-    found, worth = trees.by_levels(stays, depth, branches, nodes)
+    found, worth, passes = trees.by_levels(stays, depth, branches, nodes)
     assert sum(worth) == pytest.approx(stays_on(found, stays))
     assert worth == sorted(worth, reverse=True)
+    assert passes[-1] == 1 + found[-1][1]
     assert [level for _, level in found] == sorted(level for _, level in found)
     best = max(stays_on(shape, stays) for shape in grown([], -1))
     assert stays_on(found, stays) == pytest.approx(best, abs=1e-12)
@@ -124,40 +126,15 @@ def test_no_tree_of_that_size_keeps_more(depth, branches, nodes, stays):
 @pytest.mark.parametrize(
     "spec",
     [
-        "early-exit[k=2,branches=4,budget=12,layers=1",
-        "early-exit[k=3,branches=3,budget=0",
+        "early-exit[k=2,branches=4,budget=12,layers=1", "early-exit[k=3,branches=3,budget=0",
         "layer-skip[k=3,branches=2,top_k=4",
     ],
-)
+)  # fmt: skip
 def test_what_stays_of_a_drawn_tree_has_the_law_of_the_target(target, spec):
     """Chi-square over all texts of four tokens."""
-    rows, prompt = 1000, [0, 2]
-    decoder = decoders.build(spec + ",temperature=1]")
-    law = {(): 0.0}
-    for _ in range(4):
-        law = {
-            (*text, t): p + q
-            for text, p in law.items()
-            for t, q in enumerate(decoder.shape(_behind(target, [*prompt, *text]))[0].tolist())
-            if q > -50
-        }
-    counts = dict.fromkeys(law, 0)
-    for seed in range(20):
-        answers = decoder.generate(target, [prompt] * rows, Limits(4, ignore_eos=True), RowRandom(seed, range(rows)))
-        for answer in answers:
-            counts[tuple(answer.tokens)] += 1
-    drawn = 20 * rows
-    expected = {text: drawn * math.exp(p) for text, p in law.items()}
-    rare = [text for text, e in expected.items() if e < 5]
-    cells = [(counts[t], e) for t, e in expected.items() if e >= 5]
-    cells.append((sum(counts[t] for t in rare), sum(expected[t] for t in rare)))
-    chi = sum((n - e) ** 2 / e for n, e in cells if e > 0)
-    assert len(cells) > 20
-    assert chi < len(cells) + 4 * math.sqrt(2 * len(cells))
-
-
-def _behind(target, text):
-    return target.open([text], capacity=len(text)).next_logits
+    chi, cells = chi_square(target, decoders.build(f"{spec},temperature=1]"), [0, 2], 4, rows=1000, runs=20)
+    assert cells > 20
+    assert chi < cells + 4.5 * math.sqrt(2 * cells)
 
 
 def test_a_law_that_runs_out_of_tokens_has_no_more_children(target):
@@ -214,9 +191,16 @@ def test_a_budget_takes_as_many_nodes_as_pay(per_node, expected):
     for _ in range(200):
         n = budget.nodes(worth)
         taken.append(n)
-        budget.timed(n, Seconds(0.1, 1 + per_node * n, 0.1))
+        budget.timed(n, 2, Seconds(0.1, 1 + per_node * n, 0.1))
     assert set(taken[:4]) == {1, 12}
     assert taken[4:].count(expected) >= 190
+    # where each node takes another pass of the drafter, fewer pay
+    passes = list(range(1, 15))
+    cost = {n: (1 + sum(worth[:n])) / (0.1 + 0.5 * n + 1) for n in range(1, 13)}
+    deep = Budget(0, 12)
+    for n in (1, 12) * 20:
+        deep.timed(n, n, Seconds(0.5 * n, 1.0, 0.1))
+    assert deep.nodes(worth, passes) == max(cost, key=cost.get) < 12
     assert Budget(5, 12).nodes(worth) == 5
     assert Budget(5, 12).nodes(worth[:3]) == 3
     assert Budget(0, 12).nodes([]) == 0

@@ -35,8 +35,8 @@ def test_sums_by_hand():
     assert found["draft_acceptance(without loops)"] == pytest.approx(0.4)
     assert cycles.histogram([A, B]) == [2, 0, 0, 0, 1, 0, 0, 0, 0, 3]
     assert cycles.by_position([A]) == pytest.approx([1 / 3, 1, 1, 1])
-    assert cycles.seconds_per_token([A]) == pytest.approx(3 / 7)
-    assert cycles.seconds_per_token([NONE]) is None
+    assert cycles.seconds(A) == pytest.approx(3)
+    assert cycles.longest([A, NONE, B]) == {"a": A, "b": B, "c": NONE}
     assert cycles.mean_seconds([A]) == pytest.approx({"draft": 0.2, "verify": 0.7, "keep": 0.1})
     assert cycles.mean_seconds([NONE]) == {}
 
@@ -76,17 +76,21 @@ def test_cycles_of_decoders_add_up(spec):
 
 
 def test_the_predicted_ratio_is_that_of_each_pair():
-    """Greedy takes 0.5 s and then 0.25 s per token; cycles of 1 s make 4 tokens, those of 2 s one."""
-    slow = speed.Pair(seconds={"ratio_to_greedy": [2.0, 3.0]}, prefill=0.5, prompts=[[1, 2]])
-    fast = speed.Pair(seconds={"ratio_to_greedy": [1.25, 1.25]}, prefill=0.25, prompts=[[3]])
+    """Greedy takes 2 s and 1 s behind the prompt; one cycle takes 1 s, four take 2 s each. The rows of a batch share
+    their cycles, so the longest one has all of them."""
+    slow = speed.Pair(seconds={"ratio_to_greedy": [2.0, 3.0]}, prefill=0.5, prompts=[[1]])
+    fast = speed.Pair(seconds={"ratio_to_greedy": [1.25, 1.25]}, prefill=0.25, prompts=[[3], [4]])
     part = {"drafted": 3, "draft_s": 0.25, "verify_s": 0.5, "keep_s": 0.25}
     answers = [
-        cycles.Traced("a", list(range(5)), [part | {"accepted": 3}]),
-        cycles.Traced("b", list(range(5)), [part | {"accepted": 0, "verify_s": 1.5}] * 4),
+        cycles.Traced("pair-0-row-0", list(range(5)), [part | {"accepted": 3}]),
+        cycles.Traced("pair-1-row-0", list(range(5)), [part | {"accepted": 3, "verify_s": 1.5}]),
+        cycles.Traced("pair-1-row-1", list(range(5)), [part | {"accepted": 0, "verify_s": 1.5}] * 4),
     ]
-    found = speed.predicted([slow, fast], answers, 5)
-    assert found.estimate().value == pytest.approx(math.sqrt((0.5 / 0.25) * (0.25 / 2.0)))
-    assert speed.predicted([slow], [cycles.Traced("a", [1], [])], 5) is None
+    found = speed.predicted([slow, fast], answers)
+    assert found.estimate().value == pytest.approx(math.sqrt((2.0 / 1.0) * (1.0 / 8.0)))
+    assert speed.predicted([slow], [cycles.Traced("a", [1], [])]) is None
+    shares = cycles.metrics(answers)["draft_share"]
+    assert shares.estimate().n == 2
 
 
 def test_the_decode_ratio_leaves_the_prompt_out():
