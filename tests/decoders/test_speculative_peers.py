@@ -62,13 +62,13 @@ def test_a_drafter_with_more_layers_than_the_target_has_is_refused(target):
         decoders.build("early-exit[layers=64]").check(target)
 
 
-def test_what_the_assistant_is_told_is_in_force(target):
-    """The target is its own assistant, so everything stays, and calls fall with the tokens that may be drafted."""
+def test_what_the_assistant_is_told_is_in_force(target, folder):
+    """The assistant has the target's weights, so everything stays, and calls fall with the tokens it may draft."""
 
     def cost(spec):
         (answer,) = decoders.build(spec).generate(target, [[1, 5, 9]], Limits(24, ignore_eos=True), RowRandom(0, [0]))
         return answer.cost.target_calls
 
-    calls = [cost(f"hf-assisted[tokens={n},threshold=0]") for n in (1, 3, 8)]
+    calls = [cost(f"hf-assisted[model={folder},tokens={n},threshold=0]") for n in (1, 3, 8)]
     assert calls[0] > calls[1] > calls[2]
-    assert cost("hf-assisted[tokens=8,threshold=1]") > calls[2]
+    assert cost(f"hf-assisted[model={folder},tokens=8,threshold=1]") > calls[2]
