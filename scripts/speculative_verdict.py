@@ -29,8 +29,9 @@ from decodathlon.leaderboard import draft_queries, queries
 
 PLACE = Path(__file__).parents[1] / "docs" / "findings"
 TABLE = "speculative.csv"
-#: The prompt apart: reading it takes as long for everybody, and for long prompts longer than the answer.
-RATIO = "ratio_to_greedy(decode)"
+#: The prompt apart: reading it takes as long for everybody, and for long prompts longer than the answer. Rows that lack
+#: it have it in, and a mark.
+RATIO, WHOLE, MARK = "ratio_to_greedy(decode)", "ratio_to_greedy", "°"
 
 
 #: What must be the same for speeds to stand in one table.
@@ -58,17 +59,22 @@ def across(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """By decoder, fastest first: the ratio on each kind of prompts, and their geometric mean where all are there."""
     by: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        if row[RATIO] is not None:
+        if row[RATIO] is not None or row[WHOLE] is not None:
             by.setdefault(row["decoder"], {})[row["slice"]] = row
 
+    def which(row: Mapping[str, Any]) -> str:
+        return RATIO if row[RATIO] is not None else WHOLE
+
     def mean(of: Mapping[str, Mapping[str, Any]]) -> float:
-        return math.exp(statistics.fmean(math.log(row[RATIO]) for row in of.values()))
+        return math.exp(statistics.fmean(math.log(row[which(row)]) for row in of.values()))
 
     def shown(row: Mapping[str, Any] | None) -> str:
         if row is None:
             return DASH
-        low, high = row[f"{RATIO} low"], row[f"{RATIO} high"]
-        return f"{row[RATIO]:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")
+        name = which(row)
+        low, high = row[f"{name} low"], row[f"{name} high"]
+        interval = f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else ""
+        return f"{row[name]:.2f}{interval}{MARK if name == WHOLE else ''}"
 
     table = [["decoder", "all six", *KINDS]]
     for name, of in sorted(by.items(), key=lambda item: (-len(item[1]), -mean(item[1]))):

@@ -199,7 +199,7 @@ def test_a_model_without_layers_is_a_model_of_its_own(tmp_path, capsys):
 
 def test_the_table_of_speculative_decoders_is_that_of_the_results(tmp_path, capsys):
     made = script("speculative_verdict")
-    row = {f"{made.RATIO} low": 0.9, f"{made.RATIO} high": 2.5}
+    row = {f"{made.RATIO} low": 0.9, f"{made.RATIO} high": 2.5, made.WHOLE: 1.5}
     rows = [
         row | {"decoder": "a", "slice": kind, made.RATIO: 2.0 if i % 2 else 0.5} for i, kind in enumerate(made.KINDS)
     ]
@@ -209,6 +209,8 @@ def test_the_table_of_speculative_decoders_is_that_of_the_results(tmp_path, caps
     assert table[2][1 + 1 + made.KINDS.index("qa")] == "3.00 [0.90, 2.50]"
     few = [{"decoder": "c", "slice": "qa", made.RATIO: 1.0, f"{made.RATIO} low": None, f"{made.RATIO} high": None}]
     assert "1.00" in made.across(few)[1]
+    old = [few[0] | {made.RATIO: None, made.WHOLE: 1.5, f"{made.WHOLE} low": 1.0, f"{made.WHOLE} high": 2.0}]
+    assert f"1.50 [1.00, 2.00]{made.MARK}" in made.across(old)[1]
     empty = tmp_path / "empty.duckdb"
     store.ingest(empty, [])
     with pytest.raises(SystemExit, match="no rows of drafting decoders"):

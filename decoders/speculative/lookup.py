@@ -24,10 +24,11 @@ class Lookup(Drafter):
         longest: the most tokens that are compared.
         shortest: the fewest; fewer say little of what follows.
         begins: from where on the text is searched, by row: 0, or the prompt's length.
+        per_match: the most tokens that are copied for each token that was found; 0: as many as are wanted.
     """
 
-    def __init__(self, rows: int, longest: int, shortest: int, begins: Sequence[int]) -> None:
-        self.sizes = range(longest, shortest - 1, -1)
+    def __init__(self, rows: int, longest: int, shortest: int, begins: Sequence[int], per_match: int = 0) -> None:
+        self.sizes, self.per_match = range(longest, shortest - 1, -1), per_match
         #: By row: where each n-gram ended last, and the time before.
         self._last: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
         self._before: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
@@ -68,7 +69,8 @@ class Lookup(Drafter):
             begin = earlier.get(tuple(whole[-n:]))
             if begin is not None:
                 period = len(whole) - begin
-                return [whole[begin + i % period] for i in range(count)]
+                most = min(count, n * self.per_match) if self.per_match else count
+                return [whole[begin + i % period] for i in range(most)]
         return []
 
     def select(self, rows: Sequence[int]) -> None:
@@ -81,7 +83,7 @@ class Lookup(Drafter):
     claim=claim,
     family="speculative",
     headline="prompt-lookup",
-    bounds={**BOUNDS, "longest": "[1, 16]", "shortest": "[1, 16]"},
+    bounds={**BOUNDS, "longest": "[1, 16]", "shortest": "[1, 16]", "per_match": "[0, 64]"},
     sweep={"k": [2, 4, 8, 16], "controller": ["static", "ewma", "break-even", "tapout"]},
     paper="Saxena 2023, Prompt Lookup Decoding; Yang et al. 2023, Inference with Reference (arXiv 2304.04487)",
 )
@@ -91,6 +93,8 @@ class PromptLookup(Speculative):
     longest: int = 3
     shortest: int = 1
     k: int = 8
+    #: The most tokens that are copied for each token that matched: one that matched says little of eight to come.
+    per_match: int = 3
     has_laws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -99,14 +103,14 @@ class PromptLookup(Speculative):
             raise SpecError(f"shortest={self.shortest} exceeds longest={self.longest}")
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        return Lookup(len(prompts), self.longest, self.shortest, [0] * len(prompts))
+        return Lookup(len(prompts), self.longest, self.shortest, [0] * len(prompts), self.per_match)
 
 
 @decoder(
     "retrieval",
     claim=claim,
     family="speculative",
-    bounds={**BOUNDS, "longest": "[1, 16]", "shortest": "[1, 16]"},
+    bounds={**BOUNDS, "longest": "[1, 16]", "shortest": "[1, 16]", "per_match": "[0, 64]"},
     sweep={"k": [2, 4, 8, 16]},
     paper="He et al. 2023, REST: Retrieval-Based Speculative Decoding (arXiv 2311.08252)",
 )
@@ -114,4 +118,4 @@ class Retrieval(PromptLookup):
     """As `prompt-lookup`, but only from what the answer itself has said so far."""
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
-        return Lookup(len(prompts), self.longest, self.shortest, [len(p) for p in prompts])
+        return Lookup(len(prompts), self.longest, self.shortest, [len(p) for p in prompts], self.per_match)

@@ -215,6 +215,15 @@ def test_a_lookup_copies_what_followed_the_longest_and_newest_match():
     assert looked_up([1, 2, 1], count=0) == []
 
 
+def test_a_lookup_copies_no_more_than_its_match_is_worth():
+    text = [7, 8, 9, 1, 2, 3, 4, 5, 6, 0, 8, 9]  # the last two came up before, and before 1 2 3 4 5 6 0
+    found = lookup.Lookup(1, 3, 1, [0], per_match=2)
+    assert found.propose([text], [8], None, None).tokens.tolist() == [[1, 2, 3, 4]]
+    alone = lookup.Lookup(1, 3, 1, [0], per_match=2)
+    assert alone.propose([[9, 1, 2, 3, 5, 9]], [8], None, None).tokens.tolist() == [[1, 2]]
+    assert found.propose([text], [3], None, None).tokens.tolist() == [[1, 2, 3]]
+
+
 def test_a_lookup_that_grows_finds_what_a_fresh_one_finds():
     torch.manual_seed(0)
     text = torch.randint(0, 3, (60,)).tolist()
