@@ -3,8 +3,8 @@
     python scripts/drafter_agreement.py --data DIR [--prompts 12] [--decoder SPEC ...]
 
 Each drafter reads the greedy texts of the model in one pass; where its likeliest next token is the model's own, a draft
-of one token would have stayed. Cheaper than a run of `throughput`, and no less true of drafters that are slow here, as those
-with zeroed weights are. Writes docs/findings/drafter-agreement.csv.
+of one token would have stayed. Cheaper than a run of `throughput`, and as true of drafters that are slow here.
+Writes docs/findings/drafter-agreement.csv.
 """
 
 from __future__ import annotations
