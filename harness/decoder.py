@@ -234,6 +234,12 @@ class Sampler(Decoder):
 D = TypeVar("D", bound=Decoder)
 
 
+def _first_sentence(text: str) -> str:
+    """Of a docstring, whose lines are as long as the file's."""
+    paragraph = " ".join(text.partition("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".") + "." if paragraph else ""
+
+
 def decoder(
     name: str,
     *,
@@ -292,7 +298,7 @@ def decoder(
             layout=dict(layout or {}),
             headline=headline,
             paper=paper,
-            summary=(inspect.getdoc(cls) or "").partition("\n")[0],
+            summary=_first_sentence(inspect.getdoc(cls) or ""),
         )
         registry.add("decoder", name, cls, source)
         return cls

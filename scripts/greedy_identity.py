@@ -71,12 +71,17 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default=environment.data_folder())
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--prompts", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=30, help="of all kinds of Spec-Bench (default 30)")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer (default 32)")
     parser.add_argument("--decoder", action="append", metavar="SPEC", help="instead of all that draft; repeatable")
     options = parser.parse_args(words)
     load_builtins()
     wanted = options.decoder or specs()
+    if min(options.prompts, options.tokens) < 1:
+        parser.error("--prompts and --tokens are at least 1")
+    for spec in wanted:
+        if (claim := decoders.build(spec).claim) != "greedy-exact":
+            parser.error(f"{spec} claims {claim}, not the text of greedy search")
     target = models.load(models.resolve(options.model), device=options.device, dtype=options.dtype, say=say)
     batches = prompts(target, options.data, options.prompts, options.tokens)
     greedy = [answers(target, "greedy", batch, options.tokens) for batch in batches]

@@ -163,8 +163,13 @@ def test_greedy_identity_tells_texts_that_part(monkeypatch, capsys):
     monkeypatch.setattr(made, "prompts", lambda *args: [[[0, 2, 3], [0, 4]], [[0, 5]]])
     assert made.main(["--tokens", "8", "--decoder", "quantised-self", "--decoder", "early-exit"]) == 0
     assert "0 of 3 texts differ" in capsys.readouterr().out
-    assert made.main(["--tokens", "8", "--decoder", "temperature[temperature=2]"]) == 1
-    assert "of 3 texts differ, gaps" in capsys.readouterr().out
+    monkeypatch.setattr(made, "answers", lambda target, spec, batch, tokens: [[spec == "greedy"] * tokens] * len(batch))
+    assert made.main(["--tokens", "8", "--decoder", "quantised-self"]) == 1
+    assert "3 of 3 texts differ, gaps" in capsys.readouterr().out
+    for wrong, error in ((["--decoder", "top-p"], "top-p claims shaped"), (["--prompts", "0"], "at least 1")):
+        with pytest.raises(SystemExit):
+            made.main(wrong)
+        assert error in capsys.readouterr().err
     names = made.specs()
     assert {"prompt-lookup", "layer-skip", "structured-self", "multi-level"} <= set(names)
     assert not {"hf-assisted", "draft-model", "temperature"} & set(names)

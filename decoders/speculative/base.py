@@ -73,7 +73,15 @@ class Speculative(Sampler):
     def __post_init__(self) -> None:
         if self.controller in LOOKING and not self.has_laws:
             able = ", ".join([*BLIND, "tapout", "contextual"])
-            raise SpecError(f"controller={self.controller} looks at a law, and this drafter has none; one of {able}")
+            raise SpecError(
+                f"{self.info.name}: controller={self.controller} looks at a law, and this drafter has none; take {able}"
+            )
+        learning = {"tapout": ("policy", "level", "reward"), "contextual": ("reward",)}.get(self.controller, ())
+        for name in ("policy", "level", "reward"):
+            if name not in learning and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise SpecError(
+                    f"{self.info.name}: {name} says how a bandit learns; controller={self.controller} does not"
+                )
 
     @abstractmethod
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
@@ -157,7 +165,8 @@ class SelfSpeculative(Speculative):
         super().__post_init__()
         if self.branches > 1 and self.looks:
             raise SpecError(
-                f"controller={self.controller} stops chains; a tree (branches={self.branches}) has a budget"
+                f"{self.info.name}: controller={self.controller} stops chains, and a tree has a budget; leave "
+                f"branches={self.branches} out, or take controller=static, ewma, break-even or heuristic"
             )
 
     @property

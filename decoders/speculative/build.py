@@ -43,6 +43,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in OPTIONS.items():
         able = ", ".join(m for m, (_, _, takes) in METHODS.items() if name in takes)
         one.add_argument(f"--{name}", metavar="X", help=f"{text} ({able})")
+    one.add_argument("--force", action="store_true", help="make it anew where there is one")
     one.add_argument("--model", default=embedded.NAME, metavar="SPEC")
     one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -67,6 +68,9 @@ def _build(options: argparse.Namespace) -> int:
     say(f"loading {model.name}")
     target = models.load(model, device=options.device, dtype=options.dtype, say=say)
     decoder.check(target)
+    if not options.force and made.is_stored(decoder, target):
+        say(f"{decoder.spec}: is there already, in {made.folder_of(decoder, target)} (--force makes it anew)")
+        return 0
     begin = time.monotonic()
     place = made.build(decoder, target, say)
     mib = sum(f.stat().st_size for f in place.iterdir()) / 2**20
@@ -76,6 +80,8 @@ def _build(options: argparse.Namespace) -> int:
 
 def _spec(method: str, given: dict[str, str]) -> str:
     name, settled, takes = METHODS[method]
+    if {"sparsity", "pattern"} <= set(given):
+        raise SpecError("--sparsity is a share, --pattern so many of each few neighbours: give one of them")
     for option in given:
         if option not in takes:
             able = " and ".join(f"--{t}" for t in takes) or "nothing more"
@@ -90,11 +96,11 @@ def _list() -> int:
         mib = sum(f.stat().st_size for f in path.parent.iterdir()) / 2**20
         try:
             meta: dict[str, Any] = json.loads(path.read_text())
-            params = ",".join(f"{k}={v}" for k, v in meta["recipe"].items() if k != "kind")
+            params = ", ".join(f"{k}={v}" for k, v in meta["recipe"].items() if k != "kind") or "no parameters"
         except (ValueError, KeyError, TypeError, AttributeError):
             say(f"damaged: {path.parent} ({mib:.1f} MiB); remove it")
             continue
-        say(f"{meta['model']}  {meta['recipe']['kind']}[{params}]  {mib:.1f} MiB  {path.parent}")
+        say(f"{meta['model']}  {meta['recipe']['kind']}: {params}  {mib:.1f} MiB  {path.parent}")
     say(f"drafters are kept in {root}; remove a folder to be rid of one")
     return 0
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative.base import SELF_BOUNDS, claim
-from decodathlon.decoders.speculative.layers import written
-from decodathlon.decoders.speculative.sparse import Calibrated, Recorder, over_layers
+from decodathlon.decoders.speculative.sparse import Calibrated, Recorder, calibration, over_layers
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
@@ -167,8 +166,7 @@ class MixedPrecisionSelf(Calibrated):
             sizes.append(seen.dense.weight.numel())
             return seen.dense
 
-        texts, _ = written(target)
-        for _ in over_layers(target, texts, felt, whole=False):
+        for _ in over_layers(target, calibration(target), felt, whole=False):
             pass
         bits = iter(shared_out(errors, sizes, self.budget_bits))
         return (layer.mapped(lambda dense: _rounded(dense, next(bits))) for layer in target.lean.layers)

@@ -46,18 +46,23 @@ def size(forward: Any) -> int:
     return sum(w.weight.numel() for w in weights)
 
 
-def written(target: Any) -> tuple[Tensor, Tensor]:
+def written(target: Any, count: int = TEXTS, length: int = LENGTH, *, drawn: bool = False) -> tuple[Tensor, Tensor]:
     """Texts (B, L) that the model writes by itself, behind the likeliest first tokens, and what it finds likeliest
-    behind each of their tokens but the first (B, L - 1)."""
+    behind each of their tokens but the first (B, L - 1). They are greedy, or drawn from its law, always the same ones.
+    """
     start = target.start_token if target.start_token is not None else 0
-    many, length = min(TEXTS, target.vocab_size), min(LENGTH, target.context_length)
+    many, length = min(count, target.vocab_size), min(length, target.context_length)
     firsts = target.open([[start]], capacity=2).next_logits[0].topk(many).indices
     texts = torch.stack([torch.full_like(firsts, start), firsts], 1).cpu()
     context = target.open(texts.tolist(), capacity=length)
+    source = torch.Generator().manual_seed(0)
     likeliest = [context.next_logits.argmax(-1).cpu()]
     while texts.shape[1] < length:
-        texts = torch.cat([texts, likeliest[-1][:, None]], 1)
-        context.extend(likeliest[-1][:, None])
+        chosen = likeliest[-1][:, None]
+        if drawn:
+            chosen = torch.multinomial(context.next_logits.float().softmax(-1).cpu(), 1, generator=source)
+        texts = torch.cat([texts, chosen], 1)
+        context.extend(chosen)
         context.keep(1)
         likeliest.append(context.next_logits.argmax(-1).cpu())
     return texts, torch.stack(likeliest, 1)

@@ -156,6 +156,14 @@ def _build(decoder: Made, target: Any, place: Path, say: Say) -> Path:
     return place
 
 
+def is_stored(decoder: Made, target: Any) -> bool:
+    """Whether the drafter of this very model lies on disk, sound."""
+    try:
+        return stored(decoder, target) is not None
+    except SpecError:
+        return False
+
+
 def stored(decoder: Made, target: Any) -> Any:
     """The drafter as it lies on disk, or None.
 

@@ -30,6 +30,11 @@ class DraftModel(Speculative):
     k: int = 4
     proposal: Literal["sample", "guess"] = "sample"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model != SELF:
+            models.resolve(self.model)  # what does not exist is told before a run
+
     def check(self, target: Any) -> None:
         super().check(target)
         if self.model != SELF:

@@ -107,6 +107,9 @@ class HFAssisted(Assisted):
     tokens: int = 20
     threshold: float = 0.4
 
+    def __post_init__(self) -> None:
+        DraftModel(model=self.model)  # which looks whether there is such a model
+
     def check(self, target: Any) -> None:
         super().check(target)
         DraftModel(model=self.model).check(target)

@@ -42,9 +42,13 @@ class QuantisedSelf(Made, SelfSpeculative):
         super().__post_init__()
         able = {"int": (4, 8), "float": (4, 5, 6)}[self.form]
         if self.bits not in able:
-            raise SpecError(f"form={self.form} has {' or '.join(map(str, able))} bits, not {self.bits}")
+            raise SpecError(
+                f"{self.info.name}: form={self.form} has {' or '.join(map(str, able))} bits, not {self.bits}"
+            )
         if self.zeros and (self.bits, self.form) != (4, "int"):
-            raise SpecError(f"zeros=true is of form=int with 4 bits, not of form={self.form} with {self.bits}")
+            raise SpecError(
+                f"{self.info.name}: zeros=true is of form=int with 4 bits, not of form={self.form} with {self.bits}"
+            )
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         return self.reading_on(target, context, self.made(target))

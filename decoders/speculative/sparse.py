@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 
 
+#: What inputs are looked at in: texts, and tokens of each. Drawn ones, for greedy ones repeat themselves.
+TEXTS, LENGTH = 16, 128
+
+
+def calibration(target: Any) -> Tensor:
+    """(B, L) texts that the model draws."""
+    return written(target, TEXTS, LENGTH, drawn=True)[0]
+
+
 class Recorder:
     """A matrix that adds up what goes into it: the mean of x x^T, or of x^2 alone."""
 
@@ -87,8 +96,7 @@ class Calibrated(Made, SelfSpeculative):
         return self.reading_on(target, context, self.made(target))
 
     def layers(self, target: Any) -> Iterator[Any]:
-        texts, _ = written(target)
-        return over_layers(target, texts, self.changed, whole=self.by_pairs)
+        return over_layers(target, calibration(target), self.changed, whole=self.by_pairs)
 
     @property
     def by_pairs(self) -> bool:

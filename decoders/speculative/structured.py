@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.speculative.base import BOUNDS, Speculative, claim
 from decodathlon.decoders.speculative.drafter import Drafter, OwnMemory
-from decodathlon.decoders.speculative.layers import written
 from decodathlon.decoders.speculative.made import Made
+from decodathlon.decoders.speculative.sparse import calibration
 from decodathlon.harness.decoder import decoder
 from decodathlon.harness.lazy import torch
 
@@ -87,8 +87,7 @@ def smaller(target: Any, method: str, share: float) -> Any:
     is added as a bias.
     """
     forward = target.lean
-    texts, _ = written(target)
-    seen = observed(target, texts)
+    seen = observed(target, calibration(target))
     D, per_group = forward.width, forward.heads // forward.key_heads
     units: list[tuple[float, int, str, int, int]] = []
     whole = 0

@@ -79,10 +79,10 @@ def _decoder(name: str) -> list[list[str]]:
         bounds = one.info.bounds.get(key) or choices or "–"
         swept = ", ".join(map(str, one.info.sweep.get(key, ()))) or "–"
         rows.append([key, str(value), bounds, swept, *([keys.get(key, "–")] if keys else [])])
-    about = (inspect.getdoc(type(one)) or "").partition("\n\n")[2]
+    about = (inspect.getdoc(type(one)) or "").splitlines()
     return [
-        [f"{one.info.name}: {one.info.summary}"],
-        *[[line] for line in about.splitlines() if line],
+        [f"{one.info.name}:"],
+        *[[line] for line in about if line],
         [f"claims {one.claim}; {one.info.paper or 'no paper'}"],
         head,
         *rows,

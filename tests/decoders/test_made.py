@@ -203,12 +203,17 @@ def test_the_command_builds_lists_and_names_what_is_wrong(tmp_path, capsys):
     assert main([*build, "--decoder", "quantised-self[bits=8]"]) == 0
     assert main(["draft", "list"]) == 0
     shown = capsys.readouterr().out
-    assert "tiny  wanda[sparsity=0.5]" in shown
-    assert "tiny  quantised[bits=8" in shown
+    assert "tiny  wanda: sparsity=0.5 " in shown
+    assert "tiny  quantised: bits=8" in shown
+    assert main([*build, "--method", "wanda", "--sparsity", "0.50"]) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert main([*build, "--method", "wanda", "--sparsity", "0.5", "--force"]) == 0
+    assert "made in" in capsys.readouterr().out
     for words, error in (
         (["--method", "wanda", "--share", "0.5"], "--method wanda takes --sparsity and --pattern, not --share"),
         (["--method", "layer-skip", "--bits", "4"], "--method layer-skip takes nothing more, not --bits"),
-        (["--method", "wanda", "--sparsity", "1.5"], r"sparsity"),
+        (["--method", "wanda", "--sparsity", "1.5"], "sparsity"),
+        (["--method", "wanda", "--sparsity", "0.5", "--pattern", "2:4"], "give one of them"),
         (["--decoder", "prompt-lookup"], "prompt-lookup has no drafter to be made"),
         (["--decoder", "sparse-self", "--bits", "4"], "--bits goes with --method"),
     ):

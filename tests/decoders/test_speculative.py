@@ -66,7 +66,7 @@ def test_greedy_text_is_that_of_greedy_search(target, spec, limits):
 @pytest.mark.parametrize("spec", ["quantised-self[k=5]", "prompt-lookup"])
 def test_no_controller_changes_the_text(target, spec, controller):
     if spec == "prompt-lookup" and controller in base.LOOKING:
-        with pytest.raises(SpecError, match="this drafter has none; one of static, heuristic"):
+        with pytest.raises(SpecError, match="this drafter has none; take static, heuristic"):
             decoders.build(with_parameter(spec, f"controller={controller}"))
         return
     for _ in range(2):  # what it has learnt is remembered
@@ -246,6 +246,13 @@ def test_parameters_outside_their_bounds_are_named():
         ("quantised-self[bits=5]", "form=int has 4 or 8 bits, not 5"),
         ("quantised-self[zeros=true,bits=8]", "zeros=true is of form=int with 4 bits"),
         ("quantised-self[controller=always]", "controller"),
+        ("draft-model[model=/nowhere]", "no model '/nowhere'"),
+        ("hf-assisted[model=/nowhere]", "no model '/nowhere'"),
+        (
+            "prompt-lookup[policy=thompson]",
+            "prompt-lookup: policy says how a bandit learns; controller=static does not",
+        ),
+        ("quantised-self[controller=contextual,level=token]", "level says how a bandit learns"),
     ):
         with pytest.raises(SpecError, match=error):
             decoders.build(spec)
@@ -355,9 +362,9 @@ def test_two_of_four_needs_a_width_that_four_divides(target, monkeypatch):
 def test_a_drafter_of_a_shorter_context_drafts_as_far_as_it_reads(target):
     short = toy.enumerable_lm(8)
     short.context_length = 12
-    decoder = decoders.build("draft-model[k=4,model=short]")
+    decoder = decoders.build("draft-model[k=4,model=org/short]")
     target.release()
-    target.kept["draft-model", "short"] = short
+    target.kept["draft-model", "org/short"] = short
     ours = answers(decoder, target, Limits(20, ignore_eos=True, trace=True))
     assert_same(ours, answers("greedy", target, Limits(20, ignore_eos=True)))
     drafted = [(c["context"], c["drafted"]) for a in ours for c in a.trace]

@@ -167,7 +167,7 @@ def test_a_tree_never_reaches_beyond_the_context(target):
 
 
 def test_a_stopping_rule_does_not_go_with_a_tree():
-    with pytest.raises(SpecError, match="controller=svip stops chains; a tree"):
+    with pytest.raises(SpecError, match="controller=svip stops chains, and a tree"):
         decoders.build("quantised-self[branches=2,controller=svip]")
 
 
