@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import textwrap
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from decodathlon.harness.results import store
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.results.table import aligned
 
+#: Characters of what a decoder is said to be, among all; alone it has its whole text.
+WIDTH = 120
 #: Parameters of a decoder that the table of all of them has room for.
 MOST = 8
 KINDS = ("decoders", "suites", "models", "metrics", "datasets", "rewards", "runs")
@@ -63,7 +66,8 @@ def _decoders() -> list[list[str]]:
         every = [f"{key}={value}" for key, value in one.params().items()]
         more = [f"and {len(every) - MOST} more: list decoders {name}"] if len(every) > MOST else []
         shown = ", ".join([*every[:MOST], *more]) or "–"
-        rows.append([name + (" *" if one.info.headline else ""), one.claim, shown, one.info.summary])
+        told = textwrap.shorten(one.info.summary, WIDTH, placeholder=" …")
+        rows.append([name + (" *" if one.info.headline else ""), one.claim, shown, told])
     return [*rows, ["* in the set that runs without --decoder"]]
 
 
