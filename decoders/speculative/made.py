@@ -28,8 +28,8 @@ from decodathlon.harness.locks import file_lock
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Raise it when files change, so that older ones are not read.
-VERSION = 1
+#: Raise it when files change, or what is made of a recipe, so that older ones are not read.
+VERSION = 2
 Say = Callable[[str], None]
 #: Numbers of each parameter that tell one revision of a model from another.
 SAMPLED = 512
