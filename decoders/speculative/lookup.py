@@ -95,7 +95,7 @@ class PromptLookup(Speculative):
     k: int = 8
     #: The most tokens that are copied for each token that matched, for one that matched says little of eight to come; 0:
     #: k whatever matched.
-    per_match: int = 0
+    per_match: int = 3
     has_laws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -227,6 +227,26 @@ def test_a_generating_task_with_repeats_draws_each_anew(target, tmp_path):
     assert found.metrics["exact_match,none"].estimate().n == 4
 
 
+def test_a_stop_string_cuts_within_a_block_of_drafted_tokens(target, tmp_path):
+    """An answer ends before it, wherever in a cycle of guesses it came up, as it does token by token."""
+
+    def replies(spec, until):
+        own_task(
+            tmp_path, output_type="generate_until", generation_kwargs={"max_gen_toks": 40, "until": until},
+            metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        )  # fmt: skip
+        found = lm_eval_tasks.run(DecoderLM(a_cell(target, spec=spec)), ["sums"], folder=tmp_path)["sums"]
+        return [sample["resps"][0][0] for sample in found.samples]
+
+    whole = replies("greedy", [])
+    stop = whole[0][13:16]
+    cut = [text.partition(stop)[0] for text in whole]
+    assert cut != whole
+    assert replies("greedy", [stop]) == cut
+    assert replies("early-exit[layers=1,k=8]", [stop]) == cut
+    assert replies("prompt-lookup", [stop]) == cut
+
+
 def test_a_rolling_task_gives_the_perplexity_of_the_law(target, tmp_path):
     own_task(
         tmp_path, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{question}}",
