@@ -93,8 +93,8 @@ class PromptLookup(Speculative):
     longest: int = 3
     shortest: int = 1
     k: int = 8
-    #: The most tokens that are copied for each token that matched, for one that matched says little of eight to come; 0:
-    #: k whatever matched.
+    #: The most tokens that are copied for each that matched, for one that matched says little of eight to come; 0: k
+    #: whatever matched.
     per_match: int = 3
     has_laws: ClassVar[bool] = False
 
