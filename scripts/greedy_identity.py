@@ -1,8 +1,8 @@
 """Is the greedy text of every drafting decoder that of `greedy`? In float32 on a real model it has to be.
 
     python scripts/greedy_identity.py --data DIR                      # float32, 30 prompts of Spec-Bench, all drafters
-    python scripts/greedy_identity.py --data DIR                      # float32, 30 prompts of Spec-Bench, all drafters
     python scripts/greedy_identity.py --dtype bfloat16 --prompts 12   # where texts part, and how near the best two were
+
 A pass over several tokens rounds otherwise than one over a single token. In float32 that moves logits by about 1e-5,
 and greedy texts stay the same; in bfloat16 by up to a tenth, so texts part where the two best tokens were nearly equal.
 Ends with 1 if texts differ in float32.
