@@ -183,7 +183,7 @@ class Bench:
             cycle_trace=spec.cycle_trace,
             say=self._say,
         )
-        cell.notes += left_out + no_judge
+        cell.notes += left_out + no_judge + decoder.remarks(target)
         return cell
 
     def _text(self, name: str, split: datasets.Split, folder: str | None) -> datasets.Text:

@@ -147,6 +147,10 @@ class Decoder(ABC):
         for capability in sorted(self.info.needs - target.capabilities):
             raise UnsupportedError(capability, f"{target.name} does not have it")
 
+    def remarks(self, target: Target) -> list[str]:
+        """What a row with this target has to say of these parameters, such as that they leave what was trained."""
+        return []
+
 
 @functools.cache
 def _imported(file: Path) -> frozenset[Path]:

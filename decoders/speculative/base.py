@@ -87,8 +87,7 @@ class Speculative(Sampler):
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         """A drafter for these prompts, which the target has just read into `context`."""
 
-    @property
-    def hidden(self) -> Sequence[int]:
+    def hidden(self, target: Any) -> Sequence[int]:
         """Hidden states of the prompts that the drafter wants, as in `Target.open`."""
         return ()
 

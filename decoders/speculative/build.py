@@ -1,11 +1,13 @@
-"""`decodathlon draft`: make drafters before a run, and see which there are."""
+"""`decodathlon draft`: make or train drafters before a run, and see which there are."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from decodathlon.decoders.speculative import made
 from decodathlon.harness import decoder as decoders
@@ -34,6 +36,17 @@ OPTIONS = {
 }
 
 
+class Trainable(NamedTuple):
+    """A way to train drafters: its options, and what runs with them and the loaded model."""
+
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Any], int]
+
+
+#: By --method of `draft train`; the decoders whose drafters these are put them here.
+trainers: dict[str, Trainable] = {}
+
+
 def _arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     one = actions.add_parser("build", help="make the drafter of a decoder and keep it on disk; runs find it there")
@@ -44,14 +57,42 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         able = ", ".join(m for m, (_, _, takes) in METHODS.items() if name in takes)
         one.add_argument(f"--{name}", metavar="X", help=f"{text} ({able})")
     one.add_argument("--force", action="store_true", help="make it anew where there is one")
-    one.add_argument("--model", default=embedded.NAME, metavar="SPEC")
-    one.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    one.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    _of_model(one)
+    two = actions.add_parser("train", help="train a drafter on what the model itself writes; can be left and taken up")
+    two.add_argument("--method", choices=sorted(trainers), required=True)
+    two.add_argument("--out", required=True, metavar="FOLDER", help="for the drafter, and all that it was made of")
+    two.add_argument(
+        "--hours", type=float, default=math.inf, metavar="H", help="stop after so many; run again to go on"
+    )
+    two.add_argument("--seed", type=int, default=0, metavar="N")
+    two.add_argument("--data", default=None, metavar="DIR", help="folder with the data sets, for the look at overlaps")
+    _of_model(two)
+    for trainable in trainers.values():
+        trainable.arguments(two)
     actions.add_parser("list", help="the drafters on disk")
 
 
+def _of_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=embedded.NAME, metavar="SPEC")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+
+
 def _run(options: argparse.Namespace) -> int:
-    return _list() if options.action == "list" else _build(options)
+    return {"list": _list, "train": _train, "build": _build}[options.action](options)
+
+
+def _loaded(options: argparse.Namespace) -> Any:
+    model = models.resolve(options.model)
+    models.check(model, models.pick_device(options.device))
+    say(f"loading {model.name}")
+    return models.load(model, device=options.device, dtype=options.dtype, say=say)
+
+
+def _train(options: argparse.Namespace) -> int:
+    if not options.hours > 0:
+        raise SpecError(f"--hours {options.hours}: there is no time to train")
+    return trainers[options.method].run(options, _loaded(options))
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -63,10 +104,7 @@ def _build(options: argparse.Namespace) -> int:
     if not isinstance(decoder, made.Made):
         able = sorted({name for name, _, _ in METHODS.values()})
         raise SpecError(f"{decoder.spec} has no drafter to be made; one of {', '.join(able)} has")
-    model = models.resolve(options.model)
-    models.check(model, models.pick_device(options.device))
-    say(f"loading {model.name}")
-    target = models.load(model, device=options.device, dtype=options.dtype, say=say)
+    target = _loaded(options)
     decoder.check(target)
     if not options.force and made.is_stored(decoder, target):
         say(f"{decoder.spec}: is there already, in {made.folder_of(decoder, target)} (--force makes it anew)")
@@ -90,7 +128,7 @@ def _spec(method: str, given: dict[str, str]) -> str:
     return name + (f"[{','.join(f'{k}={v}' for k, v in params.items())}]" if params else "")
 
 
-def _list() -> int:
+def _list(options: argparse.Namespace) -> int:
     root = embedded.cache_folder() / "drafters"
     for path in sorted(p for p in root.glob("*/*/meta.json") if not p.parent.name.startswith(".")):
         mib = sum(f.stat().st_size for f in path.parent.iterdir()) / 2**20

@@ -60,7 +60,7 @@ class Request:
         target.check_room(prompts, need)
         # A short row may draft in its padding what a long one has no room for.
         self.context = target.open(
-            prompts, capacity=min(target.context_length, need + decoder.widest), hidden=decoder.hidden
+            prompts, capacity=min(target.context_length, need + decoder.widest), hidden=decoder.hidden(target)
         )
         self.drafter = decoder.drafter(target, self.context, prompts)
         self.rows = [_Row(i, list(p), len(p), positions=len(p)) for i, p in enumerate(prompts)]
@@ -124,7 +124,10 @@ class Request:
         else:
             path = torch.cat([torch.zeros(len(texts), 1, dtype=torch.long), nodes + 1], 1)
             self.context.keep(kept, path=path)
-        self.drafter.settle(accepted, step.hidden)
+        row = torch.arange(len(texts))[:, None]
+        self.drafter.settle(
+            accepted, step.hidden if nodes is None else {n: h[row, path] for n, h in step.hidden.items()}
+        )
         new = [
             [*tokens[b, path[b, 1 : n + 1]].tolist(), last]
             for b, (n, last) in enumerate(zip(accepted, token, strict=True))
@@ -144,7 +147,7 @@ class Request:
                 row.trace.append(
                     {"position": row.made, "context": len(row.text), "asked": want[b], "drafted": places[b],
                      "nodes": draft.counts[b], "accepted": accepted[b], "draft_s": seconds.draft,
-                     "verify_s": seconds.verify, "keep_s": seconds.keep, **controller.state}
+                     "verify_s": seconds.verify, "keep_s": seconds.keep, **controller.state, **self.drafter.state(b)}
                 )  # fmt: skip
             self._take(row, new[b], scores[b])
 
@@ -180,7 +183,7 @@ class Request:
             log_p = self.decoder.shape(logits.flatten(0, 1)).view_as(logits)
             # by level: the tests' own numbers, and behind them the one for the draw
             numbers = u.unflatten(1, (self.decoder.k + 1, -1))[:, : deepest + 1].to(logits.device)
-            path = verify.walk_drawn(log_p, meant, parents, draft.log_q, numbers, deepest, replaced=False)
+            path = verify.walk_drawn(log_p, meant, parents, draft.log_q, numbers, deepest, replaced=draft.replaced)
         return path.accepted.tolist(), path.nodes.cpu(), path.token.tolist()
 
     def _drawn(self, logits: Tensor, depth: Tensor) -> Tensor:

@@ -30,11 +30,13 @@ class Draft:
     #: How many of them are meant, by row.
     counts: list[int]
     #: Natural log-probabilities, (B, N, V), of the law that each was drawn from; None for guesses that were not drawn.
-    #: In a tree (B, 1 + N, V): of the law that the children of the text and of each node were drawn from, without
-    #: replacement and in their order. A child that is negative is none, because its law had no more tokens.
+    #: In a tree (B, 1 + N, V): of the law that the children of the text and of each node were drawn from, in their
+    #: order. A child that is negative is none, because its law had no more tokens.
     log_q: Tensor | None = None
     #: (B, N) of a tree, the parent of each node, -1 for the text; parents before children. None for a chain.
     parents: Tensor | None = None
+    #: Whether siblings of a tree that were drawn were drawn with replacement.
+    replaced: bool = False
 
     def places(self, tree: Tensor | None) -> list[int]:
         """By row, how far ahead its tokens reach: as far as there are of a chain, and in a tree its levels. `tree` is
@@ -53,6 +55,7 @@ class Draft:
             [min(n, nodes) for n in self.counts],
             None if self.log_q is None else self.log_q[:, : nodes + (self.parents is not None)],
             None if self.parents is None else self.parents[:, :nodes],
+            self.replaced,
         )
 
 
@@ -88,8 +91,13 @@ class Drafter(ABC):
         """
         Args:
             accepted: by row, how many of the drafted tokens stayed.
-            hidden: what `hidden` asked for, (B, 1 + N, E) each: behind the text's last token and each drafted one.
+            hidden: what `hidden` asked for, (B, 1 + P, E) each: behind the text's last token, and behind each drafted
+                one of a chain, or of the path that stayed in a tree.
         """
+
+    def state(self, row: int) -> dict[str, float | str]:
+        """What a trace shows of how the last draft of a row was made."""
+        return {}
 
     def timed(self, nodes: int, seconds: Seconds) -> None:  # noqa: B027 - chains have controllers for that
         """What the cycle took in which the target looked at so many of its tokens per row."""

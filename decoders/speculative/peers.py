@@ -44,7 +44,7 @@ class Assisted(Decoder):
         found = []
         with target.native() as model, assistant.native() if assistant else nullcontext() as other, torch.no_grad():
             more = {"assistant_model": other} if assistant else {}
-            for name, value in options.items() if assistant else ():
+            for name, value in options.items() if hasattr(other, "generation_config") else ():
                 setattr(other.generation_config, name, value)  # it is the assistant's own that is asked
             for prompt in prompts:
                 tokens = torch.tensor([list(prompt)], device=target.device)
@@ -64,7 +64,8 @@ def _counted(model: Any) -> Iterator[list[int]]:
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         spent[0] += 1
-        spent[1] += (args[0] if args else kwargs["input_ids"]).shape[1]
+        read = args[0] if args else kwargs.get("input_ids")
+        spent[1] += (kwargs["noise_embeds"] if read is None else read).shape[1]
 
     handle = None if model is None else model.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -145,7 +145,7 @@ class DrawnTree(SharedMemory):
             laws = log_q if laws is None else torch.cat([laws, log_q[:, laws.shape[1] :]], 1)
             for place in {parent: None for parent, at in shape if at == level}:
                 mine = [i for i, (parent, _) in enumerate(shape) if parent == place]
-                drawn = _without_replacement(laws[:, place + 1], u[:, mine].to(laws.device))
+                drawn = without_replacement(laws[:, place + 1], u[:, mine].to(laws.device))
                 tokens[:, [i + 1 for i in mine]] = drawn.cpu()
         assert laws is not None
         missing = 1 + len(shape) - laws.shape[1]
@@ -175,7 +175,7 @@ class DrawnTree(SharedMemory):
         self._tried += sum(min(n + 1, self._depth) for n in accepted)
 
 
-def _without_replacement(log_q: Tensor, u: Tensor) -> Tensor:
+def without_replacement(log_q: Tensor, u: Tensor) -> Tensor:
     """(B, n) different tokens, drawn one by one with the numbers u (B, n); -1 where the law (B, V) has no more."""
     left = log_q.exp()
     drawn = []

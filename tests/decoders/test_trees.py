@@ -138,7 +138,7 @@ def test_what_stays_of_a_drawn_tree_has_the_law_of_the_target(target, spec):
 
 
 def test_a_law_that_runs_out_of_tokens_has_no_more_children(target):
-    drawn = trees._without_replacement(torch.tensor([[0.5, 0.0, 0.5]]).log(), torch.tensor([[0.1, 0.7, 0.3]]))
+    drawn = trees.without_replacement(torch.tensor([[0.5, 0.0, 0.5]]).log(), torch.tensor([[0.1, 0.7, 0.3]]))
     assert drawn.tolist() == [[0, 2, -1]]
     limits = Limits(12, ignore_eos=True)
     found = decoders.build("early-exit[branches=3,k=3,budget=9,top_k=1,temperature=1]").generate(

@@ -1,0 +1,12 @@
+"""DFlash: a small network that sees the target's hidden states drafts a whole block of tokens in one pass.
+
+`network` is that network and its memory, `config` and `checkpoint` what its files say and where they come from,
+`drafter` how the core of speculative decoding sees it. `block` is `dflash`; `schedules` say how large its blocks are,
+`hints` what they begin with. `trees` are the decoders that make trees of a block, by the functions of `packing`.
+`train` is the command that makes a drafter: `corpus` has the model write texts, `features` keeps what it sees of them,
+`training` does the rest.
+"""
+
+from decodathlon.decoders.dflash import block, peer, train, trees
+
+__all__ = ["block", "peer", "train", "trees"]

@@ -1,0 +1,122 @@
+"""Texts that a model writes itself, to train a drafter on: what it would be asked, and what it answers.
+
+The turn of the user is drawn from the model too, behind an empty chat template (Xu et al. 2024, Magpie, arXiv
+2406.08464), so no data set is needed and none can leak; answers are greedy, as they are when speed is measured. What
+shares eight words in a row with the text of a suite is left out all the same, and counted.
+
+Texts come in shards of their own random numbers. A shard that is there is not written again, so that the work can be
+interrupted at any point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decodathlon.harness import datasets, progress
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.measure.cycles import loops
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.registry import registry
+
+Say = Callable[[str], None]
+#: Texts of a shard, written side by side.
+ROWS = 32
+#: How the user's turn is drawn, and the most tokens that it has.
+ASKING, ASKED = "top-p[p=0.95]", 96
+#: Words in a row that make two texts share something.
+WORDS = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt, up to where the answer begins, and the answer; tokens."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def shard(folder: Path, number: int) -> Path:
+    return folder / f"texts-{number:04}.jsonl"
+
+
+def write(target: Any, folder: Path, shards: int, tokens: int, seed: int, say: Say) -> None:
+    """Have so many shards of texts, with answers of at most so many tokens.
+
+    Raises:
+        SpecError: the model has no chat template.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [number for number in range(shards) if not shard(folder, number).exists()]
+    for number in progress.told(missing, "texts: shards", say):
+        lines = [json.dumps({"prompt": w.prompt, "answer": w.answer}) for w in _written(target, number, tokens, seed)]
+        work = shard(folder, number).with_suffix(".part")
+        work.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(work, shard(folder, number))
+
+
+def read(folder: Path, number: int) -> list[Written]:
+    return [Written(**json.loads(line)) for line in shard(folder, number).read_text().splitlines()]
+
+
+def _written(target: Any, number: int, tokens: int, seed: int) -> Iterator[Written]:
+    begin = empty_turn(target)
+    keys = [f"{number}-{row}" for row in range(ROWS)]
+    asked = decoders.build(ASKING).generate(target, [begin] * ROWS, Limits(ASKED), RowRandom(seed, keys))
+    turns = [a.text.strip() for a in asked if a.stop_reason == "stop" and a.text.strip()]
+    prompts = [p for text in dict.fromkeys(turns) if (p := target.chat([{"role": "user", "content": text}]))]
+    if not prompts:
+        return
+    rng = RowRandom(seed, range(len(prompts)))
+    for prompt, answer in zip(
+        prompts, decoders.build("greedy").generate(target, prompts, Limits(tokens), rng), strict=True
+    ):
+        if len(answer.tokens) > 1 and not loops(answer.tokens):
+            yield Written(prompt, answer.tokens)
+
+
+def empty_turn(target: Any) -> list[int]:
+    """The tokens before what a user says: what the templates of two different turns have in common.
+
+    Raises:
+        SpecError: the model has no chat template.
+    """
+    one, other = (target.chat([{"role": "user", "content": text}]) for text in ("A", "7"))
+    if one is None or other is None:
+        raise SpecError(f"{target.name} has no chat template, from which it could write the turns of a user")
+    same = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return list(one[:same])
+
+
+def grams(text: str) -> set[tuple[str, ...]]:
+    """All runs of eight words; case and marks do not count."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+
+
+def suite_grams(folder: str | None) -> dict[str, set[tuple[str, ...]]]:
+    """By data set of the suites, the runs of words of its test split; those that cannot be had are left out."""
+    found = {}
+    for name in registry.names("dataset"):
+        try:
+            text = datasets.find(name, "test", folder)
+        except MissingError:
+            continue
+        found[text.name] = set().union(*(grams(row) for row in text.rows))
+    return found
+
+
+def overlaps(target: Any, texts: Sequence[Written], suites: Mapping[str, set[tuple[str, ...]]]) -> list[set[str]]:
+    """By text, the data sets with which it shares eight words in a row."""
+    shared = [grams(target.decode(w.prompt)) | grams(target.decode(w.answer)) for w in texts]
+    template = Counter(gram for some in shared for gram in some)
+    common = {gram for gram, count in template.items() if count > len(texts) / 2}  # the template's own words
+    return [{name for name, theirs in suites.items() if (some - common) & theirs} for some in shared]

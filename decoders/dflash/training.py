@@ -1,0 +1,278 @@
+"""Training a drafter: random anchors in texts of the target's own, and the tokens behind each of them to guess.
+
+Chen, Liang, Liu 2026 (arXiv 2602.06036), section 4: an anchor is a token of an answer, and the block behind it all
+masks; the block sees the context strictly before its anchor, and itself. The loss is the cross-entropy of the token at
+each place, weighted exp(-(place - 1) / gamma), for a guess is of no use where one before it is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decodathlon.decoders.dflash import features
+from decodathlon.decoders.dflash.features import Seen
+from decodathlon.decoders.dflash.network import Network, seen
+
+Say = Callable[[str], None]
+#: Seconds between two lines, and between two looks at texts that were held out.
+SAY_EVERY, CHECK_EVERY = 30.0, 600.0
+#: What becomes of a guess whose place is behind the end of the text.
+NOTHING = -100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a drafter is trained; what it looks like is its config."""
+
+    steps: int = 6000
+    #: Texts of a step, and anchors in each of them.
+    texts: int = 8
+    anchors: int = 16
+    rate: float = 6e-4
+    warm: float = 0.04
+    clip: float = 1.0
+    decay: float = 0.01
+    #: Of the weights by place; 0: the paper's for this block (7 for 16, 5 for 10, 4 for 8).
+    gamma: float = 0.0
+    #: The loss compares with the tokens of the step, the most frequent ones of the texts and as many drawn anew in each
+    #: step, this many of either; 0: with the whole vocabulary.
+    classes: int = 0
+    seed: int = 0
+
+    def weights(self, block: int) -> Tensor:
+        """(b - 1,) by place."""
+        gamma = self.gamma or {16: 7.0, 10: 5.0, 8: 4.0}.get(block, block * 7 / 16)
+        return torch.exp(-torch.arange(block - 1) / gamma)
+
+
+class Trainer:
+    """One training, which can be left and taken up at any step.
+
+    Args:
+        network: in float32; it is changed.
+        embedding: the target's (V, E).
+        head: its output matrix (V, E).
+        folder: of shards of hidden states (`features`).
+        shards: numbers of those to train on.
+        held_out: texts that are not.
+    """
+
+    def __init__(
+        self, network: Network, embedding: Tensor, head: Tensor, folder: Path, shards: Sequence[int],
+        held_out: Sequence[Seen], recipe: Recipe,
+    ) -> None:  # fmt: skip
+        self.network, self.embedding, self.head = network.train().requires_grad_(True), embedding, head
+        self.folder, self.shards, self.held_out, self.recipe = folder, list(shards), list(held_out), recipe
+        self.device = embedding.device
+        self.step, self.spent = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
+        self.frequent = torch.zeros(0, dtype=torch.long)
+        self._texts: list[Seen] = []
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self, state: Path, say: Say, *, hours: float = math.inf) -> bool:
+        """Train to the last step or until the time is over; what was reached is kept in `state`. True when done."""
+        self.load(state)
+        if self.recipe.classes:
+            self.frequent = self._most_frequent()
+        began = said = checked = time.monotonic()
+        losses: list[float] = []
+        first = self.step
+        while self.step < self.recipe.steps and time.monotonic() - began < hours * 3600:
+            losses.append(self._one())
+            now = time.monotonic()
+            if now - said > SAY_EVERY:
+                left = (now - began) / (self.step - first) * (self.recipe.steps - self.step)
+                say(
+                    f"  step {self.step} of {self.recipe.steps}, loss {sum(losses) / len(losses):.3f}, "
+                    f"about {left / 60:.0f} min left"
+                )
+                said, losses = now, []
+            if now - checked > CHECK_EVERY:
+                self._check(say, began)
+                self.save(state)
+                checked = time.monotonic()
+        self._check(say, began)
+        self.save(state)
+        return self.step >= self.recipe.steps
+
+    def _check(self, say: Say, began: float) -> None:
+        if not self.held_out:
+            return
+        found = tau(self.network, self.embedding, self.head, self.held_out)
+        self.history.append({"step": self.step, "tau": found, "minutes": (self.spent + time.monotonic() - began) / 60})
+        say(f"  step {self.step}: {found:.3f} tokens per cycle on {len(self.held_out)} texts that were held out")
+
+    def _one(self) -> float:
+        """One step; returns the loss."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        texts = self._some(generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate * self.schedule(self.step)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss = self.loss(texts, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def schedule(self, step: int) -> float:
+        """Of the learning rate: up in a straight line, down along a cosine."""
+        warm = max(1, round(self.recipe.warm * self.recipe.steps))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.recipe.steps - warm)))
+
+    def _some(self, generator: torch.Generator) -> list[Seen]:
+        """Texts of this step: all of some shards, mixed, before those of others. It follows from the step alone."""
+        per_shard = max(1, 32 // self.recipe.texts)
+        turn, within = divmod(self.step, per_shard * 4)
+        if within == 0 or not self._texts:
+            own = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + 7 * turn + 1)
+            chosen = torch.randperm(len(self.shards), generator=own)[:4].tolist()
+            self._texts = [s for i in chosen for s in features.load(self.folder, self.shards[i]) if _long(s)]
+        picked = torch.randint(len(self._texts), (self.recipe.texts,), generator=generator).tolist()
+        return [self._texts[i] for i in picked]
+
+    # -- the loss -----------------------------------------------------------------------------------------------
+
+    def loss(self, texts: Sequence[Seen], generator: torch.Generator) -> Tensor:
+        """Weighted cross-entropy of the guesses behind random anchors."""
+        block = self.network.config.block_size
+        anchors = [
+            s.begin + torch.randint(len(s.tokens) - 1 - s.begin, (self.recipe.anchors,), generator=generator)
+            for s in texts
+        ]
+        outputs = guesses(self.network, self.embedding, texts, anchors)  # (A, b - 1, E)
+        targets = torch.cat([_behind(s, at, block) for s, at in zip(texts, anchors, strict=True)]).to(self.device)
+        weights = self.recipe.weights(block).to(self.device).expand(targets.shape)
+        there = targets != NOTHING
+        outputs, targets, weights = outputs[there], targets[there], weights[there]
+        head, targets = self._classes(targets, generator)
+        logits = self.network.logits(outputs, lambda x: F.linear(x, head.to(x.dtype)))
+        return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / weights.sum()
+
+    def _classes(self, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The rows of the head that the loss looks at, and the targets among them."""
+        if not self.recipe.classes:
+            return self.head, targets
+        drawn = torch.randint(len(self.head), (self.recipe.classes,), generator=generator)
+        chosen = torch.cat([targets.cpu(), self.frequent, drawn]).unique().to(self.device)
+        return self.head[chosen], torch.searchsorted(chosen, targets)
+
+    def _most_frequent(self) -> Tensor:
+        counts = torch.zeros(len(self.head), dtype=torch.long)
+        for number in self.shards:
+            for text in features.load(self.folder, number):
+                counts += torch.bincount(text.tokens[text.begin :], minlength=len(counts))
+        return counts.topk(min(self.recipe.classes, len(counts))).indices
+
+    # -- keeping it ---------------------------------------------------------------------------------------------
+
+    def save(self, state: Path) -> None:
+        work = state.with_suffix(".part")
+        kept = {
+            "recipe": asdict(self.recipe), "config": self.network.config.as_json(), "step": self.step,
+            "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "history": json.dumps(self.history), "spent": self.history[-1]["minutes"] * 60 if self.history else 0.0,
+        }  # fmt: skip
+        torch.save(kept, work)
+        os.replace(work, state)
+
+    def load(self, state: Path) -> None:
+        """
+        Raises:
+            ValueError: the state is of another recipe, or of a drafter of another shape.
+        """
+        if not state.exists():
+            return
+        kept = torch.load(state, weights_only=True, map_location=self.device)
+        own = {"recipe": asdict(self.recipe), "config": self.network.config.as_json()}
+        for what, mine in own.items():
+            changed = [name for name, value in mine.items() if kept[what].get(name) != value]
+            if changed:
+                raise ValueError(
+                    f"{state} is of a training with {changed[0]}={kept[what].get(changed[0])}, not {mine[changed[0]]}; "
+                    "go on with the same options, or take another folder"
+                )
+        self.step, self.spent = kept["step"], kept["spent"]
+        self.history = json.loads(kept["history"])
+        self.network.load_state_dict(kept["network"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+
+
+def _long(text: Seen) -> bool:
+    return len(text.tokens) - text.begin >= 2
+
+
+def _behind(text: Seen, anchors: Tensor, block: int) -> Tensor:
+    """(A, b - 1) the tokens behind each anchor; NOTHING behind the end of the text."""
+    padded = F.pad(text.tokens, (0, block), value=NOTHING)
+    return padded[anchors[:, None] + torch.arange(1, block)]
+
+
+def guesses(network: Network, embedding: Tensor, texts: Sequence[Seen], anchors: Sequence[Tensor]) -> Tensor:
+    """(A, b - 1, E) outputs for the places behind each anchor, the texts' anchors one text after the other.
+
+    What `Memory` does token by token, for all anchors at once; a test holds the two together.
+    """
+    config, device = network.config, embedding.device
+    b = config.block_size
+    width = max(len(s.tokens) for s in texts)
+    states = torch.stack([F.pad(s.states, (0, 0, 0, width - len(s.states))) for s in texts]).to(device)
+    read = network.read(network.context(states.to(network.norm.weight.dtype)), torch.arange(width, device=device)[None])
+    own = torch.cat([torch.full((len(a),), i) for i, a in enumerate(anchors)]).to(device)
+    at = torch.cat(list(anchors)).to(device)
+    first = torch.cat([s.tokens[a] for s, a in zip(texts, anchors, strict=True)]).to(device)
+    tokens = torch.cat([first[:, None], torch.full((len(first), b - 1), config.mask_token_id, device=device)], 1)
+    places = at[:, None] + torch.arange(b, device=device)
+    slots = torch.cat([torch.arange(width, device=device).expand(len(at), -1), places], 1)
+    there = torch.cat([slots[:, :width] < at[:, None], torch.ones_like(places, dtype=torch.bool)], 1)
+
+    def attended(number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        before_keys, before_values = read[number]
+        attention = network.layers[number].self_attn
+        return (
+            torch.cat([before_keys[own], keys], 2),
+            torch.cat([before_values[own], values], 2),
+            seen(places[:, :, None], slots[:, None], there[:, None], attention.window, attention.causal),
+        )
+
+    return network.block(F.embedding(tokens, embedding), places, attended)[:, 1:]
+
+
+@torch.no_grad()
+def tau(network: Network, embedding: Tensor, head: Tensor, texts: Sequence[Seen]) -> float:
+    """Tokens per cycle, the target's own one included, if these texts were decoded: what greedy search wrote is what
+    the target would draw. Cycles that the end of a text cuts short are left out."""
+    block, made, cycles = network.config.block_size, 0, 0
+    network.eval()
+    for text in texts:
+        last = len(text.tokens) - block
+        if last < text.begin:
+            continue
+        anchors = torch.arange(text.begin, last + 1)
+        with torch.autocast(embedding.device.type, dtype=torch.bfloat16):
+            outputs = guesses(network, embedding, [text], [anchors])
+            best = network.logits(outputs, lambda x: F.linear(x, head.to(x.dtype))).argmax(-1).cpu()
+        stay = (best == _behind(text, anchors, block)).long().cumprod(1).sum(1)
+        at = 0
+        while at < len(anchors):
+            made, cycles = made + int(stay[at]) + 1, cycles + 1
+            at += int(stay[at]) + 1
+    network.train()
+    return made / max(1, cycles)

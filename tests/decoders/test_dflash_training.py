@@ -1,0 +1,210 @@
+"""Training a drafter: the loss sees what decoding will see and falls; a training goes on where it was left."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from decodathlon.decoders.dflash import checkpoint, corpus, drafter, features
+from decodathlon.decoders.dflash.network import Memory, Network
+from decodathlon.decoders.dflash.training import NOTHING, Recipe, Trainer, _behind, guesses, tau
+from decodathlon.harness import decoder as decoders
+from decodathlon.harness.decoder import Limits
+from decodathlon.harness.errors import SpecError
+from decodathlon.harness.randomness import RowRandom
+from decodathlon.harness.registry import load_builtins
+from decodathlon.harness.targets import toy
+
+load_builtins()
+
+
+@pytest.fixture(scope="module")
+def target():
+    return toy.enumerable_lm(8)
+
+
+@pytest.fixture(scope="module")
+def states(target, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("states")
+    prompts = [[0, *divmod(i, 8)] for i in range(48)]
+    found = decoders.build("greedy").generate(
+        target, prompts, Limits(20, ignore_eos=True), RowRandom(0, range(len(prompts)))
+    )
+    texts = [corpus.Written(p, a.tokens) for p, a in zip(prompts, found, strict=True)]
+    features.make(target, drafter.seen_by(fresh(target)), [texts[:24], texts[24:]], folder, lambda text: None)
+    return folder
+
+
+def fresh(target, block=4, seed=0):
+    torch.manual_seed(seed)
+    return Network(checkpoint.shape_for(target, layers=1, fused=1, block=block))
+
+
+def trainer(target, states, recipe, network=None, held_out=()):
+    return Trainer(
+        network or fresh(target), target.model.get_input_embeddings().weight.float(),
+        target.model.get_output_embeddings().weight.float(), states, [0, 1], held_out, recipe,
+    )  # fmt: skip
+
+
+def test_the_loss_sees_what_decoding_will_see(target, states):
+    """Outputs behind many anchors of several texts at once, against a memory that has read up to each anchor."""
+    network, embedding = fresh(target).double(), target.model.get_input_embeddings().weight
+    texts = features.load(states, 0)[:3]
+    texts[1] = features.Seen(texts[1].tokens[:9], texts[1].states[:9], texts[1].begin)
+    anchors = [torch.tensor([3, 7]), torch.tensor([4]), torch.tensor([11, 3, 20])]
+    with torch.no_grad():
+        together = guesses(network, embedding, texts, anchors)
+        place = 0
+        for text, at in zip(texts, anchors, strict=True):
+            for anchor in at.tolist():
+                memory = Memory(network, 1, 64)
+                memory.append(text.states[None, :anchor].double(), [anchor])
+                block = torch.cat([text.tokens[anchor][None], torch.full((3,), network.config.mask_token_id)])
+                alone = memory.draft(torch.nn.functional.embedding(block, embedding)[None])[0, 1:]
+                assert torch.allclose(together[place], alone, atol=1e-9)
+                place += 1
+
+
+def test_states_are_those_that_the_target_has_behind_each_token(target, states):
+    text = features.load(states, 1)[5]
+    number = drafter.seen_by(fresh(target))[0]
+    context = target.open([text.tokens[:4].tolist()], capacity=32)
+    step = context.extend(text.tokens[None, 4:7], hidden=[number])
+    assert torch.allclose(step.hidden[number][0].float(), text.states[4:7].float(), rtol=1e-2)
+    assert text.begin == 3
+
+
+def test_targets_are_the_tokens_behind_an_anchor():
+    text = features.Seen(torch.tensor([5, 6, 7, 8]), torch.zeros(4, 1), 1)
+    assert _behind(text, torch.tensor([0, 2, 3]), 4).tolist() == [[6, 7, 8], [8, NOTHING, NOTHING], [NOTHING] * 3]
+
+
+def test_weights_fall_with_the_place():
+    assert Recipe().weights(16).tolist() == pytest.approx([math.exp(-k / 7) for k in range(15)])
+    assert Recipe().weights(8)[3].item() == pytest.approx(math.exp(-3 / 4))
+    assert Recipe(gamma=2.0).weights(8)[2].item() == pytest.approx(math.exp(-1))
+
+
+def test_training_teaches_what_the_texts_say(target, states, tmp_path):
+    held_out = features.load(states, 1)[:8]
+    told = []
+    one = trainer(target, states, Recipe(steps=150, rate=3e-3), held_out=held_out)
+    before = tau(one.network, one.embedding, one.head, held_out)
+    assert one.run(tmp_path / "state.pt", told.append)
+    after = tau(one.network, one.embedding, one.head, held_out)
+    assert after > before + 0.3, (before, after)
+    assert one.history[-1]["tau"] == pytest.approx(after)
+    assert "tokens per cycle" in told[-1]
+
+
+def test_tau_is_what_decoding_measures(target, states, tmp_path):
+    """Of texts that are greedy themselves; cycles at the end of a text, where a block has no room, are not counted."""
+    one = trainer(target, states, Recipe(steps=80, rate=3e-3))
+    one.run(tmp_path / "state.pt", lambda text: None)
+    checkpoint.save(one.network, tmp_path / "saved")
+    texts = features.load(states, 1)[:6]
+    network = checkpoint.read(tmp_path / "saved", one.network.config).double()
+    prompts = [t.tokens[: t.begin].tolist() for t in texts]
+    spec = f"dflash[checkpoint={tmp_path / 'saved'}]"
+    found = decoders.build(spec).generate(
+        target, prompts, Limits(20, ignore_eos=True, trace=True), RowRandom(0, range(6))
+    )
+    made = cycles = 0
+    for text, answer in zip(texts, found, strict=True):
+        assert answer.tokens == text.tokens[text.begin :].tolist()
+        at = text.begin
+        for cycle in answer.trace:
+            if at > len(text.tokens) - 4:
+                break
+            made, cycles, at = made + cycle["accepted"] + 1, cycles + 1, at + cycle["accepted"] + 1
+    ours = tau(network, target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight, texts)
+    assert ours == pytest.approx(made / cycles, rel=0.1)  # in training hidden states are kept in bfloat16
+
+
+def test_a_training_that_was_left_goes_on_as_it_would_have(target, states, tmp_path):
+    recipe = Recipe(steps=12, rate=1e-3, classes=4)
+    whole = trainer(target, states, recipe)
+    whole.run(tmp_path / "whole.pt", lambda text: None)
+    first = trainer(target, states, recipe)
+    first.run(tmp_path / "parts.pt", lambda text: None, hours=0)
+    assert first.step == 0
+    for _ in range(5):
+        first._one()
+    first.save(tmp_path / "parts.pt")
+    second = trainer(target, states, recipe, network=fresh(target, seed=9))
+    assert second.run(tmp_path / "parts.pt", lambda text: None)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.allclose(second.network.state_dict()[name], tensor, atol=1e-6), name
+
+
+def test_a_training_of_another_recipe_is_not_taken_up(target, states, tmp_path):
+    one = trainer(target, states, Recipe(steps=2))
+    one.run(tmp_path / "state.pt", lambda text: None)
+    with pytest.raises(ValueError, match=r"with rate=0\.0006, not 0\.1"):
+        trainer(target, states, Recipe(steps=2, rate=0.1)).load(tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="with block_size=4, not 6"):
+        trainer(target, states, Recipe(steps=2), network=fresh(target, block=6)).load(tmp_path / "state.pt")
+
+
+def test_some_classes_give_the_loss_of_all_where_they_are_all(target, states):
+    texts = features.load(states, 0)[:8]
+
+    def loss(classes):
+        one = trainer(target, states, Recipe(classes=classes, anchors=64))
+        if classes:
+            one.frequent = one._most_frequent()
+        return float(one.loss(texts, torch.Generator().manual_seed(0)).detach())
+
+    assert loss(8) == pytest.approx(loss(0), rel=1e-5)
+    assert loss(1) <= loss(0) + 1e-6, "fewer classes to confuse"
+
+
+# -- texts ---------------------------------------------------------------------------------------------------------
+
+
+class Speaker:
+    """A target that only chats: its template has a beginning, the words, and an end."""
+
+    name = "speaker"
+
+    def chat(self, messages):
+        return [1, 2, 3, *(10 + ord(c) % 50 for c in messages[0]["content"]), 4]
+
+    def decode(self, tokens):
+        return " ".join(f"w{t}" for t in tokens)
+
+
+def test_an_empty_turn_is_what_templates_have_in_common():
+    assert corpus.empty_turn(Speaker()) == [1, 2, 3]
+    silent = Speaker()
+    silent.chat = lambda messages: None
+    with pytest.raises(SpecError, match="no chat template"):
+        corpus.empty_turn(silent)
+
+
+def test_texts_of_the_suites_are_found_out():
+    suites = {"a": corpus.grams("w1 w2 w3 w4 w5 w6 w7 w8 w9"), "b": corpus.grams("x " * 20)}
+    texts = [
+        corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6, 7, 8]),
+        corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6, 7, 7]),
+        corpus.Written([2, 3, 4, 5, 6, 7, 8, 9], [7]),
+    ]
+    assert corpus.overlaps(Speaker(), texts, suites) == [{"a"}, set(), {"a"}]
+
+
+def test_shards_that_are_there_are_not_written_again(tmp_path, monkeypatch):
+    asked = []
+
+    def written(target, number, tokens, seed):
+        asked.append(number)
+        yield corpus.Written([1], [number, 2])
+
+    monkeypatch.setattr(corpus, "_written", written)
+    corpus.write(None, tmp_path, 3, 8, 0, lambda text: None)
+    corpus.shard(tmp_path, 1).unlink()
+    corpus.write(None, tmp_path, 4, 8, 0, lambda text: None)
+    assert asked == [0, 1, 2, 1, 3]
+    assert corpus.read(tmp_path, 1) == [corpus.Written([1], [1, 2])]
+    assert json.loads(corpus.shard(tmp_path, 3).read_text()) == {"prompt": [1], "answer": [3, 2]}
