@@ -69,8 +69,8 @@ def folder_for(checkpoint: str, target: Any) -> Path | None:
         if not checkpoint:
             raise UnsupportedError(
                 "a DFlash drafter",
-                f"none ships for {target.name}, and none of the released ones is for it. Give checkpoint=FOLDER or a hub "
-                "id, train one (decodathlon draft train), or take checkpoint=random to try the loop",
+                f"none ships for {target.name}, and none of the released ones is for it. Give checkpoint=FOLDER or a "
+                "hub id, train one (decodathlon draft train), or take checkpoint=random to try the loop",
             )
     folder = Path(checkpoint).expanduser()
     return folder if folder.is_dir() else Path(models.fetch(models.resolve(checkpoint), lambda text: None))
