@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from decodathlon.decoders.dflash import checkpoint as checkpoints
@@ -16,7 +17,7 @@ from decodathlon.decoders.speculative.cycle import Request
 from decodathlon.decoders.speculative.drafter import Drafter
 from decodathlon.decoders.speculative.matrices import product
 from decodathlon.harness.decoder import Completion, Limits, decoder
-from decodathlon.harness.errors import SpecError
+from decodathlon.harness.errors import SpecError, UnsupportedError
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -47,11 +48,23 @@ class BlockSpeculative(Speculative):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "k", max(0, self.block - 1))
+        if self.controller == "break-even":
+            raise SpecError(
+                f"{self.info.name}: controller=break-even counts seconds by drafted token, and a block takes the same "
+                "however many of its tokens are of use; dflash[schedule=break-even] counts by block"
+            )
+        if self.block == 1 and self.controller != "static":
+            raise SpecError(f"{self.info.name}: block=1 drafts nothing, so controller={self.controller} has no say")
         checkpoints.check_named(self.checkpoint, self.info.name)
 
     def check(self, target: Any) -> None:
         super().check(target)
+        if self.head != "same" and target.device.type != "cpu":
+            raise UnsupportedError(f"a kernel for head={self.head}", f"there is none on {target.device.type}")
         self.network(target)
+
+    def sources(self) -> list[Path]:
+        return sorted({*super().sources(), *checkpoints.files(self.checkpoint)})
 
     def network(self, target: Any) -> Any:
         """The drafter, which the target keeps."""
@@ -62,9 +75,10 @@ class BlockSpeculative(Speculative):
 
     def remarks(self, target: Any) -> list[str]:
         trained = self.network(target).config.block_size
+        found = [f"drafter: {checkpoints.told(self.checkpoint, target)}"]
         if self.block > trained:
-            return [f"a block of {self.block} tokens; the drafter was trained with {trained}"]
-        return []
+            found.append(f"a block of {self.block} tokens; the drafter was trained with {trained}")
+        return found
 
     def output(self, target: Any) -> Any:
         """The output matrix in its form, which the target keeps."""
@@ -151,6 +165,14 @@ class DFlash(BlockSpeculative):
             raise SpecError(
                 f"{self.info.name}: schedule={self.schedule} and controller={self.controller} both say how far to draft"
             )
+        if self.draft_steps == 1 and self.refine != "all":
+            raise SpecError(f"{self.info.name}: refine={self.refine} is of a second pass; give draft_steps=2")
+        if self.suffix_seed == "none" and (self.seed_aligned or self.seed_max_tokens != -1):
+            raise SpecError(
+                f"{self.info.name}: there is nothing to seed with; give suffix_seed=sparse, dense or confident"
+            )
+        if self.block == 1 and (self.schedule, self.suffix_seed, self.draft_steps) != ("fixed", "none", 1):
+            raise SpecError(f"{self.info.name}: block=1 drafts nothing, so nothing else can be said of its draft")
 
     @property
     def draws(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,25 @@ def folder_for(checkpoint: str, target: Any) -> Path | None:
     return folder if folder.is_dir() else Path(models.fetch(models.resolve(checkpoint), lambda text: None))
 
 
+def files(checkpoint: str) -> list[Path]:
+    """What the drafter consists of, where its folder is known without a model: of `auto`, all that ship."""
+    if checkpoint == RANDOM:
+        return []
+    folders = SHIPPED.glob("*/") if checkpoint == AUTO else [Path(checkpoint).expanduser()]
+    return [file for f in folders for name in ("config.json", "*.safetensors") for file in sorted(f.glob(name))]
+
+
+def told(checkpoint: str, target: Any) -> str:
+    """Which drafter it is, for a row."""
+    folder = folder_for(checkpoint, target)
+    if folder is None:
+        return "random weights of seed 0"
+    kind = (
+        "shipped" if folder.parent == SHIPPED else "folder" if Path(checkpoint).expanduser().is_dir() else "hub commit"
+    )
+    return f"{kind} {folder.name}"
+
+
 def _is_random(target: Any) -> bool:
     """Whether the target's own weights are random numbers, as those of the audit."""
     return bool(target.name.startswith("enumerable-lm"))
@@ -134,8 +154,10 @@ def save(network: Network, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    work = folder / "model.part"
     tensors = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in network.state_dict().items()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(tensors, str(work), metadata={"format": "pt"})
+    os.replace(work, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(network.config.as_json(), indent=2) + "\n")
 
 
@@ -144,7 +166,10 @@ def shape_for(target: Any, *, layers: int, fused: int, block: int, intermediate:
     own = target.config
     depth, heads = int(own.num_hidden_layers), int(own.num_attention_heads)
     width = int(own.hidden_size)
-    fused = fused if depth >= fused + 3 else 1
+    if fused > 1 and depth < fused + 3:
+        raise SpecError(
+            f"{target.name} has {depth} layers; a drafter can look at {max(1, depth - 3)} of them, not {fused}"
+        )
     return configs.Config(
         hidden_size=width, intermediate_size=intermediate or int(own.intermediate_size), num_hidden_layers=layers,
         heads=heads, key_heads=int(getattr(own, "num_key_value_heads", None) or heads),
@@ -179,5 +204,6 @@ def random(target: Any, seed: int = 0) -> Network:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Network(shape_for(target, layers=LAYERS, fused=5, block=BLOCK))
+        fused = min(5, max(1, int(target.config.num_hidden_layers) - 3))
+        network = Network(shape_for(target, layers=LAYERS, fused=fused, block=BLOCK))
     return network.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)

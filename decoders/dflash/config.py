@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ EITHER = (
 )  # fmt: skip
 #: Parts of DFlash 2, which this network does not have.
 SECOND = ("selector_rank", "conv_kernel_size")
+#: What may stand in `dflash_config`; more would change what the network computes.
+KNOWN = {*EITHER, "causal", "use_swa"}
+#: Tokens of the largest block.
+LARGEST = 64
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Config:
             "attention_bias": self.attention_bias,
             "layer_types": list(self.layer_types) or None,
             "sliding_window": self.sliding_window,
+            **({} if self.is_causal is None else {"is_causal": self.is_causal}),
             "num_target_layers": self.num_target_layers,
             "block_size": self.block_size,
             "dflash_config": {
@@ -135,12 +141,16 @@ def parse(raw: Any, where: str) -> Config:
         raise SpecError(f"{where}: this is a drafter of DFlash 2 (it has {SECOND[0]}), whose network is another one")
     if raw.get("hidden_act", "silu") != "silu":
         raise SpecError(f"{where}: hidden_act is {raw['hidden_act']!r}; the network has silu")
+    strange = sorted(set(own) - KNOWN) + (["use_swa"] if own.get("use_swa") else [])
+    if strange:
+        raise SpecError(f"{where}: dflash_config has {strange[0]}, which the network here does not know")
     found = {name: own.get(name, raw.get(name)) for name in EITHER}
 
     def number(name: str, kind: type = int, default: Any = None) -> Any:
         value = found[name] if name in found else raw.get(name)
         value = default if value is None else value
-        if value is None or isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+        sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not sound or kind(value) != value:
             raise SpecError(f"{where}: {name} has to be {'a whole number' if kind is int else 'a number'}, not {value}")
         return kind(value)
 
@@ -163,21 +173,23 @@ def parse(raw: Any, where: str) -> Config:
         block_size=number("block_size", default=16),
         attention_bias=bool(raw.get("attention_bias", False)),
         layer_types=tuple(raw.get("layer_types") or ()),
-        sliding_window=raw.get("sliding_window"),
-        is_causal=raw.get("is_causal"),
+        sliding_window=number("sliding_window", default=0) or None,
+        is_causal=raw.get("is_causal", own.get("causal")),
         input_embedding_scale=number("input_embedding_scale", float, 1.0),
         output_multiplier=number("output_multiplier", float, 1.0),
         final_logit_softcapping=number("final_logit_softcapping", float, 0.0),
-        rope=_rope(raw),
+        rope=_rope(raw, where),
         max_position_embeddings=number("max_position_embeddings", default=40960),
     )
     _check(config, where)
     return config
 
 
-def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Files before transformers 5 say `rope_theta` and `rope_scaling`, later ones `rope_parameters`."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise SpecError(f"{where}: rotations are described by an object, not by {given!r}")
     theta = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
     return {"rope_type": given.get("rope_type") or given.get("type") or "default", **given, "rope_theta": float(theta)}
 
@@ -188,6 +200,10 @@ def _check(config: Config, where: str) -> None:
     for name, low in least.items():
         if getattr(config, name) < low:
             raise SpecError(f"{where}: {name} is {getattr(config, name)}; the least is {low}")
+    if config.block_size > LARGEST:
+        raise SpecError(f"{where}: block_size is {config.block_size}; the most is {LARGEST}")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise SpecError(f"{where}: sliding_window is {config.sliding_window}; the least is 1")
     if config.heads % config.key_heads:
         raise SpecError(f"{where}: {config.heads} query heads cannot share {config.key_heads} key heads")
     if config.layer_types and len(config.layer_types) != config.num_hidden_layers:
@@ -220,6 +236,12 @@ def check_fits(config: Config, target: Any, where: str) -> None:
             for who, numbers in (("the drafter is for", ours), (f"{target.name} has", theirs))
         )
         raise SpecError(f"the drafter in {where} is for another model: {described}")
+    try:
+        config.rotary()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SpecError(
+            f"the drafter in {where} turns by {dict(config.rope)}, which transformers cannot: {error}"
+        ) from error
     outside = [i for i in config.target_layer_ids if not 0 <= i < theirs["layers"]]
     if outside:
         raise SpecError(

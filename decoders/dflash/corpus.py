@@ -11,9 +11,10 @@ interrupted at any point.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from decodathlon.harness import datasets, progress
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
-from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.errors import SpecError
 from decodathlon.harness.measure.cycles import loops
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import registry
@@ -48,8 +49,9 @@ def shard(folder: Path, number: int) -> Path:
     return folder / f"texts-{number:04}.jsonl"
 
 
-def write(target: Any, folder: Path, shards: int, tokens: int, seed: int, say: Say) -> None:
-    """Have so many shards of texts, with answers of at most so many tokens.
+def write(target: Any, folder: Path, shards: int, tokens: int, seed: int, say: Say, until: float = math.inf) -> bool:
+    """Have so many shards of texts, with answers of at most so many tokens. False where `until`, a time of the clock
+    `time.monotonic`, came before all were there.
 
     Raises:
         SpecError: the model has no chat template.
@@ -57,10 +59,13 @@ def write(target: Any, folder: Path, shards: int, tokens: int, seed: int, say: S
     folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(shards) if not shard(folder, number).exists()]
     for number in progress.told(missing, "texts: shards", say):
+        if time.monotonic() > until:
+            return False
         lines = [json.dumps({"prompt": w.prompt, "answer": w.answer}) for w in _written(target, number, tokens, seed)]
         work = shard(folder, number).with_suffix(".part")
         work.write_text("".join(f"{line}\n" for line in lines))
         os.replace(work, shard(folder, number))
+    return True
 
 
 def read(folder: Path, number: int) -> list[Written]:
@@ -102,21 +107,41 @@ def grams(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
 
 
-def suite_grams(folder: str | None) -> dict[str, set[tuple[str, ...]]]:
-    """By data set of the suites, the runs of words of its test split; those that cannot be had are left out."""
+def suite_grams(folder: str | None, say: Say) -> dict[str, set[tuple[str, ...]]]:
+    """By data set of the suites, the runs of words of its test split.
+
+    Raises:
+        MissingError: `folder` was given and lacks one.
+    """
     found = {}
     for name in registry.names("dataset"):
-        try:
-            text = datasets.find(name, "test", folder)
-        except MissingError:
+        text = datasets.find(name, "test", folder)
+        if text.source == "stand-in":
+            say(f"{name} is not at hand (no --data, not in the hub cache, no hub): what is in it is not looked for")
             continue
-        found[text.name] = set().union(*(grams(row) for row in text.rows))
+        found[text.name] = {gram for row in text.rows for words in _words(row) for gram in grams(words)}
     return found
 
 
+def _words(row: str) -> list[str]:
+    """The texts in a row, which may be JSON."""
+    try:
+        value = json.loads(row)
+    except ValueError:
+        return [row]
+    return list(_strings(value))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(part)
+
+
 def overlaps(target: Any, texts: Sequence[Written], suites: Mapping[str, set[tuple[str, ...]]]) -> list[set[str]]:
-    """By text, the data sets with which it shares eight words in a row."""
+    """By text, the data sets with which it shares eight words in a row; those of the template do not count."""
+    template = grams(target.decode(empty_turn(target)))
     shared = [grams(target.decode(w.prompt)) | grams(target.decode(w.answer)) for w in texts]
-    template = Counter(gram for some in shared for gram in some)
-    common = {gram for gram, count in template.items() if count > len(texts) / 2}  # the template's own words
-    return [{name for name, theirs in suites.items() if (some - common) & theirs} for some in shared]
+    return [{name for name, theirs in suites.items() if (some - template) & theirs} for some in shared]

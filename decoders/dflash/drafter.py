@@ -128,5 +128,7 @@ class Nothing(Drafter):
 
 
 def seen_by(network: Network) -> tuple[int, ...]:
-    """The hidden states of the target that it wants, as `Context.extend` numbers them: 0 are the embeddings."""
-    return tuple(i + 1 for i in network.config.target_layer_ids)
+    """The hidden states of the target that it wants, as `Context.extend` numbers them: 0 are the embeddings, and those
+    of the last layer are normed, as transformers has them."""
+    last = network.config.num_target_layers - 1
+    return tuple(i + 2 if i == last else i + 1 for i in network.config.target_layer_ids)

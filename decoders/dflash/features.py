@@ -5,7 +5,11 @@ A shard of texts makes a shard of states, in a file of its own; it is not made a
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,29 +37,49 @@ class Seen:
     begin: int
 
 
-def make(target: Any, ids: Sequence[int], shards: Sequence[Sequence[Written]], folder: Path, say: Say) -> None:
-    """Write the states of every shard of texts; `ids` are hidden states as `Context.extend` numbers them."""
+def make(
+    target: Any, ids: Sequence[int], shards: Sequence[Sequence[Written]], folder: Path, say: Say,
+    until: float = math.inf,
+) -> bool:  # fmt: skip
+    """Write the states of every shard of texts; `ids` are hidden states as `Context.extend` numbers them. False where
+    `until`, a time of the clock `time.monotonic`, came before all were there. States of other texts are made anew."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [number for number in range(len(shards)) if not path(folder, number).exists()]
+    missing = [number for number, texts in enumerate(shards) if _texts_of(folder, number) != _hash(texts)]
     for number in progress.told(missing, "hidden states: shards", say):
+        if time.monotonic() > until:
+            return False
         seen = [
             one
             for at in range(0, len(shards[number]), ROWS)
             for one in _read(target, ids, shards[number][at : at + ROWS])
         ]
+        empty = torch.zeros(0, len(ids) * target.config.hidden_size, dtype=torch.bfloat16)
         tensors = {
             "tokens": torch.cat([torch.zeros(0, dtype=torch.long), *(s.tokens for s in seen)]),
-            "states": torch.cat(
-                [torch.zeros(0, len(ids) * target.config.hidden_size), *(s.states for s in seen)]
-            ).bfloat16(),
+            "states": torch.cat([empty, *(s.states.bfloat16() for s in seen)]),
             "lengths": torch.tensor([len(s.tokens) for s in seen], dtype=torch.long),
             "begins": torch.tensor([s.begin for s in seen], dtype=torch.long),
         }
         work = path(folder, number).with_suffix(".part")
-        save_file(tensors, str(work))
+        save_file(tensors, str(work), metadata={"texts": _hash(shards[number])})
         os.replace(work, path(folder, number))
+    return True
+
+
+def _hash(texts: Sequence[Written]) -> str:
+    return hashlib.sha256(json.dumps([[w.prompt, w.answer] for w in texts]).encode()).hexdigest()
+
+
+def _texts_of(folder: Path, number: int) -> str | None:
+    """The hash of the texts that a shard of states is of, if there is one."""
+    from safetensors import safe_open
+
+    if not path(folder, number).exists():
+        return None
+    with safe_open(str(path(folder, number)), "pt") as file:
+        return (file.metadata() or {}).get("texts")
 
 
 def path(folder: Path, number: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from decodathlon.decoders.dflash import checkpoint as checkpoints
@@ -41,6 +42,12 @@ class HFDFlash(Assisted):
 
     def __post_init__(self) -> None:
         checkpoints.check_named(self.checkpoint, self.info.name)
+
+    def sources(self) -> list[Path]:
+        return sorted({*super().sources(), *checkpoints.files(self.checkpoint)})
+
+    def remarks(self, target: Any) -> list[str]:
+        return [f"drafter: {checkpoints.told(self.checkpoint, target)}"]
 
     def check(self, target: Any) -> None:
         super().check(target)

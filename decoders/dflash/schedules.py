@@ -116,10 +116,11 @@ class Scheduler(Controller):
 
 
 class BreakEvenSize(Controller):
-    """The greatest size that is worth its wider pass over the next smaller one.
+    """From the smallest size on, each next one that is worth its wider pass over the best so far.
 
     A size b makes E(b) = 1 + sum over j < b of P(the first j guesses stay) tokens in c(b) seconds, and pays over b' < b
-    where E(b) / E(b') > c(b) / c(b'). E comes from every cycle, by place; c only from cycles of that size.
+    where E(b) / E(b') > c(b) / c(b'). E comes from every cycle, by place; c only from cycles of that size. The seconds
+    of a batch are those of its widest row.
     """
 
     #: Cycles between two looks at another size, so that what it costs is not forgotten.

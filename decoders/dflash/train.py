@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 from decodathlon.decoders.dflash import corpus
 from decodathlon.decoders.dflash.checkpoint import save, shape_for
+from decodathlon.decoders.dflash.config import LARGEST
 from decodathlon.decoders.speculative.build import Trainable, trainers
+from decodathlon.decoders.speculative.made import fingerprint
 from decodathlon.harness.commands.command import say
-from decodathlon.harness.errors import SpecError
+from decodathlon.harness.errors import MissingError, SpecError
 
 #: Shards of texts that are held out, of which so many texts are looked at.
 HELD_OUT, LOOKED_AT = 1, 12
@@ -40,47 +43,90 @@ def _run(options: argparse.Namespace, target: Any) -> int:
     from decodathlon.decoders.dflash import features
     from decodathlon.decoders.dflash.drafter import seen_by
     from decodathlon.decoders.dflash.network import Network
-    from decodathlon.decoders.dflash.training import Recipe, Trainer
+    from decodathlon.decoders.dflash.training import Recipe, Trainer, begin_as
 
-    _check(options)
+    until = time.monotonic() + options.hours * 3600
     folder = Path(options.out)
     config = shape_for(
         target, layers=options.layers, fused=options.fused, block=options.block, intermediate=options.intermediate
     )
-    texts = folder / "texts"
-    corpus.write(target, texts, options.shards, options.answer_tokens, options.seed, say)
-    shards = [corpus.read(texts, number) for number in range(options.shards)]
-    shards, report = _without_suites(target, shards, options.data)
+    known = corpus.suite_grams(options.data, say)
+    _claim(folder, _made_by(options, target, config))
+    if not corpus.write(target, folder / "texts", options.shards, options.answer_tokens, options.seed, say, until):
+        return _later("texts")
+    shards, report = _fit(target, [corpus.read(folder / "texts", number) for number in range(options.shards)], known)
     say(report["told"])
+    full = [number for number, texts in enumerate(shards) if texts]
+    if len(full) <= HELD_OUT:
+        raise SpecError(
+            f"of {options.shards} shards of texts {len(full)} have any left to train on; give --shards more"
+        )
     torch.manual_seed(options.seed)
-    network = Network(config).to(target.device)
-    features.make(target, seen_by(network), shards, folder / "states", say)
+    network = Network(config)
+    begin_as(network, target)
+    network.to(target.device)
+    if not features.make(target, seen_by(network), shards, folder / "states", say, until):
+        return _later("hidden states")
     count = sum(p.numel() for p in network.parameters())
     say(f"training {count / 1e6:.1f} million weights on {report['tokens']} tokens of {report['texts']} answers")
     recipe = Recipe(
         steps=options.steps, anchors=options.anchors, rate=options.rate, classes=options.classes, seed=options.seed
     )
-    full = [number for number in range(options.shards) if shards[number]]
     held_out = [s for number in full[:HELD_OUT] for s in features.load(folder / "states", number)][:LOOKED_AT]
     trainer = Trainer(
         network, target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight,
         folder / "states", full[HELD_OUT:], held_out, recipe,
     )  # fmt: skip
     try:
-        done = trainer.run(folder / "state.pt", say, hours=options.hours)
+        done = trainer.run(folder / "state.pt", say, until=until)
     except ValueError as error:
         raise SpecError(str(error)) from error
     save(network, folder)
-    (folder / "training.json").write_text(
-        json.dumps({"recipe": vars(recipe), "texts": report, "history": trainer.history}, indent=2) + "\n"
-    )
-    what = (
-        "the drafter"
-        if done
-        else f"the drafter so far (step {trainer.step} of {recipe.steps}; the same command goes on)"
-    )
+    told = {"recipe": vars(recipe), "texts": report, "history": trainer.history, **_made_by(options, target, config)}
+    (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n")
+    what = "the drafter" if done else f"the drafter so far (step {trainer.step} of {recipe.steps}; run again to go on)"
     say(f"{what} is in {folder}; --decoder 'dflash[checkpoint={folder}]' takes it")
     return 0
+
+
+def _later(what: str) -> int:
+    say(f"the time is over, and the {what} are not all there; the same command goes on")
+    return 0
+
+
+def _made_by(options: argparse.Namespace, target: Any, config: Any) -> dict[str, Any]:
+    """What all that lies in the folder depends on."""
+    return {
+        "model": target.name,
+        "weights": fingerprint(target),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "answer_tokens": options.answer_tokens,
+        "seed": options.seed,
+        "layers": list(config.target_layer_ids),
+    }
+
+
+def _claim(folder: Path, made_by: dict[str, Any]) -> None:
+    """
+    Raises:
+        SpecError: the folder holds what was made of another model, or with other options.
+        MissingError: it cannot be written.
+    """
+    file = folder / "made-by.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(file.read_text()) if file.exists() else None
+        if before is None:
+            file.write_text(json.dumps(made_by, indent=2) + "\n")
+    except ValueError as error:
+        raise SpecError(f"{file} is torn; remove {folder} and begin anew") from error
+    except OSError as error:
+        raise MissingError(f"--out {folder} cannot be written: {error.strerror}") from error
+    for name, value in made_by.items():
+        if before is not None and before.get(name) != value:
+            raise SpecError(
+                f"--out {folder} holds what was made with {name} {before.get(name)}, not {value}; take another folder"
+            )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -90,6 +136,8 @@ def _check(options: argparse.Namespace) -> None:
     """
     least = {"shards": HELD_OUT + 1, "answer_tokens": 2, "layers": 1, "fused": 1, "intermediate": 0, "block": 2,
              "steps": 1, "anchors": 1, "classes": 0}  # fmt: skip
+    if options.block > LARGEST:
+        raise SpecError(f"--block {options.block}: the most is {LARGEST}")
     for name, low in least.items():
         if getattr(options, name) < low:
             raise SpecError(f"--{name.replace('_', '-')} {getattr(options, name)}: the least is {low}")
@@ -97,30 +145,31 @@ def _check(options: argparse.Namespace) -> None:
         raise SpecError(f"--rate {options.rate} is no learning rate; it lies between 0 and 1")
 
 
-def _without_suites(
-    target: Any, shards: Sequence[Sequence[corpus.Written]], data: str | None
+def _fit(
+    target: Any, shards: Sequence[Sequence[corpus.Written]], known: dict[str, set[tuple[str, ...]]]
 ) -> tuple[list[list[corpus.Written]], dict[str, Any]]:
-    """The texts that share nothing with the suites, and what became of the others."""
-    known = corpus.suite_grams(data)
+    """The texts that share nothing with the suites, each prompt once; and what became of the others."""
     every = [w for shard in shards for w in shard]
     shared = iter(corpus.overlaps(target, every, known))
-    kept, counts = [], Counter[str]()
+    seen, counts, again = set(), Counter[str](), 0
+    kept: list[list[corpus.Written]] = []
     for shard in shards:
-        clean = []
+        kept.append([])
         for text in shard:
-            names = next(shared)
+            names, prompt = next(shared), tuple(text.prompt)
             counts.update(names)
-            if not names:
-                clean.append(text)
-        kept.append(clean)
+            again += prompt in seen
+            if not names and prompt not in seen:
+                kept[-1].append(text)
+            seen.add(prompt)
     left = [w for shard in kept for w in shard]
-    tokens = sum(len(w.answer) for w in left)
+    looked = ", ".join(f"{name} {counts[name]}" for name in sorted(known)) or "none at hand"
     told = (
-        f"{len(every)} texts; {len(every) - len(left)} left out that share {corpus.WORDS} words in a row with a suite"
+        f"{len(every)} texts, {again} of them a second time; left out, for they share {corpus.WORDS} words in a row with "
+        f"a suite: {looked}"
     )
-    if counts:
-        told += f" ({', '.join(f'{name} {count}' for name, count in sorted(counts.items()))})"
-    return kept, {"told": told, "texts": len(left), "tokens": tokens, "left_out": dict(counts), "suites": sorted(known)}
+    tokens = sum(len(w.answer) for w in left)
+    return kept, {"told": told, "texts": len(left), "tokens": tokens, "left_out": {n: counts[n] for n in sorted(known)}}
 
 
-trainers["dflash"] = Trainable(_arguments, _run)
+trainers["dflash"] = Trainable(_arguments, _check, _run)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,37 @@ class Recipe:
         return torch.exp(-torch.arange(block - 1) / gamma)
 
 
+@torch.no_grad()
+def begin_as(network: Network, target: Any) -> None:
+    """Let the drafter's blocks begin as the target's last ones, and see the latest of its hidden states alone.
+
+    Only what the target's blocks have under the same names and of the same shapes; the rest stays random. Queries and
+    keys are normed here and perhaps not there, so the weights of their norms take the size that they have there.
+    """
+    body = getattr(target.model, "model", None)
+    if not hasattr(body, "layers") or not hasattr(body, "norm"):
+        return
+    for mine, theirs in zip(reversed(network.layers), reversed(body.layers), strict=False):
+        for name, parameter in mine.named_parameters():
+            try:
+                own = theirs.get_parameter(name)
+            except AttributeError:
+                continue
+            if own.shape == parameter.shape:
+                parameter.copy_(own)
+        if hasattr(theirs, "self_attn") and not hasattr(theirs.self_attn, "q_norm"):
+            scale = theirs.input_layernorm.weight.float()
+            for norm, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+                weight = getattr(theirs.self_attn, projection).weight.float() * scale
+                # of inputs that are normed and independent
+                getattr(mine.self_attn, norm).weight.fill_(float(weight.square().sum(1).mean().sqrt()))
+    network.norm.weight.copy_(body.norm.weight)
+    width = network.config.hidden_size
+    network.fc.weight.mul_(0.1)
+    network.fc.weight[:, -width:] += torch.eye(width)
+    network.hidden_norm.weight.copy_(network.layers[0].input_layernorm.weight)
+
+
 class Trainer:
     """One training, which can be left and taken up at any step.
 
@@ -82,17 +114,34 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
-    def run(self, state: Path, say: Say, *, hours: float = math.inf) -> bool:
-        """Train to the last step or until the time is over; what was reached is kept in `state`. True when done."""
+    def run(self, state: Path, say: Say, *, until: float = math.inf) -> bool:
+        """Train to the last step or until that time of `time.monotonic`. True when done.
+
+        What was reached is kept in `state`, now and then, at the end, and when the work is interrupted.
+        """
         self.load(state)
         if self.recipe.classes:
             self.frequent = self._most_frequent()
+        first = self.step
+        try:
+            self._to(until, state, say)
+        finally:
+            if self.step > first:
+                self.save(state)
+        if self.step > first:
+            self._check(say)
+            self.save(state)
+        return self.step >= self.recipe.steps
+
+    def _to(self, until: float, state: Path, say: Say) -> None:
         began = said = checked = time.monotonic()
         losses: list[float] = []
         first = self.step
-        while self.step < self.recipe.steps and time.monotonic() - began < hours * 3600:
+        while self.step < self.recipe.steps and time.monotonic() < until:
+            before = time.monotonic()
             losses.append(self._one())
             now = time.monotonic()
+            self.spent += now - before
             if now - said > SAY_EVERY:
                 left = (now - began) / (self.step - first) * (self.recipe.steps - self.step)
                 say(
@@ -101,18 +150,15 @@ class Trainer:
                 )
                 said, losses = now, []
             if now - checked > CHECK_EVERY:
-                self._check(say, began)
+                self._check(say)
                 self.save(state)
                 checked = time.monotonic()
-        self._check(say, began)
-        self.save(state)
-        return self.step >= self.recipe.steps
 
-    def _check(self, say: Say, began: float) -> None:
+    def _check(self, say: Say) -> None:
         if not self.held_out:
             return
         found = tau(self.network, self.embedding, self.head, self.held_out)
-        self.history.append({"step": self.step, "tau": found, "minutes": (self.spent + time.monotonic() - began) / 60})
+        self.history.append({"step": self.step, "tau": found, "minutes": self.spent / 60})
         say(f"  step {self.step}: {found:.3f} tokens per cycle on {len(self.held_out)} texts that were held out")
 
     def _one(self) -> float:
@@ -163,7 +209,7 @@ class Trainer:
         there = targets != NOTHING
         outputs, targets, weights = outputs[there], targets[there], weights[there]
         head, targets = self._classes(targets, generator)
-        logits = self.network.logits(outputs, lambda x: F.linear(x, head.to(x.dtype)))
+        logits = self.network.logits(outputs, lambda x: F.linear(x, head))
         return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / weights.sum()
 
     def _classes(self, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -188,7 +234,7 @@ class Trainer:
         kept = {
             "recipe": asdict(self.recipe), "config": self.network.config.as_json(), "step": self.step,
             "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "history": json.dumps(self.history), "spent": self.history[-1]["minutes"] * 60 if self.history else 0.0,
+            "history": json.dumps(self.history), "spent": self.spent, "shards": self.shards,
         }  # fmt: skip
         torch.save(kept, work)
         os.replace(work, state)
@@ -201,6 +247,11 @@ class Trainer:
         if not state.exists():
             return
         kept = torch.load(state, weights_only=True, map_location=self.device)
+        if kept["shards"] != self.shards:
+            raise ValueError(
+                f"{state} is of a training on {len(kept['shards'])} shards of texts, not {len(self.shards)}; go on "
+                "with the same options, or take another folder"
+            )
         own = {"recipe": asdict(self.recipe), "config": self.network.config.as_json()}
         for what, mine in own.items():
             changed = [name for name, value in mine.items() if kept[what].get(name) != value]
@@ -266,9 +317,12 @@ def tau(network: Network, embedding: Tensor, head: Tensor, texts: Sequence[Seen]
         if last < text.begin:
             continue
         anchors = torch.arange(text.begin, last + 1)
+        found = []
         with torch.autocast(embedding.device.type, dtype=torch.bfloat16):
-            outputs = guesses(network, embedding, [text], [anchors])
-            best = network.logits(outputs, lambda x: F.linear(x, head.to(x.dtype))).argmax(-1).cpu()
+            for some in anchors.split(32):  # the logits of all at once would be large
+                outputs = guesses(network, embedding, [text], [some])
+                found.append(network.logits(outputs, lambda x: F.linear(x, head)).argmax(-1).cpu())
+        best = torch.cat(found)
         stay = (best == _behind(text, anchors, block)).long().cumprod(1).sum(1)
         at = 0
         while at < len(anchors):

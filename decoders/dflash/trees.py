@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from decodathlon.decoders.dflash import packing
 from decodathlon.decoders.dflash.block import BLOCK_BOUNDS, PAPER, BlockSpeculative
 from decodathlon.decoders.dflash.drafter import BlockDrafter
-from decodathlon.decoders.speculative.base import claim
+from decodathlon.decoders.speculative.base import LOOKING, claim
 from decodathlon.decoders.speculative.clocks import Budget
 from decodathlon.decoders.speculative.controllers import Seconds
 from decodathlon.decoders.speculative.drafter import Draft, Drafter, Stopping
@@ -38,7 +38,9 @@ class BlockTree(BlockSpeculative):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.looks or self.controller == "tapout":
+        if self.block == 1:
+            raise SpecError(f"{self.info.name}: block=1 drafts nothing; dflash[block=1] is that loop")
+        if self.controller in (*LOOKING, "tapout", "contextual"):
             raise SpecError(
                 f"{self.info.name}: controller={self.controller} stops chains; a tree has a size of its own"
             )
@@ -95,7 +97,7 @@ class BestFirst(BlockDrafter):
 
     def __init__(self, *given: Any, budget: Budget, **more: Any) -> None:
         super().__init__(*given, **more)
-        self.budget = budget
+        self.budget, self._first = budget, True
 
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:
         laws = self.laws(texts, want)
@@ -109,8 +111,9 @@ class BestFirst(BlockDrafter):
         return draft.cut(count)
 
     def timed(self, nodes: int, seconds: Seconds) -> None:
-        if nodes:
+        if nodes and not self._first:  # whose seconds hold the pass over the prompt
             self.budget.timed(nodes, 1, seconds)
+        self._first = False
 
 
 def _worth(draft: Draft, laws: Tensor) -> list[float]:
@@ -197,8 +200,9 @@ class Candidates(BlockTree):
 
     `beam`: at the first `branch_depth` places whose margin between the two likeliest tokens is at most
     `branch_margin_threshold` (-1: at all of them) the `branch_top_k` likeliest, the best `max_candidates` of them by
-    score. `prefix-rank`: behind the first `prefix` tokens of the block the r-th candidate has the r-th likeliest token
-    everywhere. `sparse-rank`: each candidate changes one token, at one of the `positions` places of the least margin.
+    score. `prefix-rank`: behind the first `prefix` tokens of the block, the text's last one among them, the r-th
+    candidate has the r-th likeliest token everywhere. `sparse-rank`: each candidate changes one token behind that
+    prefix, to one of the `branch_top_k`, at one of the `positions` places of the least margin.
     The note verifies them side by side, in rows with a copy of the memory each, which keeps the same text.
     """
 
@@ -209,6 +213,17 @@ class Candidates(BlockTree):
     branch_margin_threshold: float = -1.0
     prefix: int = 2
     positions: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        takes = {
+            "beam": {"branch_depth", "branch_top_k", "branch_margin_threshold"},
+            "prefix-rank": {"prefix"},
+            "sparse-rank": {"prefix", "positions", "branch_top_k", "branch_margin_threshold"},
+        }
+        for name in sorted(set().union(*takes.values()) - takes[self.mode]):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise SpecError(f"{self.info.name}: mode={self.mode} has no {name}")
 
     @property
     def widest(self) -> int:
@@ -228,7 +243,7 @@ class Candidates(BlockTree):
                 margins=gaps,
             )  # fmt: skip
         elif self.mode == "prefix-rank":
-            found = packing.by_rank(tokens, prefix=self.prefix, count=min(count, self.branch_top_k))
+            found = packing.by_rank(tokens, prefix=self.prefix, count=count)
         else:
             found = packing.sparsely(
                 values, tokens, prefix=self.prefix, places=self.positions, top=self.branch_top_k, count=count,

@@ -37,9 +37,11 @@ OPTIONS = {
 
 
 class Trainable(NamedTuple):
-    """A way to train drafters: its options, and what runs with them and the loaded model."""
+    """A way to train drafters: its options, what is wrong with them (told before a model is loaded), and what runs with
+    them and the model."""
 
     arguments: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace], None]
     run: Callable[[argparse.Namespace, Any], int]
 
 
@@ -92,6 +94,7 @@ def _loaded(options: argparse.Namespace) -> Any:
 def _train(options: argparse.Namespace) -> int:
     if not options.hours > 0:
         raise SpecError(f"--hours {options.hours}: there is no time to train")
+    trainers[options.method].check(options)
     return trainers[options.method].run(options, _loaded(options))
 
 

@@ -65,7 +65,9 @@ def _counted(model: Any) -> Iterator[list[int]]:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         spent[0] += 1
         read = args[0] if args else kwargs.get("input_ids")
-        spent[1] += (kwargs["noise_embeds"] if read is None else read).shape[1]
+        # of a drafter of blocks, the block and what it takes up of the text
+        parts = [kwargs["noise_embeds"], kwargs["context_hidden_states"]] if read is None else [read]
+        spent[1] += sum(part.shape[1] for part in parts)
 
     handle = None if model is None else model.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -41,7 +41,7 @@ def good(target, tmp_path_factory):
     return trained(target, tmp_path_factory.mktemp("good"))
 
 
-def trained(target, folder):
+def trained(target, folder, vocabulary=8):
     """A drafter whose guesses the target often agrees with: trained on its greedy texts for a few steps."""
     from decodathlon.decoders.dflash import features
     from decodathlon.decoders.dflash.corpus import Written
@@ -50,7 +50,7 @@ def trained(target, folder):
 
     torch.manual_seed(0)
     network = Network(checkpoint.shape_for(target, layers=1, fused=1, block=4))
-    prompts = [[0, *divmod(i, 8)] for i in range(64)]
+    prompts = [[0, i // vocabulary % vocabulary, i % vocabulary] for i in range(64)]
     answers = decoders.build("temperature[temperature=0.3]").generate(
         target, prompts, Limits(16, ignore_eos=True), RowRandom(0, range(64))
     )
@@ -118,6 +118,18 @@ def test_texts_that_are_drawn_have_the_law_of_the_target(spec):
     target = toy.enumerable_lm(4)
     found, cells = chi_square(target, decoders.build(with_parameter(spec, "temperature=1")), [0, 1], 4, 250, 8)
     assert abs(found - (cells - 1)) < 5 * math.sqrt(2 * (cells - 1))
+
+
+@pytest.mark.parametrize("controller", ["margin", "confidence"])
+def test_rules_that_stop_leave_the_law(controller, tmp_path):
+    """With a drafter whose laws differ from place to place, so that a rule stops here and not there."""
+    target = toy.enumerable_lm(4)
+    made = decoders.build(f"dflash[temperature=1,controller={controller},checkpoint={trained(target, tmp_path, 4)}]")
+    found, cells = chi_square(target, made, [0, 1], 4, 250, 8)
+    assert abs(found - (cells - 1)) < 5 * math.sqrt(2 * (cells - 1))
+    some = made.generate(target, [[0, 1]] * 50, Limits(4, ignore_eos=True, trace=True), RowRandom(0, range(50)))
+    cycles = [cycle for one in some for cycle in one.trace if cycle["asked"] > 1]
+    assert 0 < sum(cycle["drafted"] < cycle["asked"] for cycle in cycles) < len(cycles)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(target, good):
@@ -216,10 +228,17 @@ def test_seeding_is_counted_and_changes_what_is_drafted(target, good):
 
 
 def test_a_block_that_is_larger_than_trained_is_told(target, good):
+    which = f"drafter: folder {good.name}"
     assert decoders.build(f"dflash[block=8,checkpoint={good}]").remarks(target) == [
-        "a block of 8 tokens; the drafter was trained with 4"
-    ]
-    assert decoders.build(f"dflash[checkpoint={good}]").remarks(target) == []
+        which, "a block of 8 tokens; the drafter was trained with 4",
+    ]  # fmt: skip
+    assert decoders.build(f"dflash[checkpoint={good}]").remarks(target) == [which]
+
+
+def test_what_a_drafter_consists_of_is_part_of_the_decoder(good):
+    """Or a drafter that was trained on would pass for the one before."""
+    for name in ("dflash", "ddtree", "hf-dflash"):
+        assert good / "model.safetensors" in decoders.build(f"{name}[checkpoint={good}]").sources()
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -232,9 +251,15 @@ def test_a_block_that_is_larger_than_trained_is_told(target, good):
         ("dflash[block=65]", "block"),
         ("dflash[k=3]", "k"),
         ("dflash[checkpoint=nowhere]", "neither a folder nor a hub id"),
-        ("dflash[schedule=ewma,controller=break-even]", "both say how far to draft"),
+        ("dflash[schedule=ewma,controller=svip]", "both say how far to draft"),
         ("ddtree[controller=confidence]", "stops chains"),
         ("dflash[draft_steps=0]", "draft_steps"),
+        ("dflash[controller=break-even]", "schedule=break-even"),
+        ("dflash[refine=low-confidence]", "second pass"),
+        ("dflash[seed_aligned=true]", "nothing to seed with"),
+        ("dflash[block=1,schedule=ewma]", "drafts nothing"),
+        ("ddtree[block=1]", "drafts nothing"),
+        ("dflash-candidates[prefix=3]", "mode=beam has no prefix"),
     ],
 )
 def test_specs_that_mean_nothing_are_refused_before_a_model_is_loaded(spec, said):
@@ -267,6 +292,7 @@ def changed(folder, good, change):
         (lambda raw: raw["dflash_config"].update(target_layer_ids=[2]), r"looks at layer 2 .*layers 0 to 1"),
         (lambda raw: raw.update(num_hidden_layers=2), r"lacks \d+ tensors, the first of them layers.1"),
         (lambda raw: raw.update(intermediate_size=7), "its config asks for"),
+        (lambda raw: raw.update(rope_scaling={"type": "su"}), "which transformers cannot"),
     ],
 )  # fmt: skip
 def test_a_drafter_for_another_target_is_refused(target, good, tmp_path, change, said):
@@ -307,6 +333,12 @@ def test_a_torn_file_is_told(target, good, tmp_path):
         (lambda raw: raw.update(num_key_value_heads=3), "cannot share"),
         (lambda raw: raw.update(layer_types=["full_attention", "linear"]), "2 layer_types for 1 layers"),
         (lambda raw: raw.update(block_size=1), "block_size is 1"),
+        (lambda raw: raw.update(block_size=1000), "block_size is 1000"),
+        (lambda raw: raw.update(hidden_size=math.inf), "hidden_size has to be a whole number"),
+        (lambda raw: raw.update(sliding_window="far"), "sliding_window has to be a whole number"),
+        (lambda raw: raw.update(rope_scaling="yarn"), "not by 'yarn'"),
+        (lambda raw: raw["dflash_config"].update(use_swa=True), "use_swa"),
+        (lambda raw: raw["dflash_config"].update(fc_layernorm=True), "fc_layernorm"),
     ],
 )
 def test_configs_of_something_else_are_refused_before_a_model_is_loaded(good, tmp_path, change, said):
@@ -344,14 +376,6 @@ def test_a_schedule_probes_and_keeps_what_it_learnt():
     assert len(set(again)) > 1, "it looks at others from time to time"
     little = run(schedule, 120, lambda b: 1, lambda b: 1.0)
     assert little.count(8) > little.count(16), "little of a block stays: a smaller one"
-
-
-def test_sizes_of_small_blocks():
-    assert [
-        len(run(block.SCHEDULES[kind](k), 40, lambda b: b, lambda b: 1.0))
-        for kind in block.SCHEDULES
-        for k in (1, 2, 3)
-    ]
 
 
 def test_transformers_own_loop_with_the_same_drafter_writes_the_same_text(target, good):

@@ -8,10 +8,10 @@ import torch
 
 from decodathlon.decoders.dflash import checkpoint, corpus, drafter, features
 from decodathlon.decoders.dflash.network import Memory, Network
-from decodathlon.decoders.dflash.training import NOTHING, Recipe, Trainer, _behind, guesses, tau
+from decodathlon.decoders.dflash.training import NOTHING, Recipe, Trainer, _behind, begin_as, guesses, tau
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.decoder import Limits
-from decodathlon.harness.errors import SpecError
+from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets import toy
@@ -124,13 +124,13 @@ def test_tau_is_what_decoding_measures(target, states, tmp_path):
 
 
 def test_a_training_that_was_left_goes_on_as_it_would_have(target, states, tmp_path):
-    recipe = Recipe(steps=12, rate=1e-3, classes=4)
+    recipe = Recipe(steps=24, rate=1e-3, classes=4)
     whole = trainer(target, states, recipe)
     whole.run(tmp_path / "whole.pt", lambda text: None)
     first = trainer(target, states, recipe)
-    first.run(tmp_path / "parts.pt", lambda text: None, hours=0)
+    first.run(tmp_path / "parts.pt", lambda text: None, until=0)
     assert first.step == 0
-    for _ in range(5):
+    for _ in range(18):  # beyond the first choice of shards
         first._one()
     first.save(tmp_path / "parts.pt")
     second = trainer(target, states, recipe, network=fresh(target, seed=9))
@@ -185,13 +185,43 @@ def test_an_empty_turn_is_what_templates_have_in_common():
 
 
 def test_texts_of_the_suites_are_found_out():
-    suites = {"a": corpus.grams("w1 w2 w3 w4 w5 w6 w7 w8 w9"), "b": corpus.grams("x " * 20)}
+    suites = {"a": corpus.grams("w11 w12 w13 w14 w15 w16 w17 w18 w19"), "b": corpus.grams("x " * 20)}
     texts = [
-        corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6, 7, 8]),
-        corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6, 7, 7]),
-        corpus.Written([2, 3, 4, 5, 6, 7, 8, 9], [7]),
+        corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [11, 12, 13, 14, 15, 16, 17, 18]),
+        corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [11, 12, 13, 14, 15, 16, 17, 17]),
+        corpus.Written([12, 13, 14, 15, 16, 17, 18, 19], [7]),
     ]
     assert corpus.overlaps(Speaker(), texts, suites) == [{"a"}, set(), {"a"}]
+
+
+def test_rows_of_suites_are_read_as_the_texts_that_they_hold():
+    row = json.dumps({"turns": ["one two three four\nfive six", {"more": "a b c d e f g h"}], "id": 7})
+    assert corpus._words(row) == ["one two three four\nfive six", "a b c d e f g h"]
+    assert corpus.grams(corpus._words("plain words")[0]) == set()
+    with pytest.raises(MissingError, match=r"--data .*nowhere has no"):
+        corpus.suite_grams("/nowhere", lambda text: None)
+
+
+def test_states_of_other_texts_are_made_anew(target, tmp_path):
+    ids = drafter.seen_by(fresh(target))
+    one, other = corpus.Written([0, 1], [2, 3, 4]), corpus.Written([0, 2], [3, 3])
+    features.make(target, ids, [[one], [other]], tmp_path, lambda text: None)
+    before = features.path(tmp_path, 1).stat().st_mtime_ns
+    features.make(target, ids, [[other], [other]], tmp_path, lambda text: None)
+    assert features.load(tmp_path, 0)[0].tokens.tolist() == [0, 2, 3, 3]
+    assert features.path(tmp_path, 1).stat().st_mtime_ns == before
+    features.make(target, ids, [[], [other]], tmp_path, lambda text: None)
+    assert features.load(tmp_path, 0) == []
+    assert not features.make(target, ids, [[one], [other]], tmp_path, lambda text: None, until=0)
+
+
+def test_a_drafter_begins_as_the_last_blocks_of_its_target(target):
+    network = fresh(target)
+    begin_as(network, target)
+    last = target.model.model.layers[-1]
+    assert torch.equal(network.layers[0].mlp.up_proj.weight, last.mlp.up_proj.weight.float())
+    assert torch.equal(network.layers[0].self_attn.v_proj.weight, last.self_attn.v_proj.weight.float())
+    assert torch.equal(network.norm.weight, target.model.model.norm.weight.float())
 
 
 def test_shards_that_are_there_are_not_written_again(tmp_path, monkeypatch):
