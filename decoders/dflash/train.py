@@ -165,8 +165,8 @@ def _fit(
     left = [w for shard in kept for w in shard]
     looked = ", ".join(f"{name} {counts[name]}" for name in sorted(known)) or "none at hand"
     told = (
-        f"{len(every)} texts, {again} of them a second time; left out, for they share {corpus.WORDS} words in a row with "
-        f"a suite: {looked}"
+        f"{len(every)} texts, {again} of them a second time; left out, for they share {corpus.WORDS} words in a row "
+        f"with a suite: {looked}"
     )
     tokens = sum(len(w.answer) for w in left)
     return kept, {"told": told, "texts": len(left), "tokens": tokens, "left_out": {n: counts[n] for n in sorted(known)}}
