@@ -182,6 +182,10 @@ class DFlash(BlockSpeculative):
     def varies(self) -> bool:
         return self.schedule != "fixed"
 
+    def guide(self, logits: Tensor) -> Tensor:
+        wanted = self.looks or self.suffix_seed != "none" or self.draft_steps > 1
+        return super().guide(logits) if wanted else logits  # whose order is that of the law
+
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         if self.suffix_seed == "none" and self.draft_steps == 1:
             return super().drafter(target, context, prompts)

@@ -197,11 +197,13 @@ class Memory:
         self._keys = [k.index_select(0, index) for k in self._keys]
         self._values = [v.index_select(0, index) for v in self._values]
 
-    def copied(self, rows: Sequence[int]) -> Memory:
-        """A memory with these rows of this one, which may come several times."""
+    def copied(self, rows: Sequence[int], room: int) -> Memory:
+        """A memory with these rows of this one, which may come several times, and room for so many tokens more."""
         other = Memory.__new__(Memory)
-        other.network, other.capacity, other.lengths = self.network, self.capacity, list(self.lengths)
-        other._keys, other._values = self._keys, self._values
+        other.network, other.lengths = self.network, list(self.lengths)
+        other.capacity = max(self.lengths) + room
+        other._keys = [k[:, :, : other.capacity] for k in self._keys]
+        other._values = [v[:, :, : other.capacity] for v in self._values]
         other.select(rows)
         return other
 

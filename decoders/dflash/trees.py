@@ -103,7 +103,7 @@ class BestFirst(BlockDrafter):
         laws = self.laws(texts, want)
         if laws is None:
             return no_tree(len(texts))
-        laws, most = laws.cpu(), self.budget.fixed or self.budget.most
+        most = self.budget.fixed or self.budget.most
         draft = from_marginals(laws, most, most, want)
         if self.budget.fixed:
             return draft
@@ -121,12 +121,17 @@ def _worth(draft: Draft, laws: Tensor) -> list[float]:
     assert draft.parents is not None
     total = [0.0] * draft.tokens.shape[1]
     for b, count in enumerate(draft.counts):
-        depth, worth = [], []
-        for node, parent in zip(draft.tokens[b, :count].tolist(), draft.parents[b, :count].tolist(), strict=True):
+        parents = draft.parents[b, :count].tolist()
+        depth: list[int] = []
+        for parent in parents:
             depth.append(0 if parent < 0 else depth[parent] + 1)
-            worth.append((0.0 if parent < 0 else worth[parent]) + float(laws[b, depth[-1], node]))
-        for i, value in enumerate(torch.tensor(worth).exp().tolist()):
-            total[i] += value / len(draft.counts)
+        chances = laws[b, torch.tensor(depth, dtype=torch.long), draft.tokens[b, :count]].exp().tolist()
+        worth: list[float] = []
+        for parent, chance in zip(parents, chances, strict=True):
+            worth.append(chance if parent < 0 else worth[parent] * chance)
+        total = [
+            one + other / len(draft.counts) for one, other in zip(total, [*worth, *[0.0] * len(total)], strict=False)
+        ]
     return total
 
 
@@ -316,7 +321,7 @@ class Refined(BlockDrafter):
         block = torch.tensor(
             [[texts[b][-1], *k, *[mask] * (width - len(k))] for (b, _), k in zip(which, known, strict=True)]
         )
-        memory = self.memory.copied([b for b, _ in which])
+        memory = self.memory.copied([b for b, _ in which], 1 + width)
         self.calls += 1
         self.positions += block.numel() // len(texts)
         again = self.read_out(memory.draft(self.embedded(block))).argmax(-1).tolist()
