@@ -10,6 +10,8 @@ from decodathlon.decoders.dflash import checkpoint, corpus, drafter, features
 from decodathlon.decoders.dflash.network import Memory, Network
 from decodathlon.decoders.dflash.training import NOTHING, Recipe, Trainer, _behind, begin_as, guesses, tau
 from decodathlon.harness import decoder as decoders
+from decodathlon.harness import models
+from decodathlon.harness.commands.command import main
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.randomness import RowRandom
@@ -238,3 +240,77 @@ def test_shards_that_are_there_are_not_written_again(tmp_path, monkeypatch):
     assert asked == [0, 1, 2, 1, 3]
     assert corpus.read(tmp_path, 1) == [corpus.Written([1], [1, 2])]
     assert json.loads(corpus.shard(tmp_path, 3).read_text()) == {"prompt": [1], "answer": [3, 2]}
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A folder with a tiny model that chats, and small shards."""
+    import tiny_models
+    import transformers
+
+    folder = tiny_models.save_folder(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(corpus, "ROWS", 6)
+    monkeypatch.setattr(corpus, "ASKED", 60)
+    monkeypatch.setattr(corpus, "suite_grams", lambda folder, say: {})
+    return folder
+
+
+def train(model, out, **options):
+    given = {"shards": 4, "answer-tokens": 20, "fused": 1, "layers": 1, "block": 4, "steps": 2, **options}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return main(["draft", "train", "--method", "dflash", "--model", str(model), "--out", str(out), *words])
+
+
+def test_the_command_makes_a_drafter_that_decodes(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(model, out) == 0
+    assert "run again to go on" not in capsys.readouterr().out
+    told = json.loads((out / "training.json").read_text())
+    assert (told["recipe"]["steps"], told["seed"], told["texts"]["left_out"]) == (2, 0, {})
+    found = models.load(models.resolve(str(model)), device="cpu", dtype="float32", say=lambda text: None)
+    drafted, plain = (
+        decoders.build(spec).generate(found, [[5, 6]], Limits(12, ignore_eos=True), RowRandom(0, [0]))[0].tokens
+        for spec in (f"dflash[checkpoint={out}]", "greedy")
+    )
+    assert drafted == plain
+    assert train(model, out) == 0, "what is finished is left as it is"
+    assert json.loads((out / "training.json").read_text())["history"] == told["history"]
+
+
+def test_the_command_goes_on_where_its_time_was_over(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(model, out, hours=1e-9) == 0
+    assert "the texts are not all there" in capsys.readouterr().out
+    assert not (out / "model.safetensors").exists()
+    assert train(model, out) == 0
+    assert (out / "model.safetensors").exists()
+
+
+def test_the_command_refuses_what_was_made_otherwise(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(model, out, hours=1e-9)
+    assert train(model, out, seed=3) != 0
+    assert "was made with seed 0, not 3" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert train(model, tmp_path / "file") != 0
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"block": 1}, "--block 1: the least is 2"), ({"block": 65}, "--block 65: the most is 64"),
+     ({"shards": 1}, "--shards 1: the least is 2"), ({"rate": 2}, "--rate 2.0 is no learning rate"),
+     ({"hours": -1}, "no time to train")],
+)  # fmt: skip
+def test_options_without_a_meaning_are_told_before_a_model_is_loaded(options, said, tmp_path, capsys):
+    assert train(tmp_path / "no-model", tmp_path / "out", **options) != 0
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
