@@ -1,6 +1,7 @@
 """What a drafter is trained on: tokens of texts, with the hidden states that the target has behind each of them.
 
-A shard of texts makes a shard of states, in a file of its own; it is not made again where it is there.
+Of those that the drafter sees, and of the last one, from which the target's output matrix makes its law. A shard of
+texts makes a shard of states, in a file of its own; it is not made again where it is there.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Seen:
     tokens: Tensor
     #: (T, F * E), those behind each token, side by side.
     states: Tensor
+    #: (T, E), the normed state that the output matrix is applied to.
+    last: Tensor
     #: Where the answer begins.
     begin: int
 
@@ -59,6 +62,7 @@ def make(
         tensors = {
             "tokens": torch.cat([torch.zeros(0, dtype=torch.long), *(s.tokens for s in seen)]),
             "states": torch.cat([empty, *(s.states.bfloat16() for s in seen)]),
+            "last": torch.cat([empty[:, : target.config.hidden_size], *(s.last.bfloat16() for s in seen)]),
             "lengths": torch.tensor([len(s.tokens) for s in seen], dtype=torch.long),
             "begins": torch.tensor([s.begin for s in seen], dtype=torch.long),
         }
@@ -91,16 +95,17 @@ def load(folder: Path, number: int) -> list[Seen]:
 
     found = load_file(str(path(folder, number)))
     lengths = found["lengths"].tolist()
-    parts = zip(found["tokens"].split(lengths), found["states"].split(lengths), found["begins"].tolist(), strict=True)
-    return [Seen(tokens, states, begin) for tokens, states, begin in parts]
+    parts = (found[name].split(lengths) for name in ("tokens", "states", "last"))
+    return [Seen(*one) for one in zip(*parts, found["begins"].tolist(), strict=True)]
 
 
 @torch.no_grad()
 def _read(target: Any, ids: Sequence[int], texts: Sequence[Written]) -> list[Seen]:
     whole = [[*w.prompt, *w.answer] for w in texts]
-    hidden = target.open(whole, capacity=max(map(len, whole)), hidden=list(ids)).prompt_hidden
+    last = target.config.num_hidden_layers + 1
+    hidden = target.open(whole, capacity=max(map(len, whole)), hidden=[*ids, last]).prompt_hidden
     beside = torch.cat([hidden[i] for i in ids], -1)
     return [
-        Seen(torch.tensor(tokens), beside[b, : len(tokens)].cpu(), len(w.prompt))
+        Seen(torch.tensor(tokens), beside[b, : len(tokens)].cpu(), hidden[last][b, : len(tokens)].cpu(), len(w.prompt))
         for b, (tokens, w) in enumerate(zip(whole, texts, strict=True))
     ]

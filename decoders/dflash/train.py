@@ -19,7 +19,7 @@ from decodathlon.harness.commands.command import say
 from decodathlon.harness.errors import MissingError, SpecError
 
 #: Shards of texts that are held out, of which so many texts are looked at.
-HELD_OUT, LOOKED_AT = 1, 12
+HELD_OUT, LOOKED_AT = 1, 24
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, default=6e-4, metavar="X", help="the greatest learning rate (default 6e-4)")
     add("--classes", type=int, default=0, metavar="N",
         help="compare with so many frequent and so many random tokens, not with all (default 0: all)")  # fmt: skip
+    add("--soft", type=float, default=0.0, metavar="X",
+        help="share of the target's law, not its token, in what is learnt (default 0: none)")  # fmt: skip
 
 
 def _run(options: argparse.Namespace, target: Any) -> int:
@@ -70,8 +72,9 @@ def _run(options: argparse.Namespace, target: Any) -> int:
     count = sum(p.numel() for p in network.parameters())
     say(f"training {count / 1e6:.1f} million weights on {report['tokens']} tokens of {report['texts']} answers")
     recipe = Recipe(
-        steps=options.steps, anchors=options.anchors, rate=options.rate, classes=options.classes, seed=options.seed
-    )
+        steps=options.steps, anchors=options.anchors, rate=options.rate, classes=options.classes,
+        soft=options.soft, seed=options.seed,
+    )  # fmt: skip
     held_out = [s for number in full[:HELD_OUT] for s in features.load(folder / "states", number)][:LOOKED_AT]
     trainer = Trainer(
         network, target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight,
@@ -141,6 +144,8 @@ def _check(options: argparse.Namespace) -> None:
     for name, low in least.items():
         if getattr(options, name) < low:
             raise SpecError(f"--{name.replace('_', '-')} {getattr(options, name)}: the least is {low}")
+    if not 0 <= options.soft <= 1:
+        raise SpecError(f"--soft {options.soft} is no share; it lies between 0 and 1")
     if not 0 < options.rate <= 1:
         raise SpecError(f"--rate {options.rate} is no learning rate; it lies between 0 and 1")
 

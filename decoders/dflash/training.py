@@ -2,7 +2,9 @@
 
 Chen, Liang, Liu 2026 (arXiv 2602.06036), section 4: an anchor is a token of an answer, and the block behind it all
 masks; the block sees the context strictly before its anchor, and itself. The loss is the cross-entropy of the token at
-each place, weighted exp(-(place - 1) / gamma), for a guess is of no use where one before it is wrong.
+each place, weighted exp(-(place - 1) / gamma), for a guess is of no use where one before it is wrong. Mixed with it, if
+asked for, is the cross-entropy with the law that the target has there (distillation, which the paper does not do): it
+says more of each of the few texts that a small machine has time for.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class Recipe:
     #: The loss compares with the tokens of the step, the most frequent ones of the texts and as many drawn anew in each
     #: step, this many of either; 0: with the whole vocabulary.
     classes: int = 0
+    #: Share of the cross-entropy with the target's law in the loss; the rest is that with its token.
+    soft: float = 0.0
     seed: int = 0
 
     def weights(self, block: int) -> Tensor:
@@ -210,7 +214,13 @@ class Trainer:
         outputs, targets, weights = outputs[there], targets[there], weights[there]
         head, targets = self._classes(targets, generator)
         logits = self.network.logits(outputs, lambda x: F.linear(x, head))
-        return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum() / weights.sum()
+        found = F.cross_entropy(logits, targets, reduction="none")
+        if self.recipe.soft:
+            last = torch.cat([_before(s.last, at, block) for s, at in zip(texts, anchors, strict=True)]).to(self.device)
+            with torch.no_grad():
+                law = self.network.logits(last[there].to(outputs.dtype), lambda x: F.linear(x, head)).softmax(-1)
+            found = torch.lerp(found, F.cross_entropy(logits, law, reduction="none"), self.recipe.soft)
+        return (found * weights).sum() / weights.sum()
 
     def _classes(self, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The rows of the head that the loss looks at, and the targets among them."""
@@ -274,6 +284,11 @@ def _behind(text: Seen, anchors: Tensor, block: int) -> Tensor:
     """(A, b - 1) the tokens behind each anchor; NOTHING behind the end of the text."""
     padded = F.pad(text.tokens, (0, block), value=NOTHING)
     return padded[anchors[:, None] + torch.arange(1, block)]
+
+
+def _before(last: Tensor, anchors: Tensor, block: int) -> Tensor:
+    """(A, b - 1, E) the states from which the target drew the tokens behind each anchor."""
+    return F.pad(last, (0, 0, 0, block))[anchors[:, None] + torch.arange(block - 1)]
 
 
 def guesses(network: Network, embedding: Tensor, texts: Sequence[Seen], anchors: Sequence[Tensor]) -> Tensor:

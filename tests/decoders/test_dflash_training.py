@@ -8,7 +8,7 @@ import torch
 
 from decodathlon.decoders.dflash import checkpoint, corpus, drafter, features
 from decodathlon.decoders.dflash.network import Memory, Network
-from decodathlon.decoders.dflash.training import NOTHING, Recipe, Trainer, _behind, begin_as, guesses, tau
+from decodathlon.decoders.dflash.training import NOTHING, Recipe, Trainer, _before, _behind, begin_as, guesses, tau
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness import models
 from decodathlon.harness.commands.command import main
@@ -54,7 +54,7 @@ def test_the_loss_sees_what_decoding_will_see(target, states):
     """Outputs behind many anchors of several texts at once, against a memory that has read up to each anchor."""
     network, embedding = fresh(target).double(), target.model.get_input_embeddings().weight
     texts = features.load(states, 0)[:3]
-    texts[1] = features.Seen(texts[1].tokens[:9], texts[1].states[:9], texts[1].begin)
+    texts[1] = features.Seen(texts[1].tokens[:9], texts[1].states[:9], texts[1].last[:9], texts[1].begin)
     anchors = [torch.tensor([3, 7]), torch.tensor([4]), torch.tensor([11, 3, 20])]
     with torch.no_grad():
         together = guesses(network, embedding, texts, anchors)
@@ -79,7 +79,7 @@ def test_states_are_those_that_the_target_has_behind_each_token(target, states):
 
 
 def test_targets_are_the_tokens_behind_an_anchor():
-    text = features.Seen(torch.tensor([5, 6, 7, 8]), torch.zeros(4, 1), 1)
+    text = features.Seen(torch.tensor([5, 6, 7, 8]), torch.zeros(4, 1), torch.zeros(4, 1), 1)
     assert _behind(text, torch.tensor([0, 2, 3]), 4).tolist() == [[6, 7, 8], [8, NOTHING, NOTHING], [NOTHING] * 3]
 
 
@@ -87,6 +87,42 @@ def test_weights_fall_with_the_place():
     assert Recipe().weights(16).tolist() == pytest.approx([math.exp(-k / 7) for k in range(15)])
     assert Recipe().weights(8)[3].item() == pytest.approx(math.exp(-3 / 4))
     assert Recipe(gamma=2.0).weights(8)[2].item() == pytest.approx(math.exp(-1))
+
+
+def test_the_target_s_law_is_that_of_the_tokens_that_are_guessed(target, states):
+    """The states before the places behind an anchor, through the output matrix, have the texts' greedy tokens on top;
+    and the soft loss is least for the law itself: its excess over the entropy is the divergence, which is 0 there."""
+    head = target.model.get_output_embeddings().weight.float()
+    right = total = 0
+    for text in features.load(states, 0):
+        anchors = torch.arange(text.begin, len(text.tokens) - 1)
+        laws = torch.nn.functional.linear(_before(text.last, anchors, 4).float(), head)
+        tokens = _behind(text, anchors, 4)
+        right += int((laws.argmax(-1) == tokens)[tokens != NOTHING].sum())
+        total += int((tokens != NOTHING).sum())
+    assert right > 0.97 * total  # kept in bfloat16, near ties may turn
+
+
+@pytest.mark.parametrize("soft", [0.0, 0.25, 1.0])
+def test_the_loss_by_hand(target, states, soft):
+    one = trainer(target, states, Recipe(anchors=3, soft=soft))
+    texts = features.load(states, 0)[:2]
+    with torch.no_grad():
+        found = one.loss(texts, torch.Generator().manual_seed(5))
+        generator, parts, weights = torch.Generator().manual_seed(5), [], []
+        at = [t.begin + torch.randint(len(t.tokens) - 1 - t.begin, (3,), generator=generator) for t in texts]
+        outputs = guesses(one.network, one.embedding, texts, at)
+        for text, anchor, output in zip(
+            [t for t in texts for _ in range(3)], [a for some in at for a in some.tolist()], outputs, strict=True
+        ):
+            for place in range(1, 4):
+                if anchor + place < len(text.tokens):
+                    mine = (output[place - 1] @ one.head.T).log_softmax(-1)
+                    law = (text.last[anchor + place - 1].float() @ one.head.T).softmax(-1)
+                    hard, mixed = -mine[text.tokens[anchor + place]], -(law * mine).sum()
+                    weights.append(math.exp(-(place - 1) / (4 * 7 / 16)))
+                    parts.append(weights[-1] * float((1 - soft) * hard + soft * mixed))
+    assert float(found) == pytest.approx(sum(parts) / sum(weights), rel=1e-4)
 
 
 def test_training_teaches_what_the_texts_say(target, states, tmp_path):
