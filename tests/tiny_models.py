@@ -84,7 +84,7 @@ def build(kind, attention="plain64"):
     return model
 
 
-def save_folder(path, context=512):
+def save_folder(path, context=512, **more):
     """A random Llama with a tokenizer of single bytes, as a model folder that the harness loads like any other."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -96,7 +96,7 @@ def save_folder(path, context=512):
     wrapped = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(path)
     changed = {"vocab_size": len(vocabulary), "max_position_embeddings": context, "bos_token_id": 0, "eos_token_id": 1}
-    config = hf.LlamaConfig(**{**_BASE, **changed})
+    config = hf.LlamaConfig(**{**_BASE, **changed, **more})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path

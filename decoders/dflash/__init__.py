@@ -3,8 +3,7 @@
 `network` is that network and its memory, `config` and `checkpoint` what its files say and where they come from,
 `drafter` how the core of speculative decoding sees it. `block` is `dflash`; `schedules` say how large its blocks are,
 `hints` what they begin with. `trees` are the decoders that make trees of a block, by the functions of `packing`.
-`train` is the command that makes a drafter: `corpus` has the model write texts, `features` keeps what it sees of them,
-`training` does the rest.
+`train` is the command that makes a drafter, `training` what is peculiar to it.
 """
 
 from decodathlon.decoders.dflash import block, peer, train, trees

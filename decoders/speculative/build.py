@@ -67,6 +67,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--hours", type=float, default=math.inf, metavar="H", help="stop after so many; run again to go on"
     )
     two.add_argument("--seed", type=int, default=0, metavar="N")
+    two.add_argument("--shards", type=int, metavar="N", help="of 32 texts each that the model writes (default 60)")
+    two.add_argument("--answer-tokens", type=int, metavar="N", help="of the longest answer (default 192)")
+    two.add_argument(
+        "--steps", type=int, metavar="N", help="of the optimiser; this and what follows: default by method"
+    )
+    two.add_argument("--rate", type=float, metavar="X", help="the greatest learning rate")
+    two.add_argument(
+        "--classes", type=int, metavar="N", help="compare with so many frequent and so many random tokens; 0: with all"
+    )
+    two.add_argument(
+        "--soft", type=float, metavar="X", help="share of the model's law, not its token, in what is learnt"
+    )
     two.add_argument("--data", default=None, metavar="DIR", help="folder with the data sets, for the look at overlaps")
     _of_model(two)
     for trainable in trainers.values():

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +40,28 @@ class Made(ABC):
 
     #: Whether making it takes so long, and its file is so small, that it is written without being asked for.
     small: ClassVar[bool] = False
+    #: A folder with this drafter as training has changed it (`decodathlon draft train`); decoders with a parameter of
+    #: that name have such.
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # of the decoder that this is mixed into
+        if self.weights and not (Path(self.weights) / "meta.json").is_file():
+            raise MissingError(
+                f"weights={self.weights} is no folder with a drafter; decodathlon draft train --method "
+                "self-distillation makes one"
+            )
+
+    def sources(self) -> list[Path]:
+        found: list[Path] = super().sources()  # type: ignore[misc]
+        return sorted({*found, *Path(self.weights).glob("*.safetensors")}) if self.weights else found
+
+    def remarks(self, target: Any) -> list[str]:
+        found: list[str] = super().remarks(target)  # type: ignore[misc]
+        if not self.weights:
+            return found
+        told = json.loads((Path(self.weights) / "meta.json").read_text()).get("trained", {})
+        return [*found, f"drafter: changed by training, {told.get('told', 'of which nothing is known')}"]
 
     @property
     @abstractmethod
@@ -60,9 +82,12 @@ class Made(ABC):
         Raises:
             SpecError: what lies on disk is of another revision of this model.
         """
-        key = ("made", *sorted(self.recipe.items()))
+        key = ("made", self.weights, *sorted(self.recipe.items()))
         if key not in target.kept:
-            target.kept[key] = self._small(target) if self.small else stored(self, target) or self._now(target)
+            if self.weights:
+                target.kept[key] = trained(self, target)
+            else:
+                target.kept[key] = self._small(target) if self.small else stored(self, target) or self._now(target)
         return target.kept[key]
 
     def _now(self, target: Any) -> Any:
@@ -119,26 +144,33 @@ def build(decoder: Made, target: Any, say: Say) -> Path:
         MissingError: it cannot be written; the message says where.
         StoreError: somebody else has been building it for ten minutes.
     """
-    place = folder_of(decoder, target)
+    kind = decoder.recipe["kind"]
+    told = progress.told(range(len(target.lean.layers)), f"{kind}: layers", say)
+    return write(folder_of(decoder, target), decoder, target, decoder.layers(target), told=told)
+
+
+def write(place: Path, decoder: Made, target: Any, layers: Iterator[Any], *, told: Iterable[int], **more: Any) -> Path:
+    """Write a drafter's layers into the folder `place`, which is replaced as a whole; `more` goes into its meta.json.
+
+    Raises:
+        MissingError, StoreError: as `build`.
+    """
     try:
         with file_lock(place.parent / f".{place.name}.lock"):
-            return _build(decoder, target, place, say)
+            return _write_all(place, decoder, target, layers, told, more)
     except OSError as error:
         raise MissingError(f"the drafter cannot be written to {place}: {error.strerror or error}") from error
 
 
-def _build(decoder: Made, target: Any, place: Path, say: Say) -> Path:
+def _write_all(
+    place: Path, decoder: Made, target: Any, layers: Iterator[Any], told: Iterable[int], more: Mapping[str, Any]
+) -> Path:
     for stale in place.parent.glob(f".{place.name}-*"):  # of somebody who was killed, for we have the lock
         shutil.rmtree(stale, ignore_errors=True)
     work = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
     try:
         head, own = decoder.output(target), target.lean
-        parts = []
-        count = len(own.layers)
-        told = progress.told(range(count), f"{decoder.recipe['kind']}: layers", say)
-        layers = decoder.layers(target)
-        for i in told:
-            parts.append(_write(next(layers), own.layers[i], work / f"{i:03}.safetensors"))
+        parts = [_write(next(layers), own.layers[i], work / f"{i:03}.safetensors") for i in told]
         meta = {
             "version": VERSION,
             "model": target.name,
@@ -147,6 +179,7 @@ def _build(decoder: Made, target: Any, place: Path, say: Say) -> Path:
             "recipe": dict(decoder.recipe),
             "layers": parts,
             "head": _write_matrices({"head": head}, {"head": own.head}, work / "head.safetensors")["head"],
+            **more,
         }
         (work / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(place, ignore_errors=True)
@@ -170,7 +203,32 @@ def stored(decoder: Made, target: Any) -> Any:
     Raises:
         SpecError: it was made of other weights than the target's, or is damaged.
     """
-    place = folder_of(decoder, target)
+    return _stored(folder_of(decoder, target), target)
+
+
+def trained(decoder: Made, target: Any) -> Any:
+    """The drafter in the folder that `weights` names.
+
+    Raises:
+        SpecError: it is of another decoder, or was made of other weights than the target's, or is damaged.
+    """
+    place = Path(decoder.weights)
+    found = _stored(place, target)
+    if found is None:
+        raise SpecError(f"the drafter in {place} is of another version of this program; train it anew")
+    recipe = json.loads((place / "meta.json").read_text()).get("recipe")
+    if recipe != dict(decoder.recipe):
+        raise SpecError(
+            f"the drafter in {place} is a {_told(recipe)}, and this decoder drafts with {_told(decoder.recipe)}"
+        )
+    return found
+
+
+def _told(recipe: Any) -> str:
+    return " ".join(f"{k}={v}" for k, v in recipe.items()) if isinstance(recipe, Mapping) else str(recipe)
+
+
+def _stored(place: Path, target: Any) -> Any:
     try:
         meta = json.loads((place / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):

@@ -37,6 +37,7 @@ class QuantisedSelf(Made, SelfSpeculative):
     zeros: bool = False
     #: The output matrix errs more than the others together, and a step reads it once.
     head: Literal["same", "int8", "exact"] = "int8"
+    weights: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -129,6 +129,7 @@ class SparseSelf(Calibrated):
     method: Method = "wanda"
     sparsity: float = 0.5
     pattern: Literal["none", "2:4", "4:8"] = "none"
+    weights: str = ""
 
     def check(self, target: Any) -> None:
         super().check(target)

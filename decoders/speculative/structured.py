@@ -172,6 +172,7 @@ class StructuredSelf(Made, Speculative):
     share: float = 0.3
     method: Literal["flap", "gradient"] = "flap"
     proposal: Literal["sample", "guess"] = "sample"
+    weights: str = ""
 
     def drafter(self, target: Any, context: Any, prompts: Sequence[Sequence[int]]) -> Drafter:
         own = target.open(prompts, capacity=context.capacity, forward=self.made(target))

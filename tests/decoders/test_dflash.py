@@ -44,9 +44,9 @@ def good(target, tmp_path_factory):
 def trained(target, folder, vocabulary=8):
     """A drafter whose guesses the target often agrees with: trained on its greedy texts for a few steps."""
     from decodathlon.decoders.dflash import features
-    from decodathlon.decoders.dflash.corpus import Written
     from decodathlon.decoders.dflash.network import Network
     from decodathlon.decoders.dflash.training import Recipe, Trainer
+    from decodathlon.decoders.training.corpus import Written
 
     torch.manual_seed(0)
     network = Network(checkpoint.shape_for(target, layers=1, fused=1, block=4))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decodathlon.decoders.dflash.corpus import Say, Written
+from decodathlon.decoders.training.corpus import Say, Written
 from decodathlon.harness import progress
 
 #: Texts that are read side by side.
@@ -58,11 +58,11 @@ def make(
             for at in range(0, len(shards[number]), ROWS)
             for one in _read(target, ids, shards[number][at : at + ROWS])
         ]
-        empty = torch.zeros(0, len(ids) * target.config.hidden_size, dtype=torch.bfloat16)
+        empty = torch.zeros(0, target.config.hidden_size, dtype=torch.bfloat16)
         tensors = {
             "tokens": torch.cat([torch.zeros(0, dtype=torch.long), *(s.tokens for s in seen)]),
-            "states": torch.cat([empty, *(s.states.bfloat16() for s in seen)]),
-            "last": torch.cat([empty[:, : target.config.hidden_size], *(s.last.bfloat16() for s in seen)]),
+            "states": torch.cat([empty.repeat(1, len(ids)), *(s.states.bfloat16() for s in seen)]),
+            "last": torch.cat([empty, *(s.last.bfloat16() for s in seen)]),
             "lengths": torch.tensor([len(s.tokens) for s in seen], dtype=torch.long),
             "begins": torch.tensor([s.begin for s in seen], dtype=torch.long),
         }
@@ -70,6 +70,12 @@ def make(
         save_file(tensors, str(work), metadata={"texts": _hash(shards[number])})
         os.replace(work, path(folder, number))
     return True
+
+
+def size(target: Any, ids: Sequence[int], shards: Sequence[Sequence[Written]]) -> int:
+    """Bytes that the states of these texts take on disk."""
+    tokens = sum(len(w.prompt) + len(w.answer) for texts in shards for w in texts)
+    return tokens * (2 * target.config.hidden_size * (len(ids) + 1) + 8)
 
 
 def _hash(texts: Sequence[Written]) -> str:
@@ -104,7 +110,7 @@ def _read(target: Any, ids: Sequence[int], texts: Sequence[Written]) -> list[See
     whole = [[*w.prompt, *w.answer] for w in texts]
     last = target.config.num_hidden_layers + 1
     hidden = target.open(whole, capacity=max(map(len, whole)), hidden=[*ids, last]).prompt_hidden
-    beside = torch.cat([hidden[i] for i in ids], -1)
+    beside = torch.cat([hidden[last][..., :0], *(hidden[i] for i in ids)], -1)
     return [
         Seen(torch.tensor(tokens), beside[b, : len(tokens)].cpu(), hidden[last][b, : len(tokens)].cpu(), len(w.prompt))
         for b, (tokens, w) in enumerate(zip(whole, texts, strict=True))

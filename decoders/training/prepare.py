@@ -1,0 +1,149 @@
+"""What every method of training needs first: a folder that is its own, texts that the model wrote, without those that
+share something with a suite, and its hidden states in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from decodathlon.decoders.speculative.made import fingerprint
+from decodathlon.decoders.training import corpus
+from decodathlon.harness.commands.command import say
+from decodathlon.harness.errors import MissingError, SpecError
+
+if TYPE_CHECKING:
+    from decodathlon.decoders.training.features import Seen
+
+#: Shards of texts that are held out, of which so many texts are looked at.
+HELD_OUT, LOOKED_AT = 1, 24
+#: What the options say where they are not given.
+DEFAULTS = {"shards": 60, "answer_tokens": 192}
+
+
+class Ready(NamedTuple):
+    """Hidden states on disk."""
+
+    states: Path
+    #: Numbers of the shards to train on.
+    shards: list[int]
+    held_out: list[Seen]
+    #: What became of the texts.
+    report: dict[str, Any]
+
+
+def check(options: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """
+    Raises:
+        SpecError: an option has no meaning; of those that methods share, and the `least` of others.
+    """
+    for name, low in {"shards": HELD_OUT + 1, "answer_tokens": 2, "steps": 1, "classes": 0, **least}.items():
+        if (value := getattr(options, name)) is not None and value < low:
+            raise SpecError(f"--{name.replace('_', '-')} {value}: the least is {low}")
+    if options.soft is not None and not 0 <= options.soft <= 1:
+        raise SpecError(f"--soft {options.soft} is no share; it lies between 0 and 1")
+    if options.rate is not None and not 0 < options.rate <= 1:
+        raise SpecError(f"--rate {options.rate} is no learning rate; it lies between 0 and 1")
+
+
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def made_by(options: argparse.Namespace, target: Any, **more: Any) -> dict[str, Any]:
+    """What all that lies in the folder depends on."""
+    return {
+        "model": target.name,
+        "weights": fingerprint(target),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "answer_tokens": options.answer_tokens or DEFAULTS["answer_tokens"],
+        "seed": options.seed,
+        **more,
+    }
+
+
+def claim(folder: Path, made: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        SpecError: the folder holds what was made of another model, or with other options.
+        MissingError: it cannot be written.
+    """
+    file = folder / "made-by.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(file.read_text()) if file.exists() else None
+        if before is None:
+            file.write_text(json.dumps(made, indent=2) + "\n")
+    except ValueError as error:
+        raise SpecError(f"{file} is torn; remove {folder} and begin anew") from error
+    except OSError as error:
+        raise MissingError(f"--out {folder} cannot be written: {error.strerror}") from error
+    for name, value in made.items():
+        if before is not None and before.get(name) != value:
+            raise SpecError(
+                f"--out {folder} holds what was made with {name} {before.get(name)}, not {value}; take another folder"
+            )
+
+
+def ready(
+    options: argparse.Namespace, target: Any, ids: Sequence[int], made: Mapping[str, Any], until: float
+) -> Ready | None:
+    """Texts and hidden states `ids` of them, as `Context.extend` numbers them; made where they are not there. None
+    where `until`, a time of `time.monotonic`, came before all were.
+
+    Raises:
+        SpecError: nothing is left to train on, or `claim`'s.
+        MissingError: `claim`'s, or a data set of `--data` is not there.
+    """
+    from decodathlon.decoders.training import features
+
+    folder = Path(options.out)
+    count = options.shards or DEFAULTS["shards"]
+    known = corpus.suite_grams(options.data, say)
+    claim(folder, made)
+    if not corpus.write(target, folder / "texts", count, made["answer_tokens"], options.seed, say, until):
+        say("the time is over, and the texts are not all there; the same command goes on")
+        return None
+    shards, report = _fit(target, [corpus.read(folder / "texts", number) for number in range(count)], known)
+    say(report["told"])
+    full = [number for number, texts in enumerate(shards) if texts]
+    if len(full) <= HELD_OUT:
+        raise SpecError(f"of {count} shards of texts {len(full)} have any left to train on; give --shards more")
+    gib = features.size(target, ids, shards) / 2**30
+    say(f"{report['texts']} answers of {report['tokens']} tokens; the model's states in them take {gib:.1f} GiB")
+    if not features.make(target, ids, shards, folder / "states", say, until):
+        say("the time is over, and the hidden states are not all there; the same command goes on")
+        return None
+    held_out = [s for number in full[:HELD_OUT] for s in features.load(folder / "states", number)][:LOOKED_AT]
+    return Ready(folder / "states", full[HELD_OUT:], held_out, report)
+
+
+def _fit(
+    target: Any, shards: Sequence[Sequence[corpus.Written]], known: dict[str, set[tuple[str, ...]]]
+) -> tuple[list[list[corpus.Written]], dict[str, Any]]:
+    """The texts that share nothing with the suites, each prompt once; and what became of the others."""
+    every = [w for shard in shards for w in shard]
+    shared = iter(corpus.overlaps(target, every, known))
+    seen, counts, again = set(), Counter[str](), 0
+    kept: list[list[corpus.Written]] = []
+    for shard in shards:
+        kept.append([])
+        for text in shard:
+            names, prompt = next(shared), tuple(text.prompt)
+            counts.update(names)
+            again += prompt in seen
+            if not names and prompt not in seen:
+                kept[-1].append(text)
+            seen.add(prompt)
+    left = [w for shard in kept for w in shard]
+    looked = ", ".join(f"{name} {counts[name]}" for name in sorted(known)) or "none at hand"
+    told = (
+        f"{len(every)} texts, {again} of them a second time; left out, for they share {corpus.WORDS} words in a row "
+        f"with a suite: {looked}"
+    )
+    tokens = sum(len(w.answer) for w in left)
+    return kept, {"told": told, "texts": len(left), "tokens": tokens, "left_out": {n: counts[n] for n in sorted(known)}}
