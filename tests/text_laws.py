@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.randomness import RowRandom
 
@@ -32,3 +34,14 @@ def chi_square(target, decoder, prompt, tokens, rows, runs):
     cells.append((rows * runs - sum(n for n, _ in cells), rows * runs - sum(e for _, e in cells)))
     assert accepted > rows * runs / 4  # that something is drafted and stays
     return sum((n - e) ** 2 / e for n, e in cells if e > 0.5), len(cells)
+
+
+def assert_same(ours, theirs):
+    """Two lists of answers that should be one."""
+    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+    assert [a.stop_reason for a in ours] == [a.stop_reason for a in theirs]
+    assert [a.log_prob for a in ours] == pytest.approx([a.log_prob for a in theirs], abs=1e-9)
+
+
+def with_parameter(spec, parameter):
+    return f"{spec[:-1]},{parameter}]" if spec.endswith("]") else f"{spec}[{parameter}]"

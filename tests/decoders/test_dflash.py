@@ -14,7 +14,7 @@ from decodathlon.harness.errors import MissingError, SpecError, UnsupportedError
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets import toy
-from tests.text_laws import chi_square
+from tests.text_laws import assert_same, chi_square, with_parameter
 
 load_builtins()
 PROMPTS = [[0, 2, 3, 2, 3], [0, 4, 5], [0, 2]]
@@ -43,9 +43,9 @@ def good(target, tmp_path_factory):
 
 def trained(target, folder, vocabulary=8):
     """A drafter whose guesses the target often agrees with: trained on its greedy texts for a few steps."""
-    from decodathlon.decoders.dflash import features
     from decodathlon.decoders.dflash.network import Network
     from decodathlon.decoders.dflash.training import Recipe, Trainer
+    from decodathlon.decoders.training import features
     from decodathlon.decoders.training.corpus import Written
 
     torch.manual_seed(0)
@@ -68,16 +68,6 @@ def trained(target, folder, vocabulary=8):
 
 def answers(spec, target, limits, prompts=PROMPTS, seed=0):
     return decoders.build(spec).generate(target, prompts, limits, RowRandom(seed, range(len(prompts))))
-
-
-def with_parameter(spec, parameter):
-    return f"{spec[:-1]},{parameter}]" if spec.endswith("]") else f"{spec}[{parameter}]"
-
-
-def assert_same(ours, theirs):
-    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
-    assert [a.stop_reason for a in ours] == [a.stop_reason for a in theirs]
-    assert [a.log_prob for a in ours] == pytest.approx([a.log_prob for a in theirs], abs=1e-9)
 
 
 @pytest.mark.parametrize("limits", [Limits(20), Limits(20, ignore_eos=True), Limits(2), Limits(1)], ids=str)

@@ -17,7 +17,7 @@ from decodathlon.harness.errors import SpecError, UnsupportedError
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
 from decodathlon.harness.targets import toy
-from tests.text_laws import chi_square
+from tests.text_laws import assert_same, chi_square, with_parameter
 
 load_builtins()
 PROMPTS = [[0, 2, 3, 2, 3], [0, 4, 5], [0, 2]]
@@ -39,19 +39,9 @@ def target():
     return toy.enumerable_lm(8)
 
 
-def with_parameter(spec, parameter):
-    return f"{spec[:-1]},{parameter}]" if spec.endswith("]") else f"{spec}[{parameter}]"
-
-
 def answers(spec, target, limits, prompts=PROMPTS, seed=0):
     found = decoders.build(spec) if isinstance(spec, str) else spec
     return found.generate(target, prompts, limits, RowRandom(seed, range(len(prompts))))
-
-
-def assert_same(ours, theirs):
-    assert [a.tokens for a in ours] == [a.tokens for a in theirs]
-    assert [a.stop_reason for a in ours] == [a.stop_reason for a in theirs]
-    assert [a.log_prob for a in ours] == pytest.approx([a.log_prob for a in theirs], abs=1e-9)
 
 
 @pytest.mark.parametrize("limits", [Limits(20), Limits(20, ignore_eos=True), Limits(2), Limits(1)], ids=str)
