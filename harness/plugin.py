@@ -70,7 +70,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--judge-url", default=default.judge_url, metavar="URL", help="of a server that speaks the OpenAI protocol")
     add("--lm-eval-task", action="append", default=[], metavar="NAME", help="a task of lm-eval 0.4; repeatable")
     add("--profile", action="store_true", help="also where time and memory go, in cells of throughput")
-    add("--workload", default=default.workload, metavar="NAME", help="other prompts for throughput: spec-bench")
+    add(
+        "--workload",
+        default=default.workload,
+        metavar="NAME",
+        help="other prompts for throughput: spec-bench, spec-bench-ending",
+    )
     add("--cycle-trace", action="store_true", help="keep every cycle of decoders that draft, in cells of throughput")
     add("--executor", choices=sorted(EXECUTORS), default="local", help="a worker process, or this one for a debugger")
     add(

@@ -3,13 +3,18 @@
 from decodathlon import Chain, Sampler, suite
 
 KINDS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
+ENDING = [f"{kind}-ending" for kind in KINDS]
 
 
 @suite(
     "throughput",
     version=3,
     asks="How fast is the decoder, and how much memory does it take?",
-    data={"batch-1": "wikitext-2-raw-v1", "batch-4": "wikitext-2-raw-v1", **dict.fromkeys(KINDS, "spec-bench")},
+    data={
+        "batch-1": "wikitext-2-raw-v1",
+        "batch-4": "wikitext-2-raw-v1",
+        **dict.fromkeys([*KINDS, *ENDING], "spec-bench"),
+    },
     rivals=["greedy", "hf-generate"],
     table=[
         "tokens_per_s",
@@ -24,7 +29,7 @@ KINDS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "ra
     protocol={
         "order": "each pair runs all decoders forth and back (A B B A); who is first turns from pair to pair",
         "warm_up": "each decoder once on the first prompts, not timed",
-        "stop": "the same number of tokens for all, stop tokens ignored",
+        "stop": "the same number of tokens for all, stop tokens ignored; in slices -ending where each answer ends",
         "sampler_share": "from the first token to the last, in a further run on every pair's prompts",
         "clock": "wall-clock around generate, prefill included; on CUDA synchronised before and after",
     },
@@ -38,7 +43,12 @@ KINDS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "ra
             "smoke": {"slices": KINDS[:1], "pairs": 1, "tokens": 12},
             "quick": {"slices": KINDS, "pairs": 10, "tokens": 64},
             "full": {"slices": KINDS, "pairs": 80, "tokens": 512},
-        }
+        },
+        "spec-bench-ending": {
+            "smoke": {"slices": ENDING[:1], "pairs": 1, "tokens": 12, "ending": True},
+            "quick": {"slices": ENDING, "pairs": 10, "tokens": 256, "ending": True},
+            "full": {"slices": ENDING, "pairs": 80, "tokens": 1024, "ending": True},
+        },
     },
 )
 def test_throughput(cell):
@@ -48,15 +58,16 @@ def test_throughput(cell):
 
     if isinstance(cell.decoder, Chain):
         raise UnsupportedError("answers that grow token by token", "a chain is as fast as it mixes")
-    sizes, rows = cell.sizes, int(cell.slice.removeprefix("batch-")) if cell.slice not in KINDS else 1
+    sizes, kind, ending = cell.sizes, cell.slice.removesuffix("-ending"), cell.sizes.get("ending", False)
+    rows = 1 if kind in KINDS else int(cell.slice.removeprefix("batch-"))
     batches, row_ids, hashes = (
-        texts.asked(cell.text(), cell.target, kind=cell.slice, pairs=sizes["pairs"], tokens=sizes["tokens"])
-        if cell.slice in KINDS
+        texts.asked(cell.text(), cell.target, kind=kind, pairs=sizes["pairs"], tokens=sizes["tokens"])
+        if kind in KINDS
         else texts.prompts(cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"])
     )
     pairs = []
     for pair in speed.measure(
-        cell.decoder, cell.rivals, cell.target, cell.until_late(batches), sizes["tokens"], cell.seed
+        cell.decoder, cell.rivals, cell.target, cell.until_late(batches), sizes["tokens"], cell.seed, ending=ending
     ):
         number = len(pairs)
         cell.sample(
@@ -79,8 +90,10 @@ def test_throughput(cell):
         if looping and straight is not None:
             cell.report(f"{metric}(without loops)", straight, baseline=rival.spec)
     apart = speed.decode_ratio(pairs, "ratio_to_greedy") if "ratio_to_greedy" in cell.rivals else None
-    if cell.slice in KINDS and apart is not None:
+    if kind in KINDS and apart is not None:
         cell.report("ratio_to_greedy(decode)", apart, baseline="greedy")
+    if ending and "ratio_to_greedy" in cell.rivals:
+        cell.report("length_to_greedy", speed.lengths_ratio(pairs, "ratio_to_greedy"), baseline="greedy")
     if cell.decoder.drafts:
         drafts.report(cell, pairs)
 

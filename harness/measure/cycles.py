@@ -8,7 +8,7 @@ prompt, and of each cycle what stayed and one (fewer in the last, where the answ
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from decodathlon.harness.measure.observations import Observations
@@ -38,9 +38,16 @@ def loops(tokens: Sequence[int]) -> bool:
     return any(last[period:] == last[:-period] for period in range(1, LOOP_PERIOD + 1))
 
 
-def metrics(answers: Sequence[Traced]) -> dict[str, Observations]:
-    """By metric name, over answers; those that loop left out under a name of their own."""
+def metrics(answers: Sequence[Traced], stop: Collection[int] = ()) -> dict[str, Observations]:
+    """By metric name, over answers; those that loop left out under a name of their own, and so what lies behind the
+    first `stop` token, of which a reader has nothing."""
     found = _of(answers, "")
+    if stop and (ended := [(a, _to_the_end(a, stop)) for a in answers if a.cycles]):
+        cut = [n != (len(a.tokens), len(a.cycles)) or _overshot(a) for a, n in ended]
+        if any(cut) and (left := [(a.row, made - 1, cycles) for a, (made, cycles) in ended if cycles]):
+            found["tau(to the stop token)"] = Observations(
+                [name for name, _, _ in left], [float(made) for _, made, _ in left], [float(n) for _, _, n in left]
+            )
     found["looping_share"] = Observations.questions([a.row for a in answers], [float(loops(a.tokens)) for a in answers])
     straight = [a for a in answers if not loops(a.tokens)]
     if 0 < len(straight) < len(answers):
@@ -60,16 +67,50 @@ def _of(answers: Sequence[Traced], remark: str) -> dict[str, Observations]:
         return Observations.each(list(whole), [sum(c[of] for c in a.cycles) / seconds(a) for a in whole.values()])
 
     cycles = [float(len(a.cycles)) for a in some]
+    whole = longest(some)
+    names, batches = list(whole), list(whole.values())
+    made = {name: [float(len(a.tokens) - 1) for a in some if a.batch == name] for name in names}
+    behind = [seconds(a) - a.cycles[0]["draft_s"] for a in batches]
     found = {
+        # of a batch the cycles are shared, and every row makes its own tokens in them
+        f"tau_per_target_s{remark}": Observations.each(
+            names, [sum(made[a.batch]) / len(made[a.batch]) / sum(c["verify_s"] for c in a.cycles) for a in batches]
+        ),
+        f"tpot_behind_draft_s{remark}": Observations.each(
+            names, [s / max(1, max(made[a.batch])) for s, a in zip(behind, batches, strict=True)]
+        ),
         f"tau{remark}": Observations(rows, [sum(c["accepted"] + 1.0 for c in a.cycles) for a in some], cycles),
         f"draft_share{remark}": share("draft_s"),
         f"keep_share{remark}": share("keep_s"),
     }
+    seeding = [a for a in some if "seeded" in a.cycles[0]]
+    if seeding:
+        names, counts = [a.row for a in seeding], [float(len(a.cycles)) for a in seeding]
+        tokens = [float(sum(c["seeded"] for c in a.cycles)) for a in seeding]
+        begun = [float(sum(c["seeded"] > 0 for c in a.cycles)) for a in seeding]
+        found[f"seeded_tokens{remark}"] = Observations(names, tokens, counts)
+        found[f"seeded_share{remark}"] = Observations(names, begun, counts, share=True)
     drafting = [(a.row, sum(c["accepted"] for c in a.cycles), sum(c["drafted"] for c in a.cycles)) for a in some]
     if drafting := [x for x in drafting if x[2]]:
-        names, stayed, drafted = zip(*drafting, strict=True)
-        found[f"draft_acceptance{remark}"] = Observations(names, stayed, drafted, share=True)
+        units, stayed, drafted = zip(*drafting, strict=True)
+        found[f"draft_acceptance{remark}"] = Observations(units, stayed, drafted, share=True)
     return found
+
+
+def _to_the_end(answer: Traced, stop: Collection[int]) -> tuple[int, int]:
+    """How many tokens it has up to the first stop token, that one included, and in how many cycles they were made."""
+    made = next((i + 1 for i, token in enumerate(answer.tokens) if token in stop), len(answer.tokens))
+    at = 1
+    for number, cycle in enumerate(answer.cycles):
+        if at >= made:
+            return made, number
+        at += int(cycle["accepted"]) + 1
+    return made, len(answer.cycles)
+
+
+def _overshot(answer: Traced) -> bool:
+    """Whether its last cycle made tokens behind its end."""
+    return 1 + sum(int(c["accepted"]) + 1 for c in answer.cycles) > len(answer.tokens)
 
 
 def histogram(answers: Sequence[Traced]) -> list[float]:

@@ -12,8 +12,9 @@ from decodathlon.harness.suite import Cell
 def report(cell: Cell, pairs: Sequence[Pair]) -> None:
     """Tokens per cycle, acceptance, where the time goes, and what speed that predicts, beside what was measured."""
     tokens = cell.sizes["tokens"]
-    answers = speed.traced(cell.decoder, cell.target, pairs, tokens, cell.seed)
-    for metric, found in cycles.metrics(answers).items():
+    ending = cell.sizes.get("ending", False)
+    answers = speed.traced(cell.decoder, cell.target, pairs, tokens, cell.seed, ending=ending)
+    for metric, found in cycles.metrics(answers, cell.target.stop_tokens).items():
         cell.report(metric, found)
     cell.sample(
         "drafts",

@@ -1,7 +1,8 @@
 """Speed as paired ratios: decoders run interleaved over the same prompts in one process, mirrored (A B B A, B A A B).
 
 A pair's two runs of each decoder see the same drift of clocks and neighbours, so the ratio within the pair does not;
-the median over pairs does not see a stall. Every decoder makes the same number of tokens, stop tokens ignored.
+the median over pairs does not see a stall. Every decoder makes the same number of tokens, stop tokens ignored, unless
+answers are to end where they end.
 """
 
 from __future__ import annotations
@@ -62,19 +63,22 @@ def timed(target: Target, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def generate(
-    decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int, *, trace: bool = False
-) -> list[Completion]:
-    """Exactly `tokens` new tokens per prompt; with `trace` a decoder that drafts keeps its cycles.
+    decoder: Decoder, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int, *,
+    trace: bool = False, ending: bool = False,
+) -> list[Completion]:  # fmt: skip
+    """Exactly `tokens` new tokens per prompt, or with `ending` at most so many; with `trace` the cycles of a decoder
+    that drafts are kept.
 
     Raises:
         ValueError: the decoder returned another number of completions or tokens, or a token outside the vocabulary.
     """
-    limits = Limits(tokens, ignore_eos=True, trace=trace)
+    limits = Limits(tokens, ignore_eos=not ending, trace=trace)
     answers = decoder.generate(target, prompts, limits, RowRandom(seed, range(len(prompts))))
     if len(answers) != len(prompts):
         raise ValueError(f"{decoder.spec} returned {len(answers)} completions for {len(prompts)} prompts")
     for answer in answers:
-        if len(answer.tokens) != tokens:
+        ended = ending and answer.stop_reason == "stop" and 0 < len(answer.tokens) <= tokens
+        if len(answer.tokens) != tokens and not ended:
             raise ValueError(f"{decoder.spec} returned {len(answer.tokens)} tokens where exactly {tokens} were due")
         if answer.log_prob is not None and not math.isfinite(answer.log_prob):
             raise ValueError(f"{decoder.spec} drew a token whose probability is {answer.log_prob} or NaN")
@@ -90,8 +94,11 @@ def measure(
     batches: Iterable[Sequence[Sequence[int]]],
     tokens: int,
     seed: int,
+    *,
+    ending: bool = False,
 ) -> Iterator[Pair]:
-    """One `Pair` per batch of prompts, as soon as it is measured; the first batch also warms everybody up."""
+    """One `Pair` per batch of prompts, as soon as it is measured; the first batch also warms everybody up. With
+    `ending` answers end at their stop token."""
     runners = {"candidate": decoder, **rivals}
     # On a GPU the warm-up is as long as what is timed, so that every graph has been captured.
     warm_up = tokens if target.device.type == "cuda" else min(tokens, WARM_UP_TOKENS)
@@ -106,7 +113,8 @@ def measure(
         turn = number % len(runners)
         forth = [*list(runners)[turn:], *list(runners)[:turn]]
         for name in [*forth, *reversed(forth)]:
-            seconds, answers = timed(target, partial(generate, runners[name], target, prompts, tokens, seed + number))
+            work = partial(generate, runners[name], target, prompts, tokens, seed + number, ending=ending)
+            seconds, answers = timed(target, work)
             pair.seconds.setdefault(name, []).append(seconds)
             tokens_now = [a.tokens for a in answers]
             pair.repeatable &= pair.answers.setdefault(name, tokens_now) == tokens_now
@@ -130,16 +138,18 @@ def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observat
     """Absolute speeds of the candidate, by metric name; medians over pairs."""
     rows, names = len(pairs[0].prompts), _names(pairs)
     whole = [sum(p.seconds["candidate"]) / len(p.seconds["candidate"]) for p in pairs]
-    per_token = [(t - p.first) / (tokens - 1) for t, p in zip(whole, pairs, strict=True)]
+    lengths = [[len(a) for a in p.answers.get("candidate", [])] or [tokens] * rows for p in pairs]
     steady: dict[str, Estimate | Observations] = {}
-    if min(per_token) > 0:  # who makes many tokens at once may need as long for one of them
-        steady["tokens_per_s"] = Observations.each(names, [rows / t for t in per_token])
-        steady["tpot_s"] = Observations.each(names, per_token)
+    later = [(n, t - p.first, a) for n, t, p, a in zip(names, whole, pairs, lengths, strict=True) if max(a) > 1]
+    if later and min(t for _, t, _ in later) > 0:  # who makes many tokens at once may need as long for one of them
+        some = [name for name, _, _ in later]
+        steady["tokens_per_s"] = Observations.each(some, [(sum(a) - len(a)) / t for _, t, a in later])
+        steady["tpot_s"] = Observations.each(some, [t / (max(a) - 1) for _, t, a in later])
     return {
         **steady,
         "ttft_s": Observations.each(names, [p.first for p in pairs]),
         "prefill_tokens_per_s": Observations.each(names, [sum(map(len, p.prompts)) / p.prefill for p in pairs]),
-        "generated_tokens": Estimate(float(2 * len(pairs) * rows * tokens), n=len(pairs)),
+        "generated_tokens": Estimate(float(2 * sum(map(sum, lengths))), n=len(pairs)),
     }
 
 
@@ -166,6 +176,12 @@ def decode_ratio(pairs: Sequence[Pair], rival: str) -> Observations | None:
     return Observations.each([name for name, _ in found], [log for _, log in found], scale="exp")
 
 
+def lengths_ratio(pairs: Sequence[Pair], rival: str) -> Observations:
+    """The candidate's tokens over the rival's."""
+    made = [{side: sum(map(len, pair.answers[side])) for side in ("candidate", rival)} for pair in pairs]
+    return Observations.each(_names(pairs), [math.log(m["candidate"] / m[rival]) for m in made], scale="exp")
+
+
 def remarks(pairs: Sequence[Pair]) -> list[str]:
     """What looks wrong about the candidate's runs."""
     found = []
@@ -186,11 +202,13 @@ def _names(pairs: Sequence[Pair]) -> list[str]:
     return [f"pair-{i}-{hashlib.blake2b(text, digest_size=4).hexdigest()}" for i, text in enumerate(prompts)]
 
 
-def traced(decoder: Decoder, target: Target, pairs: Sequence[Pair], tokens: int, seed: int) -> list[Traced]:
+def traced(
+    decoder: Decoder, target: Target, pairs: Sequence[Pair], tokens: int, seed: int, *, ending: bool = False
+) -> list[Traced]:
     """The cycles of a decoder that drafts, in a further run per pair, which is not timed."""
     found = []
     for i, (name, pair) in enumerate(zip(_names(pairs), pairs, strict=True)):
-        answers = generate(decoder, target, pair.prompts, tokens, seed + i, trace=True)
+        answers = generate(decoder, target, pair.prompts, tokens, seed + i, trace=True, ending=ending)
         found += [Traced(f"{name}-row-{b}", a.tokens, a.trace) for b, a in enumerate(answers)]
     return found
 
@@ -268,7 +286,7 @@ def divergences(target: Target, pairs: Sequence[Pair], reference: str) -> list[D
     found = []
     for number, pair in enumerate(pairs):
         for row, (ours, theirs) in enumerate(zip(pair.answers["candidate"], pair.answers[reference], strict=True)):
-            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
             if place is not None:
                 read = [*pair.prompts[row], *theirs[:place]]
                 top = target.open([read], capacity=len(read)).next_logits[0].topk(2).values

@@ -314,6 +314,34 @@ METRICS: dict[str, Metric] = {
         "Of a decoder that drafts, tokens that a cycle makes on average: those of the draft that stay, and one.",
         "context",
     ),
+    "tau_per_target_s": Metric(
+        "1/s",
+        "none",
+        "Of a decoder that drafts, tokens of a text for each second that the target's passes and their verdicts take: "
+        "its speed if drafts were free.",
+        "context",
+    ),
+    "tpot_behind_draft_s": Metric(
+        "s",
+        "none",
+        "Of a decoder that drafts, time per output token of one stream, the clock started behind the first draft: so "
+        "do papers on block drafts count, whose first draft reads the prompt. `tpot_s` has that in it.",
+        "context",
+    ),
+    "length_to_greedy": Metric(
+        "1",
+        "none",
+        "Where answers end at their stop token, tokens of an answer over those of greedy search's. Far from 1, speeds "
+        "per answer and per token rank differently.",
+        "context",
+    ),
+    "seeded_tokens": Metric(
+        "1",
+        "none",
+        "Of a decoder whose drafts begin with what the last cycle refused, such tokens per cycle on average.",
+        "context",
+    ),
+    "seeded_share": Metric("1", "none", "The share of its cycles that begin with any.", "context"),
     "draft_acceptance": Metric("1", "none", "Share of the drafted tokens that stay.", "context"),
     "draft_share": Metric("1", "none", "Share of a cycle's time that goes into drafting.", "context"),
     "keep_share": Metric(

@@ -41,6 +41,44 @@ def test_sums_by_hand():
     assert cycles.mean_seconds([NONE]) == {}
 
 
+def test_seconds_by_hand():
+    found = {name: o.estimate().value for name, o in cycles.metrics([A]).items()}
+    verify, draft = sum(c["verify_s"] for c in A.cycles), A.cycles[0]["draft_s"]
+    assert found["tau_per_target_s"] == pytest.approx(7 / verify)
+    assert found["tpot_behind_draft_s"] == pytest.approx((cycles.seconds(A) - draft) / 7)
+
+
+def test_seeded_cycles_and_tokens_are_counted():
+    made = [cycle(4, 0) | {"seeded": n} for n in (0, 3, 2, 0)]
+    found = {k: o.estimate().value for k, o in cycles.metrics([Traced("a", list(range(5)), made)]).items()}
+    assert (found["seeded_tokens"], found["seeded_share"]) == (5 / 4, 2 / 4)
+
+
+def test_a_batch_shares_its_seconds():
+    """Two rows in the same three cycles of 0.7 s each: a text has 7 or 4 tokens of them, so 5.5 on average."""
+    rows = [
+        Traced("pair-0-row-0", list(range(8)), [cycle(4, 4), cycle(4, 0), cycle(2, 0)]),
+        Traced("pair-0-row-1", list(range(5)), [cycle(4, 1), cycle(4, 0), cycle(2, 0)]),
+    ]
+    found = cycles.metrics(rows)["tau_per_target_s"].estimate().value
+    assert found == pytest.approx(5.5 / sum(c["verify_s"] for c in rows[0].cycles))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "accepted", "tau"),
+    [
+        ([7, 1, 2, 3, 4, 5], [3, 0], None),  # no stop token, and the cycles made just these
+        ([7, 1, 2, 9], [3, 2], 3.0),  # the first cycle made 1 2 9, and another behind the stop token
+        ([7, 1, 9, 3, 4, 5, 6], [1, 3], 2.0),  # the second cycle lies behind it altogether
+        ([9, 1, 2], [1], None),  # nothing but the stop token: no cycle made it
+    ],
+)
+def test_tau_to_the_stop_token(tokens, accepted, tau):
+    found = cycles.metrics([Traced("a", tokens, [cycle(4, n) for n in accepted])], stop={9})
+    name = "tau(to the stop token)"
+    assert (found[name].estimate().value if name in found else None) == tau
+
+
 def test_the_mean_of_the_histogram_is_tau_less_one():
     counts = cycles.histogram([A, B])
     mean = sum(n * count for n, count in enumerate(counts)) / sum(counts)

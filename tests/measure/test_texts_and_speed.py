@@ -55,9 +55,9 @@ def test_runs_are_mirrored_and_equal_decoders_answer_alike(target, text, monkeyp
     order = []
     honest = speed.generate
 
-    def spy(decoder, *rest):
+    def spy(decoder, *rest, **more):
         order.append((decoder.spec, rest[2]))
-        return honest(decoder, *rest)
+        return honest(decoder, *rest, **more)
 
     monkeypatch.setattr(speed, "generate", spy)
     batches = texts.prompts(text, target, pairs=2, rows=2, length=20).batches
@@ -121,6 +121,27 @@ def test_divergences_name_the_place_and_the_gap(target, text):
     ((_, row, place, gap),) = speed.divergences(target, [pair], "ratio_to_greedy")
     assert (row, place) == (1, 3)
     assert gap == pytest.approx(float(top.values[0] - top.values[1]), abs=1e-4)
+
+
+def test_answers_may_end_where_they_end(target):
+    class Ending(decoders.Decoder):
+        spec = "ending"
+
+        def generate(self, target, prompts, limits, rng):
+            assert not limits.ignore_eos
+            return [Completion([1] * (1 + p[0]), "stop") for p in prompts]
+
+    batch = [[3], [1]]
+    assert [len(a.tokens) for a in speed.generate(Ending(), target, batch, 9, 0, ending=True)] == [4, 2]
+    with pytest.raises(ValueError, match="returned 8 tokens where exactly 5 were due"):
+        speed.generate(Ending(), target, [[7]], 5, 0, ending=True)
+    answers = {"candidate": [[1] * 4, [1] * 2], "ratio_to_greedy": [[1] * 6, [1] * 6]}
+    pairs = [Pair({"candidate": [1.0, 1.0]}, first=0.1, prefill=0.05, prompts=batch, answers=answers)] * 6
+    found = {k: f if isinstance(f, tuple) else f.estimate() for k, f in speed.metrics(pairs, tokens=9).items()}
+    assert found["tpot_s"].value == pytest.approx(0.9 / 3), "that of the longer text"
+    assert found["tokens_per_s"].value == pytest.approx(4 / 0.9)
+    assert found["generated_tokens"].value == 2 * 6 * 6
+    assert speed.lengths_ratio(pairs, "ratio_to_greedy").estimate().value == pytest.approx(0.5)
 
 
 def test_miscounted_answers_are_refused(target):
