@@ -4,6 +4,7 @@ from decodathlon import Chain, Sampler, suite
 
 KINDS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
 ENDING = [f"{kind}-ending" for kind in KINDS]
+PROBLEMS = {"math500": "math-500", "aime25": "aime25"}
 
 
 @suite(
@@ -14,6 +15,7 @@ ENDING = [f"{kind}-ending" for kind in KINDS]
         "batch-1": "wikitext-2-raw-v1",
         "batch-4": "wikitext-2-raw-v1",
         **dict.fromkeys([*KINDS, *ENDING], "spec-bench"),
+        **PROBLEMS,
     },
     rivals=["greedy", "hf-generate"],
     table=[
@@ -29,7 +31,7 @@ ENDING = [f"{kind}-ending" for kind in KINDS]
     protocol={
         "order": "each pair runs all decoders forth and back (A B B A); who is first turns from pair to pair",
         "warm_up": "each decoder once on the first prompts, not timed",
-        "stop": "the same number of tokens for all, stop tokens ignored; in slices -ending where each answer ends",
+        "stop": "the same number of tokens for all, stop tokens ignored; where answers are to end, each where it does",
         "sampler_share": "from the first token to the last, in a further run on every pair's prompts",
         "clock": "wall-clock around generate, prefill included; on CUDA synchronised before and after",
     },
@@ -46,8 +48,13 @@ ENDING = [f"{kind}-ending" for kind in KINDS]
         },
         "spec-bench-ending": {
             "smoke": {"slices": ENDING[:1], "pairs": 1, "tokens": 12, "ending": True},
-            "quick": {"slices": ENDING, "pairs": 10, "tokens": 256, "ending": True},
+            "quick": {"slices": ENDING, "pairs": 10, "tokens": 128, "ending": True},
             "full": {"slices": ENDING, "pairs": 80, "tokens": 1024, "ending": True},
+        },
+        "problems": {
+            "smoke": {"slices": ["aime25"], "pairs": 1, "tokens": 12, "ending": True},
+            "quick": {"slices": list(PROBLEMS), "pairs": 10, "tokens": 128, "ending": True},
+            "full": {"slices": list(PROBLEMS), "pairs": 128, "tokens": 2048, "ending": True},
         },
     },
 )
@@ -59,10 +66,11 @@ def test_throughput(cell):
     if isinstance(cell.decoder, Chain):
         raise UnsupportedError("answers that grow token by token", "a chain is as fast as it mixes")
     sizes, kind, ending = cell.sizes, cell.slice.removesuffix("-ending"), cell.sizes.get("ending", False)
-    rows = 1 if kind in KINDS else int(cell.slice.removeprefix("batch-"))
+    asked = kind in KINDS or kind in PROBLEMS
+    rows = 1 if asked else int(cell.slice.removeprefix("batch-"))
     batches, row_ids, hashes = (
         texts.asked(cell.text(), cell.target, kind=kind, pairs=sizes["pairs"], tokens=sizes["tokens"])
-        if kind in KINDS
+        if asked
         else texts.prompts(cell.text(), cell.target, pairs=sizes["pairs"], rows=rows, length=sizes["prompt"])
     )
     pairs = []
@@ -90,7 +98,7 @@ def test_throughput(cell):
         if looping and straight is not None:
             cell.report(f"{metric}(without loops)", straight, baseline=rival.spec)
     apart = speed.decode_ratio(pairs, "ratio_to_greedy") if "ratio_to_greedy" in cell.rivals else None
-    if kind in KINDS and apart is not None:
+    if asked and apart is not None:
         cell.report("ratio_to_greedy(decode)", apart, baseline="greedy")
     if ending and "ratio_to_greedy" in cell.rivals:
         cell.report("length_to_greedy", speed.lengths_ratio(pairs, "ratio_to_greedy"), baseline="greedy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from decodathlon.harness.errors import MissingError
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Tokens read beyond those wanted, so that the cut does not change how the last of them was split.
 MARGIN = 64
+#: What the authors of DFlash put behind a problem.
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 class Head(NamedTuple):
@@ -29,20 +32,17 @@ class Prompts(NamedTuple):
 
 
 def asked(text: Text, target: Target, *, kind: str, pairs: int, tokens: int) -> Prompts:
-    """The first turns of the first `pairs` questions of a kind (spec_bench.py), one by one, in the model's chat
-    template where it has one; those that leave no room for `tokens` more are passed over.
+    """The first `pairs` questions of a set, one by one, in the model's chat template where it has one; those that leave
+    no room for `tokens` more are passed over. Of Spec-Bench the first turns of a kind (spec_bench.py), of problems
+    these with the words that drafters are measured with (Chen et al. 2026, arXiv 2602.06036), thinking off.
 
     Raises:
-        MissingError: there are fewer of that kind.
+        MissingError: there are none.
     """
-    from decodathlon.harness.datasets import questions, spec_bench
-
     found: list[tuple[int, list[int]]] = []
-    for number, question in enumerate(questions.read(text)):
-        if spec_bench.kind(question["category"]) != kind:
-            continue
-        turn = question["turns"][0]
-        prompt = target.chat([{"role": "user", "content": turn}]) or target.encode(f"Question: {turn}\nAnswer:")
+    for number, turn, thinking in _turns(text, kind):
+        prompt = target.chat([{"role": "user", "content": turn}], thinking=thinking)
+        prompt = prompt or target.encode(f"Question: {turn}\nAnswer:")
         if len(prompt) + tokens <= target.context_length:
             found.append((number, prompt))
         if len(found) == pairs:
@@ -50,6 +50,17 @@ def asked(text: Text, target: Target, *, kind: str, pairs: int, tokens: int) -> 
     if not found:
         raise MissingError(f"{text.name} has no question of kind {kind} that leaves room for {tokens} tokens")
     return Prompts([[t] for _, t in found], [[n] for n, _ in found], [[text.row_hash(n)] for n, _ in found])
+
+
+def _turns(text: Text, kind: str) -> Iterator[tuple[int, str, bool]]:
+    """Row number, what is asked, and whether the model may think first."""
+    from decodathlon.harness.datasets import questions, spec_bench
+
+    for number, question in enumerate(questions.read(text)):
+        if "problem" in question:
+            yield number, question["problem"] + BOXED, False
+        elif spec_bench.kind(question["category"]) == kind:
+            yield number, question["turns"][0], True
 
 
 def head(text: Text, target: Target, tokens: int | None) -> Head:

@@ -172,9 +172,9 @@ class Target(ABC):
         """Text of `tokens`, special tokens left out."""
         raise UnsupportedError("text", f"{self.name} has no tokenizer")
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+    def chat(self, messages: Sequence[Mapping[str, str]], *, thinking: bool = True) -> list[int] | None:
         """Tokens of a talk (role and content by turn) up to where the assistant's answer begins, by the model's own
-        template; None where it has none."""
+        template; None where it has none. `thinking=False` asks models that think first not to."""
         return None
 
     def log_prob(self, sequences: Sequence[Sequence[int]], given: int | Sequence[int] = 1) -> Tensor:

@@ -261,10 +261,12 @@ class TransformersTarget(Target):
             return super().decode(tokens)
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int] | None:
+    def chat(self, messages: Sequence[Mapping[str, str]], *, thinking: bool = True) -> list[int] | None:
         if not getattr(self.tokenizer, "chat_template", None):
             return None
-        found = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        # a template that knows nothing of thinking passes the word by
+        how = {} if thinking else {"enable_thinking": False}
+        found = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True, **how)
         return list(found["input_ids"])
 
     @torch.no_grad()

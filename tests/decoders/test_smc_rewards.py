@@ -27,7 +27,7 @@ class Scribe:
     def decode(self, tokens):
         return "".join(tokens)
 
-    def chat(self, messages):
+    def chat(self, messages, *, thinking=True):
         return ["[user] ", messages[0]["content"], " [you] "]
 
 

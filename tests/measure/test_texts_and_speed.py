@@ -1,5 +1,6 @@
 """Rows become tokens with their ids; paired runs are mirrored, counted by one rule, and told apart from rounding."""
 
+import json
 import time
 
 import pytest
@@ -49,6 +50,36 @@ def test_prompts_have_one_length_their_rows_and_no_repeats(target, text):
     assert found.batches[1][0] == target.encode(ROWS[4].strip())[:20]
     with pytest.raises(MissingError, match="has 0 rows of 400 tokens, 6 are needed"):
         texts.prompts(text, target, pairs=3, rows=2, length=400)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
+    "{% if enable_thinking is defined and not enable_thinking %}<no thinking>{% endif %}"
+)
+
+
+def test_problems_are_asked_as_drafters_are_measured_and_without_thinking(target, monkeypatch):
+    rows = tuple(json.dumps({"problem": f"What is {i} + {i}?", "answer": "", "id": str(i)}) for i in range(3))
+    found = texts.asked(Text("p", "1", "test", "folder", rows, "\n"), target, kind="aime25", pairs=2, tokens=5)
+    assert found.rows == [[0], [1]]
+    said = "What is 0 + 0?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert target.decode(found.batches[0][0]) == f"Question: {said}\nAnswer:"
+    monkeypatch.setattr(target.tokenizer, "chat_template", TEMPLATE)
+    found = texts.asked(Text("p", "1", "test", "folder", rows, "\n"), target, kind="aime25", pairs=1, tokens=5)
+    assert target.decode(found.batches[0][0]) == f"<user>{said}<a><no thinking>"
+
+
+def test_of_spec_bench_one_kind_is_asked_and_may_think(target, monkeypatch):
+    monkeypatch.setattr(target.tokenizer, "chat_template", TEMPLATE)
+    rows = tuple(
+        json.dumps({"turns": [f"{c} {i}", "more"], "category": c, "id": "x"})
+        for i, c in enumerate(["rag", "writing", "qa", "math"])
+    )
+    text = Text("s", "1", "test", "folder", rows, "\n")
+    found = texts.asked(text, target, kind="mt_bench", pairs=9, tokens=5)
+    assert [target.decode(b[0]) for b in found.batches] == ["<user>writing 1<a>", "<user>math 3<a>"]
+    with pytest.raises(MissingError, match="has no question of kind summarization"):
+        texts.asked(text, target, kind="summarization", pairs=9, tokens=5)
 
 
 def test_runs_are_mirrored_and_equal_decoders_answer_alike(target, text, monkeypatch):
