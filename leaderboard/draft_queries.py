@@ -15,8 +15,10 @@ METRICS = (
     "ratio_to_greedy",
     "ratio_to_greedy(decode)",
     "ratio_to_greedy(without loops)",
+    "ratio_to_baseline",
     "ratio_predicted",
     "tau",
+    "tau_per_target_s",
     "draft_acceptance",
     "draft_share",
     "keep_share",
@@ -26,7 +28,7 @@ METRICS = (
 
 def drafting(connection: duckdb.DuckDBPyConnection) -> list[Row]:
     """The newest cells of decoders that draft, with what a cycle did and took (`drafts`, as measure/drafts.py has
-    it), and their numbers by metric: value, lower and upper end."""
+    it), and their numbers by metric: value, lower and upper end. `baseline` is what `ratio_to_baseline` is to."""
     rows = as_rows(
         connection,
         """
@@ -37,13 +39,24 @@ def drafting(connection: duckdb.DuckDBPyConnection) -> list[Row]:
         """,
     )
     numbers = connection.execute(
-        "SELECT run_id, cell_id, metric, value, ci_low, ci_high FROM metric WHERE list_contains($metrics, metric)",
+        """
+        SELECT run_id, cell_id, metric, baseline, value, ci_low, ci_high FROM metric
+        WHERE list_contains($metrics, metric)
+        """,
         {"metrics": list(METRICS)},
     ).fetchall()
     of: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
-    for run, cell, metric, *found in numbers:
+    against: dict[tuple[str, str], str] = {}
+    for run, cell, metric, baseline, *found in numbers:
         of.setdefault((run, cell), {})[metric] = tuple(found)
+        if metric == "ratio_to_baseline":
+            against[run, cell] = baseline
     return [
-        row | {"drafts": json.loads(row.pop("data")), "numbers": of.get((row["run_id"], row["cell_id"]), {})}
+        row
+        | {
+            "drafts": json.loads(row.pop("data")),
+            "numbers": of.get((row["run_id"], row["cell_id"]), {}),
+            "baseline": against.get((row["run_id"], row["cell_id"])),
+        }
         for row in rows
     ]

@@ -220,3 +220,53 @@ def test_the_table_of_speculative_decoders_is_that_of_the_results(tmp_path, caps
     store.ingest(empty, [])
     with pytest.raises(SystemExit, match="no rows of drafting decoders"):
         made.main(["--results", str(empty), "--out", str(tmp_path)])
+
+
+def drafting_row(decoder, slice_, ratio, baseline="dflash"):
+    return {"decoder": decoder, "slice": slice_, "baseline": baseline, "numbers": {"ratio_to_baseline": ratio}}
+
+
+def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
+    made = script("dflash_backlog")
+    slow, fast, open_ = (0.8, 0.7, 0.9), (1.2, 1.1, 1.3), (1.0, 0.9, 1.1)
+    assert made.verdict([slow, slow]) == "slower"
+    assert made.verdict([fast]) == "faster"
+    assert made.verdict([open_, open_]) == "no difference seen"
+    assert made.verdict([slow, fast, open_]) == "faster on 1 of 3, slower on 1 of 3"
+    assert made.verdict([]) == made.verdict([(1.0, None, None)]) == "not measured"
+    rows = [
+        drafting_row("ddtree", "math500", fast), drafting_row("ddtree", "mt_bench", slow, baseline="dflash[block=1]"),
+        drafting_row("dflash[draft_steps=2]", "mt_bench", slow),
+    ]  # fmt: skip
+    ideas = [
+        {"name": "tree", "note": "4 %", "decoders": ["ddtree", "dflash-tree"], "why": "wide"},
+        {"name": "steps", "note": "1.2", "decoders": ["dflash[draft_steps=2]"], "why": "unseen"},
+    ]
+    assert made.backlog(ideas, rows) == [
+        ["idea", "the note", "decoder", "math500", "mt_bench", "verdict", "why"],
+        ["tree", "4 %", "`ddtree`", "1.20 [1.10, 1.30]", made.DASH, "faster", "wide"],
+        ["", "", "`dflash-tree`", made.DASH, made.DASH, "not measured", ""],
+        ["steps", "1.2", "`dflash[draft_steps=2]`", made.DASH, "0.80 [0.70, 0.90]", "slower", "unseen"],
+    ]
+    assert made.speeds(rows)[1][0] == "`ddtree`"
+    assert made.speeds(rows)[1][-1] == "1.20 [1.10, 1.30] to `dflash`"
+    found = made.curve([("m", "cpu", "verify_cost(8)", 1.27), ("m", "cpu", "verify_cost(16)", 1.5)])
+    assert found == [["model", "hardware", "8", "16"], ["m", "cpu", "1.27", "1.50"]]
+    page = "a\n<!-- backlog -->\nold\n<!-- end of backlog -->\nb"
+    assert made.rewritten(page, "backlog", [["x", "y"], ["1", "2"]]).splitlines() == [
+        "a", "<!-- backlog -->", "| x | y |", "|---|---|", "| 1 | 2 |", "<!-- end of backlog -->", "b",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="has no <!-- curve -->"):
+        made.rewritten(page, "curve", [])
+
+
+def test_every_idea_of_the_backlog_names_decoders_that_there_are():
+    import tomllib
+
+    from decodathlon.harness import decoder as decoders
+
+    ideas = tomllib.loads((SCRIPTS.parent / "docs" / "findings" / "dflash.toml").read_text())["idea"]
+    for idea in ideas:
+        assert set(idea) == {"name", "note", "decoders", "why"}
+        for spec in idea["decoders"]:
+            assert decoders.build(spec).spec == spec

@@ -1,0 +1,184 @@
+"""What became of the founding note's ideas on DFlash: the tables of docs/findings/dflash.md, out of results.duckdb.
+
+    python scripts/dflash_backlog.py                # rewrites them, and dflash.csv
+    python scripts/dflash_backlog.py --results FILE --out DIR
+
+An idea is judged by its speed over plain `dflash`, both by turns in one process on the same prompts: rows that were
+measured with `--baseline dflash`. docs/findings/dflash.toml has the ideas, and what the note found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from decodathlon.harness.commands.command import say
+from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.results import environment, store
+from decodathlon.harness.results.table import DASH
+from decodathlon.leaderboard import draft_queries, queries
+
+PLACE = Path(__file__).parents[1] / "docs" / "findings"
+PLAIN = "dflash"
+#: Prompts, in the order of the columns.
+SLICES = ("math500", "mt_bench", "math_reasoning", "aime25", "batch-1")
+Row = Mapping[str, Any]
+
+
+def measured(results: Path) -> list[Row]:
+    """The newest sound rows of the decoders that draft by blocks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "copy.duckdb"
+        store.snapshot(results, copy, queries.prepare)
+        with duckdb.connect(str(copy)) as connection:
+            cells = [c for c in draft_queries.drafting(connection) if not c["beside"]]
+    family = {name for name in registry.names("decoder") if registry.get("decoder", name).family == "dflash"}
+    return [c for c in cells if c["decoder"].partition("[")[0] in family]
+
+
+def costs(results: Path) -> list[tuple[str, str, str, float]]:
+    """Model, hardware, metric and value of the newest verify-cost curves."""
+    with duckdb.connect(str(results), read_only=True) as connection:
+        return connection.execute(
+            """
+            SELECT model, hardware, metric, arg_max(value, run_id) FROM results
+            WHERE suite = 'verify_cost' AND status = 'ok' AND metric LIKE 'verify_cost(%'
+            GROUP BY ALL ORDER BY model, hardware, metric
+            """
+        ).fetchall()
+
+
+def shown(found: tuple[Any, ...] | None) -> str:
+    if found is None or found[0] is None:
+        return DASH
+    value, low, high = found
+    return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")
+
+
+def verdict(ratios: Sequence[tuple[Any, ...]]) -> str:
+    """In a word, from speeds over plain `dflash` with their intervals, a slice each."""
+    told = [("faster" if low > 1 else "slower" if high < 1 else "") for _, low, high in ratios if low is not None]
+    if not told:
+        return "not measured"
+    if len(set(told)) == 1:
+        return told[0] or "no difference seen"
+    parts = [f"{word} on {told.count(word)} of {len(told)}" for word in ("faster", "slower") if word in told]
+    return ", ".join(parts)
+
+
+def backlog(ideas: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
+    """A line per idea and decoder: what the note found, and its speed over plain `dflash` by slice."""
+    having = [s for s in SLICES if any(r["slice"] == s and r["baseline"] == PLAIN for r in rows)]
+    table = [["idea", "the note", "decoder", *having, "verdict", "why"]]
+    for idea in ideas:
+        for number, spec in enumerate(idea["decoders"]):
+            ratios = {
+                r["slice"]: r["numbers"]["ratio_to_baseline"]
+                for r in rows
+                if r["decoder"] == spec and r["baseline"] == PLAIN and "ratio_to_baseline" in r["numbers"]
+            }
+            first = [idea["name"], idea["note"]] if number == 0 else ["", ""]
+            table.append(
+                [*first, f"`{spec}`", *(shown(ratios.get(s)) for s in having), verdict(list(ratios.values())),
+                 idea["why"] if number == 0 else ""]
+            )  # fmt: skip
+    return table
+
+
+def speeds(rows: Sequence[Row]) -> list[list[str]]:
+    """A line per decoder and slice: tokens per cycle, measured speeds, and what the cycles predict."""
+    table = [["decoder", "prompts", "tau", "acceptance", "drafting", "over greedy", "predicted", "over the baseline"]]
+    for row in sorted(rows, key=lambda r: (_place(r["slice"]), -(r["numbers"].get("ratio_to_greedy", (0,))[0] or 0))):
+        n = row["numbers"]
+        decode = n.get("ratio_to_greedy(decode)") or n.get("ratio_to_greedy")
+        against = f"{shown(n.get('ratio_to_baseline'))} to `{row['baseline']}`" if row["baseline"] else DASH
+        table.append(
+            [f"`{row['decoder']}`", row["slice"], shown(_plain(n.get("tau"))), shown(_plain(n.get("draft_acceptance"))),
+             shown(_plain(n.get("draft_share"))), shown(decode), shown(n.get("ratio_predicted")), against]
+        )  # fmt: skip
+    return table
+
+
+def curve(found: Sequence[tuple[str, str, str, float]]) -> list[list[str]]:
+    """A line per model and machine: what it costs to read so many tokens at once, against one."""
+    widths = sorted({_width(metric) for *_, metric, _ in found})
+    table = [["model", "hardware", *map(str, widths)]]
+    for place in sorted({(model, hardware) for model, hardware, *_ in found}):
+        mine = {_width(metric): value for model, hardware, metric, value in found if (model, hardware) == place}
+        table.append([*place, *(f"{mine[w]:.2f}" if w in mine else DASH for w in widths)])
+    return table
+
+
+def _width(metric: str) -> int:
+    return int(re.findall(r"\d+", metric)[0])
+
+
+def _place(slice_: str) -> int:
+    return SLICES.index(slice_) if slice_ in SLICES else len(SLICES)
+
+
+def _plain(found: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    return None if found is None else (found[0], None, None)
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    head, *body = ("| " + " | ".join(line) + " |" for line in table)
+    return "\n".join([head, "|" + "---|" * len(table[0]), *body])
+
+
+def rewritten(page: str, name: str, table: Sequence[Sequence[str]]) -> str:
+    """The page with another table between its two marks of that name.
+
+    Raises:
+        ValueError: it has none.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no {begin} ... {end}")
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{markdown(table)}\n{end}{rest.split(end, 1)[1]}"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=environment.results_file())
+    parser.add_argument("--out", type=Path, default=PLACE, metavar="DIR", help="where dflash.toml and dflash.md are")
+    options = parser.parse_args(words)
+    load_builtins()
+    rows = measured(options.results)
+    if not rows:
+        raise SystemExit(f"{options.results} has no rows of decoders that draft by blocks: see dflash.md there")
+    ideas = tomllib.loads((options.out / "dflash.toml").read_text())["idea"]
+    page = (options.out / "dflash.md").read_text()
+    tables = {"backlog": backlog(ideas, rows), "speeds": speeds(rows), "curve": curve(costs(options.results))}
+    for name, table in tables.items():
+        page = rewritten(page, name, table)
+    (options.out / "dflash.md").write_text(page)
+    with (options.out / "dflash.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["decoder", "slice", "model", "dtype", "hardware", "scale", "dataset", "run", "baseline",
+                         "metric", "value", "low", "high"])  # fmt: skip
+        for row in rows:
+            for metric, numbers in sorted(row["numbers"].items()):
+                place = [
+                    row[k] for k in ("decoder", "slice", "model", "dtype", "hardware", "scale", "dataset", "run_id")
+                ]
+                writer.writerow([*place, row["baseline"] or "", metric, *(_short(x) for x in numbers)])
+    say("\n".join(" | ".join(line) for line in tables["backlog"]))
+    say(f"{len(rows)} rows in {options.out / 'dflash.csv'}, and the tables of dflash.md")
+
+
+def _short(x: float | None) -> str:
+    return "" if x is None else f"{x:.6g}"
+
+
+if __name__ == "__main__":
+    main()
