@@ -74,7 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--workload",
         default=default.workload,
         metavar="NAME",
-        help="other prompts for throughput: spec-bench, spec-bench-ending",
+        help="other prompts for throughput: spec-bench, spec-bench-ending, problems",
     )
     add("--cycle-trace", action="store_true", help="keep every cycle of decoders that draft, in cells of throughput")
     add("--executor", choices=sorted(EXECUTORS), default="local", help="a worker process, or this one for a debugger")
@@ -115,6 +115,8 @@ def _seconds(text: str) -> float:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.option.decodathlon_benchmark:
         return
+    if getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):  # pytest-xdist's
+        raise pytest.UsageError("-n would measure decoders beside one another, and every speed would be wrong")
     try:
         config.stash[_RUN] = _run(config)
     except DecodathlonError as error:

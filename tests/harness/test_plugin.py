@@ -312,6 +312,24 @@ def test_what_a_decoders_file_says_in_vain_is_told_and_a_second_file_is_refused(
     assert "--decoder-config: given twice" in again.stderr
 
 
+def test_workers_of_xdist_are_refused():
+    pytest.importorskip("xdist")
+    done = pytest_run("--benchmark", "--suite", "throughput", "-n", "2")
+    assert done.returncode == 4
+    assert "-n would measure decoders beside one another" in done.stderr
+
+
+def test_problems_are_measured_to_their_end(model, tmp_path):
+    results = tmp_path / "r.duckdb"
+    options = ["--benchmark", "--suite", "throughput", "--workload", "problems", "--scale", "smoke"]
+    done = pytest_run(*options, "--model", model, "--results", results, "--decoder", "prompt-lookup")
+    assert done.returncode == 0, done.stdout
+    with store.connect(results) as connection:
+        found = dict(connection.execute("SELECT metric, value FROM results WHERE slice = 'aime25'").fetchall())
+    assert found["length_to_greedy"] == 1
+    assert {"tau_per_target_s", "tpot_behind_draft_s", "ratio_to_greedy"} <= set(found)
+
+
 def test_a_workload_takes_the_place_of_the_prompts_and_cycles_are_kept_when_asked_for(model, tmp_path):
     results = tmp_path / "r.duckdb"
     options = ["--benchmark", "--suite", "throughput", "--workload", "spec-bench", "--cycle-trace", "--scale", "smoke"]
