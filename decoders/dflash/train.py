@@ -22,6 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--fused", type=int, default=5, metavar="N", help="hidden states of the model that it sees (default 5)")
     add("--intermediate", type=int, default=0, metavar="N", help="width of its gated layers (default the model's)")
     add("--block", type=int, default=8, metavar="N", help="tokens of a block (default 8)")
+    add("--short", type=float, default=0.0, metavar="X", help="share of the steps with blocks half as long (default 0)")
     add("--anchors", type=int, default=16, metavar="N", help="of each of the 8 texts of a step (default 16)")
 
 
@@ -29,6 +30,8 @@ def _check(options: argparse.Namespace) -> None:
     prepare.check(options, {"layers": 1, "fused": 1, "intermediate": 0, "block": 2, "anchors": 1})
     if options.block > LARGEST:
         raise SpecError(f"--block {options.block}: the most is {LARGEST}")
+    if not 0 <= options.short <= 1:
+        raise SpecError(f"--short {options.short} is no share; it lies between 0 and 1")
 
 
 def _run(options: argparse.Namespace, target: Any) -> int:
@@ -52,7 +55,10 @@ def _run(options: argparse.Namespace, target: Any) -> int:
         return 0
     say(f"training {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million weights")
     recipe = Recipe(
-        anchors=options.anchors, seed=options.seed, **prepare.given(options, "steps", "rate", "classes", "soft")
+        anchors=options.anchors,
+        short=options.short,
+        seed=options.seed,
+        **prepare.given(options, "steps", "rate", "classes", "soft"),
     )
     trainer = Trainer(
         network, target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight,

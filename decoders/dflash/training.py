@@ -34,6 +34,9 @@ class Recipe(trainer.Recipe):
     anchors: int = 16
     #: Of the weights by place; 0: the paper's for this block (7 for 16, 5 for 10, 4 for 8).
     gamma: float = 0.0
+    #: Share of the steps in which blocks are half as long: cheaper, for the places that are reached most often, and so
+    #: that the drafter knows such blocks.
+    short: float = 0.0
 
     def weights(self, block: int) -> Tensor:
         """(b - 1,) by place."""
@@ -92,15 +95,18 @@ class Trainer(trainer.Trainer):
     def loss(self, texts: Sequence[Seen], generator: torch.Generator) -> Tensor:
         """Weighted cross-entropy of the guesses behind random anchors."""
         block = self.network.config.block_size
+        weights = self.recipe.weights(block).to(self.device)
+        if self.recipe.short and float(torch.rand(1, generator=generator)) < self.recipe.short:
+            block = max(2, block // 2)
         anchors = [
             s.begin + torch.randint(len(s.tokens) - 1 - s.begin, (self.recipe.anchors,), generator=generator)
             for s in texts
         ]
-        outputs = guesses(self.network, self.embedding, texts, anchors)  # (A, b - 1, E)
+        outputs = guesses(self.network, self.embedding, texts, anchors, block)  # (A, b - 1, E)
         pairs = list(zip(texts, anchors, strict=True))
         tokens = torch.cat([_behind(s, at, block) for s, at in pairs]).to(self.device)
         last = torch.cat([_before(s.last, at, block) for s, at in pairs]).to(self.device)
-        weights = self.recipe.weights(block).to(self.device).expand(tokens.shape)
+        weights = weights[: block - 1].expand(tokens.shape)
         there = tokens != NOTHING
         found = self.errors(outputs[there], last[there], tokens[there], generator, self.network.logits)
         return (found * weights[there]).sum() / weights[there].sum()
@@ -117,13 +123,12 @@ def _before(last: Tensor, anchors: Tensor, block: int) -> Tensor:
     return F.pad(last, (0, 0, 0, block))[anchors[:, None] + torch.arange(block - 1)]
 
 
-def guesses(network: Network, embedding: Tensor, texts: Sequence[Seen], anchors: Sequence[Tensor]) -> Tensor:
+def guesses(network: Network, embedding: Tensor, texts: Sequence[Seen], anchors: Sequence[Tensor], b: int) -> Tensor:
     """(A, b - 1, E) outputs for the places behind each anchor, the texts' anchors one text after the other.
 
     What `Memory` does token by token, for all anchors at once; a test holds the two together.
     """
     config, device = network.config, embedding.device
-    b = config.block_size
     width = max(len(s.tokens) for s in texts)
     states = torch.stack([F.pad(s.states, (0, 0, 0, width - len(s.states))) for s in texts]).to(device)
     read = network.read(network.context(states.to(network.norm.weight.dtype)), torch.arange(width, device=device)[None])
@@ -160,7 +165,7 @@ def tau(network: Network, embedding: Tensor, head: Tensor, texts: Sequence[Seen]
         found = []
         with torch.autocast(embedding.device.type, dtype=torch.bfloat16):
             for some in anchors.split(32):  # the logits of all at once would be large
-                outputs = guesses(network, embedding, [text], [some])
+                outputs = guesses(network, embedding, [text], [some], block)
                 found.append(network.logits(outputs, lambda x: F.linear(x, head)).argmax(-1).cpu())
         best = torch.cat(found)
         stay = (best == _behind(text, anchors, block)).long().cumprod(1).sum(1)

@@ -58,7 +58,7 @@ def test_the_loss_sees_what_decoding_will_see(target, states):
     texts[1] = features.Seen(texts[1].tokens[:9], texts[1].states[:9], texts[1].last[:9], texts[1].begin)
     anchors = [torch.tensor([3, 7]), torch.tensor([4]), torch.tensor([11, 3, 20])]
     with torch.no_grad():
-        together = guesses(network, embedding, texts, anchors)
+        together = guesses(network, embedding, texts, anchors, 4)
         place = 0
         for text, at in zip(texts, anchors, strict=True):
             for anchor in at.tolist():
@@ -104,19 +104,22 @@ def test_the_target_s_law_is_that_of_the_tokens_that_are_guessed(target, states)
     assert right > 0.97 * total  # kept in bfloat16, near ties may turn
 
 
-@pytest.mark.parametrize("soft", [0.0, 0.25, 1.0])
-def test_the_loss_by_hand(target, states, soft):
-    one = trainer(target, states, Recipe(anchors=3, soft=soft))
+@pytest.mark.parametrize(("soft", "short"), [(0.0, 0), (0.25, 0), (1.0, 0), (0.5, 1)])
+def test_the_loss_by_hand(target, states, soft, short):
+    one = trainer(target, states, Recipe(anchors=3, soft=soft, short=short))
+    block = 2 if short else 4
     texts = features.load(states, 0)[:2]
     with torch.no_grad():
         found = one.loss(texts, torch.Generator().manual_seed(5))
         generator, parts, weights = torch.Generator().manual_seed(5), [], []
+        if short:
+            torch.rand(1, generator=generator)
         at = [t.begin + torch.randint(len(t.tokens) - 1 - t.begin, (3,), generator=generator) for t in texts]
-        outputs = guesses(one.network, one.embedding, texts, at)
+        outputs = guesses(one.network, one.embedding, texts, at, block)
         for text, anchor, output in zip(
             [t for t in texts for _ in range(3)], [a for some in at for a in some.tolist()], outputs, strict=True
         ):
-            for place in range(1, 4):
+            for place in range(1, block):
                 if anchor + place < len(text.tokens):
                     mine = (output[place - 1] @ one.head.T).log_softmax(-1)
                     law = (text.last[anchor + place - 1].float() @ one.head.T).softmax(-1)
