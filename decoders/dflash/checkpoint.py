@@ -117,7 +117,7 @@ def load(checkpoint: str, target: Any) -> Network:
 
 
 def read(folder: Path, config: configs.Config) -> Network:
-    """The weights in a folder, in float32."""
+    """The weights in a folder, in the type that they are stored in."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -132,7 +132,7 @@ def read(folder: Path, config: configs.Config) -> Network:
         found = {name: tensor for file in files for name, tensor in load_file(str(file)).items()}
     except (OSError, SafetensorError) as error:
         raise MissingError(f"the drafter in {folder} cannot be read: {error}") from error
-    found = {name: tensor.float() for name, tensor in found.items() if not name.endswith(IGNORED)}
+    found = {name: tensor for name, tensor in found.items() if not name.endswith(IGNORED)}
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for names, what in (
         (wanted.keys() - found.keys(), "lacks"),

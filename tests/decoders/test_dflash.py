@@ -90,6 +90,60 @@ def test_greedy_text_is_that_of_greedy_search_with_a_drafter_that_is_often_right
         assert one.cost.target_calls == 1 + len(one.trace)
 
 
+@pytest.mark.parametrize("spec", ["dflash", "ddtree[budget=6]", "dflash-tree-lite", "dflash-multiround"])
+def test_a_text_ends_at_a_stop_token_inside_a_block(target, good, spec, monkeypatch):
+    """Of what was drafted behind it, and stayed, nothing is in the text."""
+    spec, overshot = with_parameter(spec, f"checkpoint={good}"), 0
+    for stop in range(1, 8):
+        monkeypatch.setattr(target, "stop_tokens", frozenset({stop}))
+        limits = Limits(24, trace=True)
+        ours = answers(spec, target, limits)
+        assert_same(ours, answers("greedy", target, limits))
+        for one in ours:
+            made = 1 + sum(cycle["accepted"] + 1 for cycle in one.trace)
+            overshot += one.stop_reason == "stop" and made > len(one.tokens)
+    assert overshot > 0, "or it shows nothing"
+
+
+def test_in_bfloat16_texts_part_only_where_two_tokens_are_as_likely(target, good):
+    import transformers
+
+    from decodathlon.harness.measure import speed
+    from decodathlon.harness.targets.transformers import TransformersTarget
+
+    config = transformers.LlamaConfig.from_dict(target.model.config.to_dict(), attn_implementation="sdpa")
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(target.model.state_dict())
+    half = TransformersTarget(model.bfloat16(), toy.Letters(), name="half")
+    prompts = [[0, *divmod(i, 8)] for i in range(48)]
+    made = {
+        name: [a.tokens for a in answers(spec, half, Limits(24, ignore_eos=True), prompts)]
+        for name, spec in (("candidate", f"dflash[checkpoint={good}]"), ("greedy", "greedy"))
+    }
+    parted = speed.divergences(half, [speed.Pair(answers=made, prompts=prompts)], "greedy")
+    assert len(parted) < len(prompts) / 4
+    for one in parted:
+        read = [*prompts[one.row], *made["greedy"][one.row][: one.position]]
+        top = half.open([read], capacity=len(read)).next_logits[0].max()
+        assert one.top2_gap <= 2**-6 * abs(float(top))
+
+
+def test_the_passes_of_the_drafter_are_counted(target, good):
+    """A block of 4 has 4 positions, and what the target has read is read once: the prompt, and what stayed."""
+    (one,) = answers(f"dflash[checkpoint={good}]", target, Limits(24, ignore_eos=True, trace=True), prompts=[[0, 2, 3]])
+    drafting = [cycle for cycle in one.trace if cycle["drafted"]]
+    assert one.cost.draft_calls == len(drafting)
+    read = 3 + sum(cycle["accepted"] + 1 for cycle in one.trace[: len(drafting) - 1])
+    assert one.cost.draft_positions in (
+        4 * len(drafting) + read,
+        4 * len(drafting) + read + one.trace[-2]["accepted"] + 1,
+    )
+    (two,) = answers(
+        f"dflash[draft_steps=2,checkpoint={good}]", target, Limits(24, trace=True, ignore_eos=True), [[0, 2, 3]]
+    )
+    assert two.cost.draft_calls == 2 * sum(cycle["drafted"] > 0 for cycle in two.trace)
+
+
 @pytest.mark.parametrize("spec", ["dflash[proposal=guess]", "ddtree[budget=6]", "dflash-tree", "dflash-candidates",
                                   "dflash-tree-lite[refine=true]", "dflash-multiround[proposal=guess]"])  # fmt: skip
 def test_guesses_leave_the_very_text_that_the_target_draws_alone(target, good, spec):
