@@ -18,23 +18,29 @@ from decodathlon.harness.errors import SpecError
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("--method dflash").add_argument
-    add("--layers", type=int, default=2, metavar="N", help="of the drafter (default 2)")
-    add("--fused", type=int, default=5, metavar="N", help="hidden states of the model that it sees (default 5)")
-    add("--intermediate", type=int, default=0, metavar="N", help="width of its gated layers (default the model's)")
-    add("--block", type=int, default=8, metavar="N", help="tokens of a block (default 8)")
-    add("--short", type=float, default=0.0, metavar="X", help="share of the steps with blocks half as long (default 0)")
-    add("--anchors", type=int, default=16, metavar="N", help="of each of the 8 texts of a step (default 16)")
+    add("--layers", type=int, metavar="N", help="of the drafter (default 2)")
+    add("--fused", type=int, metavar="N", help="hidden states of the model that it sees (default 5)")
+    add("--intermediate", type=int, metavar="N", help="width of its gated layers (default the model's)")
+    add("--block", type=int, metavar="N", help="tokens of a block (default 8)")
+    add("--short", type=float, metavar="X", help="share of the steps with blocks half as long (default 0)")
+    add("--anchors", type=int, metavar="N", help="of each of the 8 texts of a step (default 16)")
 
 
 def _check(options: argparse.Namespace) -> None:
+    prepare.refuse(options, "self-distillation")
     prepare.check(options, {"layers": 1, "fused": 1, "intermediate": 0, "block": 2, "anchors": 1})
-    if options.block > LARGEST:
+    if options.block is not None and options.block > LARGEST:
         raise SpecError(f"--block {options.block}: the most is {LARGEST}")
-    if not 0 <= options.short <= 1:
+    if options.short is not None and not 0 <= options.short <= 1:
         raise SpecError(f"--short {options.short} is no share; it lies between 0 and 1")
 
 
 def _run(options: argparse.Namespace, target: Any) -> int:
+    with prepare.held(Path(options.out)):
+        return _trained(options, target)
+
+
+def _trained(options: argparse.Namespace, target: Any) -> int:
     import torch
 
     from decodathlon.decoders.dflash.drafter import seen_by
@@ -43,9 +49,8 @@ def _run(options: argparse.Namespace, target: Any) -> int:
 
     until = time.monotonic() + options.hours * 3600
     folder = Path(options.out)
-    config = shape_for(
-        target, layers=options.layers, fused=options.fused, block=options.block, intermediate=options.intermediate
-    )
+    shape = {"layers": 2, "fused": 5, "block": 8} | prepare.given(options, "layers", "fused", "block", "intermediate")
+    config = shape_for(target, **shape)
     torch.manual_seed(options.seed)
     network = Network(config)
     begin_as(network, target)
@@ -54,15 +59,11 @@ def _run(options: argparse.Namespace, target: Any) -> int:
     if (ready := prepare.ready(options, target, seen_by(network), made, until)) is None:
         return 0
     say(f"training {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million weights")
-    recipe = Recipe(
-        anchors=options.anchors,
-        short=options.short,
-        seed=options.seed,
-        **prepare.given(options, "steps", "rate", "classes", "soft"),
-    )
+    own = prepare.given(options, "steps", "rate", "classes", "soft", "anchors", "short")
+    recipe = Recipe(seed=options.seed, **own)
     trainer = Trainer(
         network, target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight,
-        ready.states, ready.shards, ready.held_out, recipe,
+        ready.states, ready.shards, ready.held_out, recipe, ready.report["hash"],
     )  # fmt: skip
     try:
         done = trainer.run(folder / "state.pt", say, until=until)

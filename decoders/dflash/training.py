@@ -76,17 +76,17 @@ def begin_as(network: Network, target: Any) -> None:
 
 
 class Trainer(trainer.Trainer):
-    """One training of a network, which is changed; `embedding` is the target's (V, E)."""
+    """One training of a network, which is changed; `embedding` is the target's (V, E), `texts` a hash of them all."""
 
     watched = "tau", "tokens per cycle"
     recipe: Recipe
 
     def __init__(
         self, network: Network, embedding: Tensor, head: Tensor, folder: Path, shards: Sequence[int],
-        held_out: Sequence[Seen], recipe: Recipe,
+        held_out: Sequence[Seen], recipe: Recipe, texts: str = "",
     ) -> None:  # fmt: skip
         network.train().requires_grad_(True)
-        super().__init__(network, head, folder, shards, held_out, recipe, network.config.as_json())
+        super().__init__(network, head, folder, shards, held_out, recipe, {**network.config.as_json(), "texts": texts})
         self.network, self.embedding = network, embedding
 
     def look(self) -> float:

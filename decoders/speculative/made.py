@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 #: Raise it when files change, or what is made of a recipe, so that older ones are not read.
 VERSION = 2
 Say = Callable[[str], None]
+#: What to do about a drafter that is refused.
+REMEDY = (
+    "Build it anew (decodathlon draft build) or remove that folder; without it the drafter is made when it is needed."
+)
 #: Numbers of each parameter that tell one revision of a model from another.
 SAMPLED = 512
 
@@ -54,7 +58,7 @@ class Made(ABC):
 
     def sources(self) -> list[Path]:
         found: list[Path] = super().sources()  # type: ignore[misc]
-        return sorted({*found, *Path(self.weights).glob("*.safetensors")}) if self.weights else found
+        return sorted({*found, *_files(Path(self.weights))}) if self.weights else found
 
     def remarks(self, target: Any) -> list[str]:
         found: list[str] = super().remarks(target)  # type: ignore[misc]
@@ -82,7 +86,8 @@ class Made(ABC):
         Raises:
             SpecError: what lies on disk is of another revision of this model.
         """
-        key = ("made", self.weights, *sorted(self.recipe.items()))
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _files(Path(self.weights))]
+        key = ("made", self.weights, *files, *sorted(self.recipe.items()))
         if key not in target.kept:
             if self.weights:
                 target.kept[key] = trained(self, target)
@@ -106,6 +111,11 @@ class Made(ABC):
             except (MissingError, StoreError) as error:
                 warnings.warn(f"{error}; it is made anew in every run", stacklevel=2)
         return found or self._now(target)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What a trained drafter consists of."""
+    return [] if folder == Path() else [folder / "meta.json", *sorted(folder.glob("*.safetensors"))]
 
 
 def folder_of(decoder: Made, target: Any) -> Path:
@@ -177,6 +187,7 @@ def _write_all(
             "revision": target.revision,
             "fingerprint": fingerprint(target),
             "recipe": dict(decoder.recipe),
+            "computed_by": _computed_by(decoder.recipe, torch.device(target.device).type),
             "layers": parts,
             "head": _write_matrices({"head": head}, {"head": own.head}, work / "head.safetensors")["head"],
             **more,
@@ -213,10 +224,20 @@ def trained(decoder: Made, target: Any) -> Any:
         SpecError: it is of another decoder, or was made of other weights than the target's, or is damaged.
     """
     place = Path(decoder.weights)
-    found = _stored(place, target)
+    try:
+        meta = json.loads((place / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SpecError(f"the drafter in {place} cannot be read ({error}); train it anew") from error
+    here = _computed_by(decoder.recipe, torch.device(target.device).type)
+    if meta.get("computed_by") != here:
+        raise SpecError(
+            f"the numbers of the drafter in {place} are laid out for {meta.get('computed_by')}, and here is {here}; "
+            "train it here"
+        )
+    found = _stored(place, target, "Train it anew (decodathlon draft train --method self-distillation).")
     if found is None:
         raise SpecError(f"the drafter in {place} is of another version of this program; train it anew")
-    recipe = json.loads((place / "meta.json").read_text()).get("recipe")
+    recipe = meta.get("recipe")
     if recipe != dict(decoder.recipe):
         raise SpecError(
             f"the drafter in {place} is a {_told(recipe)}, and this decoder drafts with {_told(decoder.recipe)}"
@@ -228,17 +249,17 @@ def _told(recipe: Any) -> str:
     return " ".join(f"{k}={v}" for k, v in recipe.items()) if isinstance(recipe, Mapping) else str(recipe)
 
 
-def _stored(place: Path, target: Any) -> Any:
+def _stored(place: Path, target: Any, remedy: str = REMEDY) -> Any:
     try:
         meta = json.loads((place / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise _refused(place, f"cannot be read ({error.strerror or error})") from error
+        raise _refused(place, f"cannot be read ({error.strerror or error})", remedy) from error
     except ValueError as error:
-        raise _refused(place, f"cannot be read ({error})") from error
+        raise _refused(place, f"cannot be read ({error})", remedy) from error
     if not isinstance(meta, dict) or not {"version", "model", "fingerprint", "layers", "head"} <= set(meta):
-        raise _refused(place, "is damaged (meta.json lacks parts)")
+        raise _refused(place, "is damaged (meta.json lacks parts)", remedy)
     if meta["version"] != VERSION:
         return None
     if meta["fingerprint"] != fingerprint(target):
@@ -246,6 +267,7 @@ def _stored(place: Path, target: Any) -> Any:
             place,
             f"was made of {_shown(meta['model'], meta['revision'], meta['fingerprint'])}, and the model now is "
             f"{_shown(target.name, target.revision, fingerprint(target))}",
+            remedy,
         )
     from safetensors import SafetensorError
 
@@ -257,7 +279,7 @@ def _stored(place: Path, target: Any) -> Any:
         ]
         head = _read_matrices({"head": meta["head"]}, {"head": own.head}, place / "head.safetensors", target.device)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _refused(place, f"is damaged ({str(error).splitlines()[0]})") from error
+        raise _refused(place, f"is damaged ({str(error).splitlines()[0]})", remedy) from error
     return own.replaced(layers, head["head"])
 
 
@@ -265,11 +287,8 @@ def _shown(name: str, revision: str, print_: str) -> str:
     return f"{name} ({', '.join(filter(None, [revision and f'revision {revision}', f'weights {print_}']))})"
 
 
-def _refused(place: Path, why: str) -> SpecError:
-    return SpecError(
-        f"the drafter in {place} {why}. Build it anew (decodathlon draft build) or remove that folder; without it the "
-        "drafter is made when it is needed."
-    )
+def _refused(place: Path, why: str, remedy: str) -> SpecError:
+    return SpecError(f"the drafter in {place} {why}. {remedy}")
 
 
 def _kinds() -> dict[str, tuple[Any, Sequence[str]]]:

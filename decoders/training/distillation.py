@@ -35,35 +35,47 @@ def _decoder(options: argparse.Namespace) -> Any:
             f"the drafter of {found.spec} has nothing that could be trained and it stay what it is; "
             "sparse-self, structured-self and quantised-self have"
         )
+    if getattr(found, "form", "int") != "int":
+        raise SpecError(f"{found.spec}: form=float has no scales that could be trained; form=int has")
     if found.weights:
         raise SpecError(f"{found.spec} is trained already; leave weights= out, and the training begins as it was made")
     return found
 
 
 def _check(options: argparse.Namespace) -> None:
+    prepare.refuse(options, "dflash")
     _decoder(options)
     prepare.check(options, {})
 
 
 def _run(options: argparse.Namespace, target: Any) -> int:
+    with prepare.held(Path(options.out)):
+        return _repaired(options, target)
+
+
+def _repaired(options: argparse.Namespace, target: Any) -> int:
     from decodathlon.decoders.training.repair import Repair, Repairable
     from decodathlon.decoders.training.trainer import Recipe
 
     until = time.monotonic() + options.hours * 3600
     folder, decoder = Path(options.out), _decoder(options)
     decoder.check(target)
+    whose = prepare.made_by(options, target, drafter=json.loads(json.dumps(dict(decoder.recipe))))
+    prepare.claim(folder, whose)
     say(f"making the drafter of {decoder.spec}")
     rounded = decoder.recipe["kind"] == "quantised"
     try:
         drafter = Repairable(decoder.made(target), target.lean, rounded=rounded)
     except ValueError as error:
         raise SpecError(f"{decoder.spec}: {error}") from error
-    whose = prepare.made_by(options, target, drafter=json.loads(json.dumps(dict(decoder.recipe))))
+    count = sum(p.numel() for p in drafter.parameters())
+    # weights, their slopes and the optimiser's two moments, in float32
+    say(f"{count / 1e6:.1f} million numbers to train, for which {16 * count / 2**30:.1f} GiB of memory are needed")
     if (ready := prepare.ready(options, target, [], whose, until)) is None:
         return 0
-    say(f"training {sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} million numbers")
     recipe = Recipe(seed=options.seed, **DEFAULTS | prepare.given(options, "steps", "rate", "classes", "soft"))
-    trainer = Repair(drafter, target, ready.states, ready.shards, ready.held_out, recipe, dict(decoder.recipe))
+    identity = {**decoder.recipe, "texts": ready.report["hash"]}
+    trainer = Repair(drafter, target, ready.states, ready.shards, ready.held_out, recipe, identity)
     if not (folder / "state.pt").exists():
         trainer.note(say)
     try:

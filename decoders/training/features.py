@@ -49,7 +49,7 @@ def make(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [number for number, texts in enumerate(shards) if _texts_of(folder, number) != _hash(texts)]
+    missing = [number for number, texts in enumerate(shards) if _texts_of(folder, number) != hash_of(texts)]
     for number in progress.told(missing, "hidden states: shards", say):
         if time.monotonic() > until:
             return False
@@ -67,7 +67,7 @@ def make(
             "begins": torch.tensor([s.begin for s in seen], dtype=torch.long),
         }
         work = path(folder, number).with_suffix(".part")
-        save_file(tensors, str(work), metadata={"texts": _hash(shards[number])})
+        save_file(tensors, str(work), metadata={"texts": hash_of(shards[number])})
         os.replace(work, path(folder, number))
     return True
 
@@ -78,7 +78,8 @@ def size(target: Any, ids: Sequence[int], shards: Sequence[Sequence[Written]]) -
     return tokens * (2 * target.config.hidden_size * (len(ids) + 1) + 8)
 
 
-def _hash(texts: Sequence[Written]) -> str:
+def hash_of(texts: Sequence[Written]) -> str:
+    """Of a shard."""
     return hashlib.sha256(json.dumps([[w.prompt, w.answer] for w in texts]).encode()).hexdigest()
 
 
@@ -103,6 +104,15 @@ def load(folder: Path, number: int) -> list[Seen]:
     lengths = found["lengths"].tolist()
     parts = (found[name].split(lengths) for name in ("tokens", "states", "last"))
     return [Seen(*one) for one in zip(*parts, found["begins"].tolist(), strict=True)]
+
+
+def long_enough(folder: Path, number: int) -> list[int]:
+    """Those texts of a shard whose answer has two tokens or more."""
+    from safetensors import safe_open
+
+    with safe_open(str(path(folder, number)), "pt") as file:
+        lengths, begins = file.get_tensor("lengths").tolist(), file.get_tensor("begins").tolist()
+    return [i for i, (length, begin) in enumerate(zip(lengths, begins, strict=True)) if length - begin >= 2]
 
 
 @torch.no_grad()

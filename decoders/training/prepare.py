@@ -4,16 +4,19 @@ share something with a suite, and its hidden states in them."""
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decodathlon.decoders.speculative.made import fingerprint
 from decodathlon.decoders.training import corpus
 from decodathlon.harness.commands.command import say
-from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.errors import MissingError, SpecError, StoreError
+from decodathlon.harness.locks import file_lock
 
 if TYPE_CHECKING:
     from decodathlon.decoders.training.features import Seen
@@ -31,15 +34,38 @@ class Ready(NamedTuple):
     #: Numbers of the shards to train on.
     shards: list[int]
     held_out: list[Seen]
-    #: What became of the texts.
+    #: What became of the texts, with a hash of those that are left.
     report: dict[str, Any]
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep the folder to ourselves.
+
+    Raises:
+        SpecError: somebody else trains there.
+        MissingError: it cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(folder / ".lock", timeout=0.0))
+        except StoreError as error:
+            raise SpecError(f"--out {folder}: somebody else trains there now") from error
+        except OSError as error:
+            raise MissingError(f"--out {folder} cannot be written: {error.strerror}") from error
+        yield
 
 
 def check(options: argparse.Namespace, least: Mapping[str, int]) -> None:
     """
     Raises:
         SpecError: an option has no meaning; of those that methods share, and the `least` of others.
+        MissingError: the folder of --data is not there, or --out cannot be.
     """
+    if options.data is not None and not Path(options.data).is_dir():
+        raise MissingError(f"--data {options.data} is no folder")
+    if Path(options.out).exists() and not Path(options.out).is_dir():
+        raise MissingError(f"--out {options.out} is no folder")
     for name, low in {"shards": HELD_OUT + 1, "answer_tokens": 2, "steps": 1, "classes": 0, **least}.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise SpecError(f"--{name.replace('_', '-')} {value}: the least is {low}")
@@ -47,6 +73,23 @@ def check(options: argparse.Namespace, least: Mapping[str, int]) -> None:
         raise SpecError(f"--soft {options.soft} is no share; it lies between 0 and 1")
     if options.rate is not None and not 0 < options.rate <= 1:
         raise SpecError(f"--rate {options.rate} is no learning rate; it lies between 0 and 1")
+
+
+#: Options of one method alone.
+OWN = {
+    "dflash": ("layers", "fused", "intermediate", "block", "short", "anchors"),
+    "self-distillation": ("decoder",),
+}
+
+
+def refuse(options: argparse.Namespace, other: str) -> None:
+    """
+    Raises:
+        SpecError: an option of another method was given.
+    """
+    for name in OWN[other]:
+        if getattr(options, name) is not None:
+            raise SpecError(f"--{name} is of --method {other}, not of {options.method}")
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -113,11 +156,13 @@ def ready(
     full = [number for number, texts in enumerate(shards) if texts]
     if len(full) <= HELD_OUT:
         raise SpecError(f"of {count} shards of texts {len(full)} have any left to train on; give --shards more")
+    report["hash"] = hashlib.sha256("".join(features.hash_of(texts) for texts in shards).encode()).hexdigest()[:16]
     gib = features.size(target, ids, shards) / 2**30
     say(f"{report['texts']} answers of {report['tokens']} tokens; the model's states in them take {gib:.1f} GiB")
     if not features.make(target, ids, shards, folder / "states", say, until):
         say("the time is over, and the hidden states are not all there; the same command goes on")
         return None
+    target.release()  # what generating needed is room for training
     held_out = [s for number in full[:HELD_OUT] for s in features.load(folder / "states", number)][:LOOKED_AT]
     return Ready(folder / "states", full[HELD_OUT:], held_out, report)
 

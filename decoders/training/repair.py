@@ -1,8 +1,9 @@
 """Self-distillation of drafters that are made of the target's own matrices: what was taken away stays away, and the
 rest learns what the target says in texts of its own (SD2, arXiv 2504.08838, for pruned weights).
 
-The drafter is trained as a model that reads its own keys and values. Where it drafts in the target's memory it meets
-those of the target too, which it was not trained with.
+The drafter is trained as a model that reads its own keys and values, and looked at as such: `agreement` counts the
+target's tokens that it would guess behind a text which it has read itself. Where it drafts in the target's memory it
+meets those of the target too, which it was not trained with, so `draft_acceptance` of a run may say something else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Masked(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(dense.weight.detach().to(torch.float32, copy=True))
         self.bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().to(torch.float32, copy=True))
-        self.register_buffer("mask", dense.weight.detach() != 0, persistent=False)
+        self.register_buffer("mask", dense.weight.detach() != 0)  # kept: it may turn out otherwise another time
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.mask, self.bias)
@@ -51,9 +52,9 @@ class Scaled(nn.Module):
             scale, zero = (matrix.scales[..., part].T for part in (0, 1))
             zero = zero if bool(zero.any()) else None
             q = int4(own.weight, zero is not None)[0].unflatten(1, (-1, GROUP)) - 8
-        self.register_buffer("q", q.to(torch.int8), persistent=False)
-        self.register_buffer("begun", scale.float(), persistent=False)
-        self.register_buffer("begun_zero", None if zero is None else zero.float(), persistent=False)
+        self.register_buffer("q", q.to(torch.int8))
+        self.register_buffer("begun", scale.float())
+        self.register_buffer("begun_zero", None if zero is None else zero.float())
         self.longer = nn.Parameter(torch.zeros(scale.shape, device=scale.device))
         self.shift = None if zero is None else nn.Parameter(torch.zeros(scale.shape, device=scale.device))
 
@@ -151,8 +152,9 @@ class Repair(Trainer):
         tokens = torch.stack([F.pad(s.tokens, (0, width - len(s.tokens))) for s in texts]).to(self.device)
         last = len(self.drafter.reading.layers) + 1
         with torch.no_grad():
-            context = self.target.open([s.tokens[:1].tolist() for s in texts], capacity=width)
-        step = context.lent(self.drafter.reading).extend(tokens[:, 1:], hidden=[last], logits_at=torch.tensor([0]))
+            first = [s.tokens[:1].tolist() for s in texts]
+            context = self.target.open(first, capacity=width, forward=self.drafter.reading)
+        step = context.extend(tokens[:, 1:], hidden=[last], logits_at=torch.tensor([0]))
         # what lies at i was read from token i + 1, and guesses the one behind it
         return [step.hidden[last][b, s.begin - 2 : len(s.tokens) - 2] for b, s in enumerate(texts)]
 

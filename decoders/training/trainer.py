@@ -22,8 +22,8 @@ from decodathlon.decoders.training.features import Seen
 Say = Callable[[str], None]
 #: Seconds between two lines, and between two looks at texts that were held out.
 SAY_EVERY, CHECK_EVERY = 30.0, 600.0
-#: Shards that the texts of some steps come from, and how many texts they are expected to have.
-MIXED, PER_SHARD = 4, 32
+#: Shards that the texts of some steps come from.
+MIXED = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Trainer(ABC):
         network: what is trained, its parameters in float32.
         head: the target's output matrix (V, E).
         folder: of shards of hidden states (`features`).
-        shards: numbers of those to train on.
+        shards: numbers of those to train on, in an order that does not change.
         held_out: texts that are not.
         identity: what a training must be of to be taken up, besides its recipe.
     """
@@ -72,7 +72,11 @@ class Trainer(ABC):
         self.history: list[dict[str, float]] = []
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
         self.frequent = torch.zeros(0, dtype=torch.long)
-        self._texts: list[Seen] = []
+        #: Whether no step is half made.
+        self._whole = True
+        self._order: list[tuple[int, int]] = []
+        self._loaded: dict[int, list[Seen]] = {}
+        self._counts = [features.long_enough(folder, number) for number in shards]
 
     @abstractmethod
     def loss(self, texts: Sequence[Seen], generator: torch.Generator) -> Tensor:
@@ -88,7 +92,7 @@ class Trainer(ABC):
         What was reached is kept in `state`, now and then, at the end, and when the work is interrupted.
 
         Raises:
-            ValueError: the state is of another training.
+            ValueError: the state is of another training, or the loss is no number any more.
         """
         self.load(state)
         if self.recipe.classes:
@@ -97,7 +101,7 @@ class Trainer(ABC):
         try:
             self._to(until, state, say)
         finally:
-            if self.step > first:
+            if self.step > first and self._whole:
                 self.save(state)
         if self.step > first:
             self.note(say)
@@ -145,12 +149,17 @@ class Trainer(ABC):
             group["lr"] = self.recipe.rate * self.schedule(self.step)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             loss = self.loss(texts, generator)
+        found = float(loss.detach())
+        if not math.isfinite(found):
+            raise ValueError(f"the loss of step {self.step} is {found}; take a smaller --rate, and another folder")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.clip)
+        self._whole = False  # an interrupt in here leaves parameters of two steps, which nobody may keep
         self.optimizer.step()
         self.step += 1
-        return float(loss.detach())
+        self._whole = True
+        return found
 
     def schedule(self, step: int) -> float:
         """Of the learning rate: up in a straight line, down along a cosine."""
@@ -160,14 +169,28 @@ class Trainer(ABC):
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.recipe.steps - warm)))
 
     def _some(self, generator: torch.Generator) -> list[Seen]:
-        """Texts of this step: all of some shards, mixed, before those of others. It follows from the step alone."""
-        turn, within = divmod(self.step, max(1, PER_SHARD // self.recipe.texts) * MIXED)
-        if within == 0 or not self._texts:
-            own = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + 7 * turn + 1)
-            chosen = torch.randperm(len(self.shards), generator=own)[:MIXED].tolist()
-            self._texts = [s for i in chosen for s in features.load(self.folder, self.shards[i]) if _long(s)]
-        picked = torch.randint(len(self._texts), (self.recipe.texts,), generator=generator).tolist()
-        return [self._texts[i] for i in picked]
+        """Texts of this step. All come once before any comes twice, in another order each time, some shards after the
+        others. It follows from the step alone."""
+        turn, within = divmod(self.step, max(1, sum(map(len, self._counts)) // self.recipe.texts))
+        if within == 0 or not self._order:
+            self._order = self._ordered(turn)
+        begin = within * self.recipe.texts
+        picked = [self._order[(begin + i) % len(self._order)] for i in range(self.recipe.texts)]
+        wanted = {shard for shard, _ in picked}
+        self._loaded = {k: v for k, v in self._loaded.items() if k in wanted or len(self._loaded) < 2 * MIXED}
+        for shard in wanted - self._loaded.keys():
+            self._loaded[shard] = features.load(self.folder, self.shards[shard])
+        return [self._loaded[shard][text] for shard, text in picked]
+
+    def _ordered(self, turn: int) -> list[tuple[int, int]]:
+        """Places of all texts in the shards, those of a few shards mixed."""
+        own = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + 7 * turn + 1)
+        shards = torch.randperm(len(self.shards), generator=own).tolist()
+        found: list[tuple[int, int]] = []
+        for at in range(0, len(shards), MIXED):
+            some = [(shard, text) for shard in shards[at : at + MIXED] for text in self._counts[shard]]
+            found += [some[i] for i in torch.randperm(len(some), generator=own).tolist()]
+        return found
 
     # -- the loss -----------------------------------------------------------------------------------------------
 
@@ -230,6 +253,11 @@ class Trainer(ABC):
                 f"{state} is of a training on {len(kept['shards'])} shards of texts, not {len(self.shards)}; go on "
                 "with the same options, or take another folder"
             )
+        if kept["of"].get("texts") != self.identity.get("texts"):
+            raise ValueError(
+                f"{state} is of a training on other texts (the folder of --data decides which are left out); go on "
+                "with the same options, or take another folder"
+            )
         own = {"recipe": asdict(self.recipe), "of": self.identity}
         for what, mine in own.items():
             changed = [name for name, value in mine.items() if kept[what].get(name) != value]
@@ -240,9 +268,8 @@ class Trainer(ABC):
                 )
         self.step, self.spent = kept["step"], kept["spent"]
         self.history = json.loads(kept["history"])
-        self.trained.load_state_dict(kept["network"])
+        try:
+            self.trained.load_state_dict(kept["network"])
+        except RuntimeError as error:
+            raise ValueError(f"{state} is of a drafter of another shape; take another folder") from error
         self.optimizer.load_state_dict(kept["optimizer"])
-
-
-def _long(text: Seen) -> bool:
-    return len(text.tokens) - text.begin >= 2

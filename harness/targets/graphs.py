@@ -2,7 +2,7 @@
 
 All shapes are fixed. Lengths, the step counter, the tokens and their log-probabilities live in tensors that the step
 itself updates. The attention looks at a bucket of slots; when the longest row outgrows it, a graph for the next bucket
-takes over. Stop tokens are looked at some steps late, so a text may overrun; the overrun is cut off.
+takes over. Stop tokens are looked at a step late, while the next one runs, so a text may overrun; that is cut off.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: Slots that a step may look at.
 BUCKETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-#: Steps between two looks at the stop tokens.
-LOOK_EVERY = 16
 #: Eager steps before a capture, so that libraries have chosen their kernels.
 WARM_UP_STEPS = 3
 #: Loops that a target holds: the decoders that one cell compares.
@@ -85,11 +83,10 @@ class StaticLoop:
             part.copy_(value)
         self.noise[:, :T].copy_(noise)
         longest = max(map(len, prompts))
-        stop = torch.tensor(sorted(self.target.stop_tokens), device=self.lengths.device)
+        ending = None if limits.ignore_eos or not self.target.stop_tokens else Ending(self.target, self.rows)
         for t in range(T):
             self._advance(min(bucket_of(longest + t + 1), self.capacity))
-            late = (t + 1) % LOOK_EVERY == 0 and not limits.ignore_eos and len(stop) > 0
-            if late and bool(torch.isin(self.tokens[:, : t + 1], stop).any(-1).all()):
+            if ending is not None and ending.seen(self.tokens[:, t]):
                 return self.tokens[:, : t + 1].clone(), self.log_probs[:, : t + 1].clone()
         return self.tokens[:, :T].clone(), self.log_probs[:, :T].clone()
 
@@ -125,6 +122,32 @@ class StaticLoop:
         for tensor, value in zip(moving, before, strict=True):
             tensor.copy_(value)
         return graph
+
+
+class Ending:
+    """Whether all rows have had a stop token. The host asks about the step before, while the device is at the next one,
+    so that neither waits for the other."""
+
+    def __init__(self, target: Any, rows: int) -> None:
+        on_gpu = target.device.type == "cuda"
+        self.stop = torch.tensor(sorted(target.stop_tokens), device=target.device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=target.device)
+        # two of each: one is written while the other is read
+        self._flags = [torch.zeros((), dtype=torch.bool, pin_memory=on_gpu) for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
+        self._step = 0
+
+    def seen(self, tokens: Tensor) -> bool:
+        """Take up the newest tokens (B,); true if all rows had ended the step before."""
+        self.ended |= torch.isin(tokens, self.stop)
+        now, before = self._step % 2, (self._step + 1) % 2
+        self._flags[now].copy_(self.ended.all(), non_blocking=True)
+        if self._events:
+            self._events[now].record()
+            if self._step:
+                self._events[before].synchronize()
+        self._step += 1
+        return bool(self._flags[before])
 
 
 def bucket_of(length: int) -> int:

@@ -221,7 +221,7 @@ class Speaker:
 def test_an_empty_turn_is_what_templates_have_in_common():
     assert corpus.empty_turn(Speaker()) == [1, 2, 3]
     silent = Speaker()
-    silent.chat = lambda messages: None
+    silent.chat = lambda messages, **more: None
     with pytest.raises(SpecError, match="no chat template"):
         corpus.empty_turn(silent)
 
@@ -264,6 +264,52 @@ def test_a_drafter_begins_as_the_last_blocks_of_its_target(target):
     assert torch.equal(network.layers[0].mlp.up_proj.weight, last.mlp.up_proj.weight.float())
     assert torch.equal(network.layers[0].self_attn.v_proj.weight, last.self_attn.v_proj.weight.float())
     assert torch.equal(network.norm.weight, target.model.model.norm.weight.float())
+
+
+def test_every_text_comes_once_before_any_comes_twice(target, states):
+    one = trainer(target, states, Recipe(texts=8))
+    seen = []
+    for one.step in range(12):  # 48 texts, six steps
+        seen += [tuple(t.tokens.tolist()) for t in one._some(torch.Generator())]
+    assert len(set(seen[:48])) == len(set(seen[48:])) == 48
+    assert seen[:48] != seen[48:]
+
+
+def test_a_training_on_other_texts_is_not_taken_up(target, states, tmp_path):
+    def on(texts):
+        return Trainer(
+            fresh(target), target.model.get_input_embeddings().weight.float(),
+            target.model.get_output_embeddings().weight.float(), states, [0, 1], [], Recipe(steps=2), texts,
+        )  # fmt: skip
+
+    on("a").run(tmp_path / "state.pt", lambda text: None)
+    on("a").load(tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="on other texts"):
+        on("b").load(tmp_path / "state.pt")
+
+
+def test_what_is_no_number_is_not_kept(target, states, tmp_path):
+    one = trainer(target, states, Recipe(steps=4))
+    one._one()
+    one.save(tmp_path / "state.pt")
+    with torch.no_grad():
+        one.network.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss of step 1 is nan"):
+        one.run(tmp_path / "other.pt", lambda text: None)
+    assert not (tmp_path / "other.pt").exists()
+
+
+def test_an_interrupt_within_a_step_keeps_what_was_there(target, states, tmp_path, monkeypatch):
+    one = trainer(target, states, Recipe(steps=9))
+
+    def interrupted(closure=None):
+        if one.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(one.optimizer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.run(tmp_path / "state.pt", lambda text: None)
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_shards_that_are_there_are_not_written_again(tmp_path, monkeypatch):
@@ -325,6 +371,15 @@ def test_the_command_makes_a_drafter_that_decodes(model, tmp_path, capsys):
     assert json.loads((out / "training.json").read_text())["history"] == told["history"]
 
 
+def test_a_folder_in_which_somebody_trains_is_refused(model, tmp_path, capsys):
+    from decodathlon.harness.locks import file_lock
+
+    out = tmp_path / "out"
+    with file_lock(out / ".lock"):
+        assert train(model, out) != 0
+    assert "somebody else trains there now" in capsys.readouterr().err
+
+
 def test_the_command_goes_on_where_its_time_was_over(model, tmp_path, capsys):
     out = tmp_path / "out"
     assert train(model, out, hours=1e-9) == 0
@@ -341,7 +396,7 @@ def test_the_command_refuses_what_was_made_otherwise(model, tmp_path, capsys):
     assert "was made with seed 0, not 3" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert train(model, tmp_path / "file") != 0
-    assert "cannot be written" in capsys.readouterr().err
+    assert "is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

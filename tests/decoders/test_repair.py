@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     import transformers
 
     folder = tiny_models.save_folder(
-        tmp_path_factory.mktemp("model") / "model", intermediate_size=64, initializer_range=0.25
+        tmp_path_factory.mktemp("model") / "model", intermediate_size=64, initializer_range=0.25, num_key_value_heads=4
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (
@@ -72,9 +72,12 @@ DRAFTERS = [
 ]
 
 
-def test_what_it_guesses_from_is_what_decoding_has(target, states):
+@pytest.mark.parametrize("spec", ["sparse-self[sparsity=0.5]", "structured-self[share=0.4]"])
+def test_what_it_guesses_from_is_what_decoding_has(target, states, spec):
     """States of many texts at once, against the drafter as it reads one, token by token."""
-    one = repair(target, "sparse-self[sparsity=0.5]", states, Recipe())
+    one = repair(target, spec, states, Recipe())
+    heads = {layer.attention.key_heads or 4 for layer in one.drafter.reading.layers}
+    assert (heads == {4}) == ("sparse" in spec), "or it shows nothing of fewer heads"
     texts = features.load(states, 0)[:3]
     texts[1] = features.Seen(texts[1].tokens[:9], texts[1].states[:9], texts[1].last[:9], texts[1].begin)
     last = len(target.lean.layers) + 1
@@ -82,8 +85,7 @@ def test_what_it_guesses_from_is_what_decoding_has(target, states):
         together = one.outputs(texts)
         for text, found in zip(texts, together, strict=True):
             assert len(found) == len(text.tokens) - text.begin
-            context = target.open([text.tokens[:1].tolist()], capacity=32)
-            reading = context.lent(one.drafter.reading)
+            reading = target.open([text.tokens[:1].tolist()], capacity=32, forward=one.drafter.reading)
             for i, token in enumerate(text.tokens[1:-1]):
                 state = reading.extend(token.view(1, 1), hidden=[last]).hidden[last][0, 0]
                 reading.keep([1])
@@ -178,6 +180,44 @@ def test_a_folder_of_another_drafter_is_refused(target, states, tmp_path):
         decoders.build(f"sparse-self[sparsity=0.6,weights={place}]").made(target)
 
 
+def test_numbers_that_are_laid_out_for_another_machine_are_refused(target, states, tmp_path):
+    one = repair(target, "quantised-self", states, Recipe())
+    place = made.write(
+        tmp_path / "out", decoders.build("quantised-self"), target, one.drafter.settled(target.dtype), told=range(4)
+    )
+    meta = json.loads((place / "meta.json").read_text())
+    assert meta["computed_by"][0] == "cpu"
+    (place / "meta.json").write_text(json.dumps(meta | {"computed_by": ["cpu", "9.9", "AVX9"]}))
+    with pytest.raises(SpecError, match=r"laid out for .*AVX9"):
+        decoders.build(f"quantised-self[weights={place}]").made(target)
+
+
+def test_a_folder_that_was_written_anew_is_read_anew(target, states, tmp_path):
+    spec, recipe = "sparse-self[sparsity=0.6]", Recipe(steps=3, rate=1e-2)
+    one = repair(target, spec, states, recipe)
+
+    def write():
+        return made.write(
+            tmp_path / "out", decoders.build(spec), target, one.drafter.settled(target.dtype), told=range(4)
+        )
+
+    trained = decoders.build(f"sparse-self[sparsity=0.6,weights={write()}]")
+    before = trained.made(target).layers[0].mlp.down.weight
+    one.run(tmp_path / "state.pt", lambda text: None)
+    write()
+    assert not torch.equal(trained.made(target).layers[0].mlp.down.weight, before)
+
+
+def test_the_mask_goes_on_with_the_training(target, states, tmp_path):
+    """Made anew it could be another one, which would set to zero what was trained."""
+    one = repair(target, "sparse-self[sparsity=0.6]", states, Recipe(steps=2))
+    one.run(tmp_path / "state.pt", lambda text: None)
+    other = repair(target, "sparse-self[sparsity=0.3]", states, Recipe(steps=2))
+    other.identity = one.identity
+    other.load(tmp_path / "state.pt")
+    assert torch.equal(other.drafter.free[0].mask, one.drafter.free[0].mask)
+
+
 def test_weights_that_are_not_there_are_told_before_a_model_is_loaded(tmp_path):
     with pytest.raises(MissingError, match="is no folder with a drafter; decodathlon draft train"):
         decoders.build(f"structured-self[weights={tmp_path}]")
@@ -231,14 +271,11 @@ def test_the_command_repairs_a_drafter(folder, target, tmp_path, capsys):
         (["--decoder", "greedy"], "nothing that could be trained"),
         (["--decoder", "sparse-self", "--soft", "2"], "--soft 2.0 is no share"),
         (["--decoder", "sparse-self", "--steps", "0"], "--steps 0: the least is 1"),
+        (["--decoder", "sparse-self", "--block", "8"], "--block is of --method dflash, not of self-distillation"),
+        (["--decoder", "sparse-self", "--data", "/nowhere"], "--data /nowhere is no folder"),
+        (["--decoder", "quantised-self[form=float]"], "form=float has no scales"),
     ],
 )
 def test_what_cannot_be_repaired_is_told_before_a_model_is_loaded(tmp_path, capsys, words, message):
     assert train(tmp_path / "nothing", tmp_path / "out", *words) != 0
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("small")
-def test_rounded_weights_without_scales_are_refused(folder, tmp_path, capsys):
-    assert train(folder, tmp_path / "out", "--decoder", "quantised-self[form=float]") != 0
-    assert "no scales on this device" in capsys.readouterr().err
