@@ -100,8 +100,9 @@ def test_throughput(cell):
     apart = speed.decode_ratio(pairs, "ratio_to_greedy") if "ratio_to_greedy" in cell.rivals else None
     if asked and apart is not None:
         cell.report("ratio_to_greedy(decode)", apart, baseline="greedy")
-    if ending and "ratio_to_greedy" in cell.rivals:
-        cell.report("length_to_greedy", speed.lengths_ratio(pairs, "ratio_to_greedy"), baseline="greedy")
+    for metric, rival in cell.rivals.items() if ending else ():
+        cell.report(metric.replace("ratio", "length"), speed.lengths_ratio(pairs, metric), baseline=rival.spec)
+        cell.report(f"{metric}(per token)", speed.token_ratio(pairs, metric), baseline=rival.spec)
     if cell.decoder.drafts:
         drafts.report(cell, pairs)
 
@@ -114,7 +115,7 @@ def test_throughput(cell):
     for remark in speed.remarks(pairs):
         cell.note(remark)
     if "tpot_s" in speeds and isinstance(cell.decoder, Sampler) and cell.target.device.type == "cpu":
-        shares = speed.sampler_shares(cell.decoder, cell.target, pairs, sizes["tokens"], cell.seed)
+        shares = speed.sampler_shares(cell.decoder, cell.target, pairs, sizes["tokens"], cell.seed, ending=ending)
         if shares is not None:
             cell.report("sampler_share", shares)
     if cell.profile and cell.target.device.type != "cpu":
@@ -131,7 +132,7 @@ def test_throughput(cell):
     cell.target.release()
     speed.generate(cell.decoder, cell.target, batches[0], 2, cell.seed)  # a drafter is made before, not while
     peak = memory.peak_bytes(
-        lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed),
+        lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed, ending=ending),
         cell.target.device.type,
     )
     if peak is not None:

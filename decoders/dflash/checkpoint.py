@@ -164,6 +164,10 @@ def save(network: Network, folder: Path) -> None:
 def shape_for(target: Any, *, layers: int, fused: int, block: int, intermediate: int = 0) -> configs.Config:
     """The config of a drafter for this target, with blocks of its own kind, that sees `fused` of its hidden states."""
     own = target.config
+    lacking = [n for n in ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
+               if not hasattr(own, n)]  # fmt: skip
+    if lacking:
+        raise UnsupportedError("a DFlash drafter", f"the config of {target.name} has no {lacking[0]} to shape it by")
     depth, heads = int(own.num_hidden_layers), int(own.num_attention_heads)
     width = int(own.hidden_size)
     if fused > 1 and depth < fused + 3:
@@ -178,6 +182,8 @@ def shape_for(target: Any, *, layers: int, fused: int, block: int, intermediate:
         target_layer_ids=configs.layer_ids(depth, fused), mask_token_id=mask_for(target), block_size=block,
         rope={"rope_type": "default", "rope_theta": _theta(own)},
         max_position_embeddings=min(target.context_length, 40960),
+        final_logit_softcapping=float(getattr(own, "final_logit_softcapping", None) or 0.0),
+        output_multiplier=float(getattr(own, "logit_scale", None) or 1.0) / float(getattr(own, "logits_scaling", 1.0)),
     )  # fmt: skip
 
 

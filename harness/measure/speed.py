@@ -77,7 +77,9 @@ def generate(
     if len(answers) != len(prompts):
         raise ValueError(f"{decoder.spec} returned {len(answers)} completions for {len(prompts)} prompts")
     for answer in answers:
-        ended = ending and answer.stop_reason == "stop" and 0 < len(answer.tokens) <= tokens
+        ended = (
+            ending and len(answer.tokens) <= tokens and answer.tokens[-1:] and answer.tokens[-1] in target.stop_tokens
+        )
         if len(answer.tokens) != tokens and not ended:
             raise ValueError(f"{decoder.spec} returned {len(answer.tokens)} tokens where exactly {tokens} were due")
         if answer.log_prob is not None and not math.isfinite(answer.log_prob):
@@ -141,7 +143,9 @@ def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observat
     lengths = [[len(a) for a in p.answers.get("candidate", [])] or [tokens] * rows for p in pairs]
     steady: dict[str, Estimate | Observations] = {}
     later = [(n, t - p.first, a) for n, t, p, a in zip(names, whole, pairs, lengths, strict=True) if max(a) > 1]
-    if later and min(t for _, t, _ in later) > 0:  # who makes many tokens at once may need as long for one of them
+    # who makes many tokens at once may need as long for one of them; where few do, those that do are left out
+    later = [x for x in later if x[1] > 0] if len([x for x in later if x[1] > 0]) > 0.8 * len(later) else []
+    if later:
         some = [name for name, _, _ in later]
         steady["tokens_per_s"] = Observations.each(some, [(sum(a) - len(a)) / t for _, t, a in later])
         steady["tpot_s"] = Observations.each(some, [t / (max(a) - 1) for _, t, a in later])
@@ -177,9 +181,16 @@ def decode_ratio(pairs: Sequence[Pair], rival: str) -> Observations | None:
 
 
 def lengths_ratio(pairs: Sequence[Pair], rival: str) -> Observations:
-    """The candidate's tokens over the rival's."""
-    made = [{side: sum(map(len, pair.answers[side])) for side in ("candidate", rival)} for pair in pairs]
-    return Observations.each(_names(pairs), [math.log(m["candidate"] / m[rival]) for m in made], scale="exp")
+    """All of the candidate's tokens over all of the rival's."""
+    ours, theirs = ([float(sum(map(len, p.answers[side]))) for p in pairs] for side in ("candidate", rival))
+    return Observations(_names(pairs), ours, theirs)
+
+
+def token_ratio(pairs: Sequence[Pair], rival: str) -> Observations:
+    """As `ratio`, by token: where answers end by themselves, texts may differ in length."""
+    longer = [sum(map(len, p.answers["candidate"])) / sum(map(len, p.answers[rival])) for p in pairs]
+    logs = [p.log_ratio(rival) + math.log(n) for p, n in zip(pairs, longer, strict=True)]
+    return Observations.each(_names(pairs), logs, scale="exp")
 
 
 def remarks(pairs: Sequence[Pair]) -> list[str]:
@@ -188,8 +199,12 @@ def remarks(pairs: Sequence[Pair]) -> list[str]:
     if not all(pair.repeatable for pair in pairs):
         found.append("the same seed gave other tokens the second time")
     gains = [p.seconds["candidate"][0] / p.seconds["candidate"][1] for p in pairs]
-    if any(p.first >= sum(p.seconds["candidate"]) / 2 for p in pairs):
-        found.append("one token took as long as all of them, so there is no time per further token")
+    several = [p for p in pairs if max(map(len, p.answers.get("candidate", [[0, 0]]))) > 1]
+    if short := sum(p.first >= sum(p.seconds["candidate"]) / 2 for p in several):
+        found.append(
+            f"one token took as long as all of them in {short} of {len(several)} batches, which have no time per "
+            "further token"
+        )
     if min(gains) > SUSPICIOUS_GAIN:  # every time: a neighbour on the machine disturbs one run, not all the first ones
         gain = statistics.median(gains).value
         found.append(f"the second run over the same prompts was {gain:.1f} times as fast: does it remember answers?")
@@ -234,7 +249,7 @@ def looping(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def sampler_shares(
-    sampler: Sampler, target: Target, pairs: Sequence[Pair], tokens: int, seed: int
+    sampler: Sampler, target: Target, pairs: Sequence[Pair], tokens: int, seed: int, *, ending: bool = False
 ) -> Observations | None:
     """What the draws (law and sampling) take of the time from the first token to the last, in a further run per pair.
 
@@ -243,12 +258,17 @@ def sampler_shares(
     Returns:
         None where it has a loop of its own, which does not draw by `choose`.
     """
-    shares = [_sampler_share(sampler, target, pair.prompts, tokens, seed + i) for i, pair in enumerate(pairs)]
-    return None if None in shares else Observations.each(_names(pairs), [s for s in shares if s is not None])
+    shares: list[float] = []
+    for i, pair in enumerate(pairs):
+        share = _sampler_share(sampler, target, pair.prompts, tokens, seed + i, ending)
+        if share is None:
+            return None
+        shares.append(share)
+    return Observations.each(_names(pairs), shares)
 
 
 def _sampler_share(
-    sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int
+    sampler: Sampler, target: Target, prompts: Sequence[Sequence[int]], tokens: int, seed: int, ending: bool
 ) -> float | None:
     spent: list[float] = []
     ended: list[float] = []
@@ -262,7 +282,7 @@ def _sampler_share(
 
     object.__setattr__(sampler, "choose", watched)
     try:
-        generate(sampler, target, prompts, tokens, seed)
+        generate(sampler, target, prompts, tokens, seed, ending=ending)
     finally:
         object.__delattr__(sampler, "choose")
     return sum(spent[1:]) / (ended[-1] - ended[0]) if len(ended) > 1 else None
@@ -287,6 +307,8 @@ def divergences(target: Target, pairs: Sequence[Pair], reference: str) -> list[D
     for number, pair in enumerate(pairs):
         for row, (ours, theirs) in enumerate(zip(pair.answers["candidate"], pair.answers[reference], strict=True)):
             place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            if place is None and len(ours) != len(theirs):
+                place = min(len(ours), len(theirs))
             if place is not None:
                 read = [*pair.prompts[row], *theirs[:place]]
                 top = target.open([read], capacity=len(read)).next_logits[0].topk(2).values

@@ -317,8 +317,8 @@ METRICS: dict[str, Metric] = {
     "tau_per_target_s": Metric(
         "1/s",
         "none",
-        "Of a decoder that drafts, tokens of a text for each second that the target's passes and their verdicts take: "
-        "its speed if drafts were free.",
+        "Of a decoder that drafts, tokens of one text for each second that the target's passes and their verdicts "
+        "take: its speed if drafts and bookkeeping were free.",
         "context",
     ),
     "tpot_behind_draft_s": Metric(
@@ -331,10 +331,18 @@ METRICS: dict[str, Metric] = {
     "length_to_greedy": Metric(
         "1",
         "none",
-        "Where answers end at their stop token, tokens of an answer over those of greedy search's. Far from 1, speeds "
-        "per answer and per token rank differently.",
+        "Where answers end at their stop token, all tokens of the answers over all of greedy search's. Far from 1, "
+        "speeds per answer and those `(per token)` rank differently.",
         "context",
     ),
+    **{
+        f"length_to_{rival}": Metric("1", "none", f"As `length_to_greedy`, to {whose}.", "context")
+        for rival, whose in (
+            ("hf_generate", "`hf-generate`"),
+            ("baseline", "the decoder that --baseline names"),
+            ("self", "itself in another run"),
+        )
+    },
     "seeded_tokens": Metric(
         "1",
         "none",

@@ -173,6 +173,35 @@ def test_answers_may_end_where_they_end(target):
     assert found["tokens_per_s"].value == pytest.approx(4 / 0.9)
     assert found["generated_tokens"].value == 2 * 6 * 6
     assert speed.lengths_ratio(pairs, "ratio_to_greedy").estimate().value == pytest.approx(0.5)
+    slower = [Pair({"candidate": [1.0, 1.0], "ratio_to_greedy": [3.0, 3.0]}, answers=answers)] * 6
+    assert speed.ratio(slower, "ratio_to_greedy").estimate().value == pytest.approx(3)
+    assert speed.token_ratio(slower, "ratio_to_greedy").estimate().value == pytest.approx(1.5), "half the tokens"
+
+
+def test_an_answer_that_does_not_end_with_a_stop_token_is_refused(target):
+    class Cut(decoders.Decoder):
+        spec = "cut"
+
+        def generate(self, target, prompts, limits, rng):
+            return [Completion([5, 6], "stop") for _ in prompts]
+
+    with pytest.raises(ValueError, match="cut returned 2 tokens where exactly 5 were due"):
+        speed.generate(Cut(), target, [[3]], 5, 0, ending=True)
+
+
+def test_a_text_that_ends_elsewhere_has_parted(target):
+    pair = Pair(answers={"candidate": [[5, 6]], "greedy": [[5, 6, 7]]}, prompts=[[3, 4]])
+    ((_, row, place, _),) = speed.divergences(target, [pair], "greedy")
+    assert (row, place) == (0, 2)
+
+
+def test_few_answers_without_a_time_per_token_are_left_out():
+    """An answer of few tokens, all made in one cycle, may take no longer than its first."""
+    fine = Pair({"candidate": [1.0, 1.0]}, first=0.5, prefill=0.4, prompts=[[1]], answers={"candidate": [[1] * 6]})
+    odd = Pair({"candidate": [0.4, 0.4]}, first=0.5, prefill=0.4, prompts=[[1]], answers={"candidate": [[1] * 2]})
+    assert speed.metrics([fine] * 9 + [odd], tokens=9)["tpot_s"].estimate().value == pytest.approx(0.1)
+    assert "tpot_s" not in speed.metrics([fine] * 5 + [odd] * 5, tokens=9)
+    assert "in 1 of 10 batches" in speed.remarks([fine] * 9 + [odd])[0]
 
 
 def test_miscounted_answers_are_refused(target):
