@@ -1,10 +1,11 @@
 """What became of the founding note's ideas on DFlash: the tables of docs/findings/dflash.md, out of results.duckdb.
 
     python scripts/dflash_backlog.py                # rewrites them, and dflash.csv
-    python scripts/dflash_backlog.py --results FILE --out DIR
+    python scripts/dflash_backlog.py --results FILE --out DIR --model NAME --scale quick --hardware NAME
 
 An idea is judged by its speed over plain `dflash`, both by turns in one process on the same prompts: rows that were
-measured with `--baseline dflash`. docs/findings/dflash.toml has the ideas, and what the note found.
+measured with `--baseline dflash`. All are of one model, scale, type, seed and machine (the one measured last, unless
+it is named). docs/findings/dflash.toml has the ideas, and what the note found.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import duckdb
 
+from decodathlon.harness import embedded
 from decodathlon.harness.commands.command import say
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import environment, store
@@ -28,31 +30,45 @@ from decodathlon.leaderboard import draft_queries, queries
 
 PLACE = Path(__file__).parents[1] / "docs" / "findings"
 PLAIN = "dflash"
-#: Prompts, in the order of the columns.
-SLICES = ("math500", "mt_bench", "math_reasoning", "aime25", "batch-1")
+#: Prompts, in the order of the columns; others are not looked at.
+SLICES = ("math500", "mt_bench", "math_reasoning", "aime25")
+#: What must be the same for rows to stand in one table.
+SETTING = ("model", "dtype", "hardware", "scale")
 Row = Mapping[str, Any]
 
 
 def measured(results: Path) -> list[Row]:
-    """The newest sound rows of the decoders that draft by blocks."""
+    """The newest sound rows of the decoders that draft by blocks, on the prompts that are looked at."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "copy.duckdb"
         store.snapshot(results, copy, queries.prepare)
         with duckdb.connect(str(copy)) as connection:
-            cells = [c for c in draft_queries.drafting(connection) if not c["beside"]]
-    family = {name for name in registry.names("decoder") if registry.get("decoder", name).family == "dflash"}
-    return [c for c in cells if c["decoder"].partition("[")[0] in family]
+            sound = set(connection.execute("SELECT run_id, cell_id FROM sound_cell").fetchall())
+            cells = [c for c in draft_queries.drafting(connection) if (c["run_id"], c["cell_id"]) in sound]
+    family = {name for name in registry.names("decoder") if registry.get("decoder", name).info.family == "dflash"}
+    return [c for c in cells if c["decoder"].partition("[")[0] in family and c["slice"] in SLICES]
 
 
-def costs(results: Path) -> list[tuple[str, str, str, float]]:
-    """Model, hardware, metric and value of the newest verify-cost curves."""
+def of_one_setting(rows: Sequence[Row], model: str, scale: str, hardware: str | None) -> list[Row]:
+    """Those of this model and scale, on that machine or the one measured last."""
+    some = [r for r in rows if r["model"] == model and r["scale"] == scale and hardware in (None, r["hardware"])]
+    if not some:
+        return []
+    last = max(some, key=lambda r: r["run_id"])
+    return [r for r in some if all(r[k] == last[k] for k in SETTING)]
+
+
+def costs(results: Path, setting: Row) -> list[tuple[str, str, float]]:
+    """Slice (how long the text is), metric and value of the newest verify-cost curves on the same machine."""
     with duckdb.connect(str(results), read_only=True) as connection:
         return connection.execute(
             """
-            SELECT model, hardware, metric, arg_max(value, run_id) FROM results
-            WHERE suite = 'verify_cost' AND status = 'ok' AND metric LIKE 'verify_cost(%'
-            GROUP BY ALL ORDER BY model, hardware, metric
-            """
+            SELECT c.slice, m.metric, arg_max(m.value, c.run_id) FROM metric m JOIN sound_cell c USING (run_id, cell_id)
+            WHERE c.suite = 'verify_cost' AND m.metric LIKE 'verify_cost(%'
+            AND c.model = $model AND c.hardware = $hardware AND coalesce(c.dtype, $dtype) IN ($dtype, 'auto')
+            GROUP BY ALL ORDER BY c.slice, m.metric
+            """,
+            {k: setting[k] for k in ("model", "hardware", "dtype")},
         ).fetchall()
 
 
@@ -67,7 +83,7 @@ def verdict(ratios: Sequence[tuple[Any, ...]]) -> str:
     """In a word, from speeds over plain `dflash` with their intervals, a slice each."""
     told = [("faster" if low > 1 else "slower" if high < 1 else "") for _, low, high in ratios if low is not None]
     if not told:
-        return "not measured"
+        return "too few prompts" if ratios else "not measured"
     if len(set(told)) == 1:
         return told[0] or "no difference seen"
     parts = [f"{word} on {told.count(word)} of {len(told)}" for word in ("faster", "slower") if word in told]
@@ -96,9 +112,11 @@ def backlog(ideas: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
 def speeds(rows: Sequence[Row]) -> list[list[str]]:
     """A line per decoder and slice: tokens per cycle, measured speeds, and what the cycles predict."""
     table = [["decoder", "prompts", "tau", "acceptance", "drafting", "over greedy", "predicted", "over the baseline"]]
-    for row in sorted(rows, key=lambda r: (_place(r["slice"]), -(r["numbers"].get("ratio_to_greedy", (0,))[0] or 0))):
+    for row in sorted(
+        rows, key=lambda r: (SLICES.index(r["slice"]), -(r["numbers"].get("ratio_to_greedy", (0,))[0] or 0))
+    ):
         n = row["numbers"]
-        decode = n.get("ratio_to_greedy(decode)") or n.get("ratio_to_greedy")
+        decode = n.get("ratio_to_greedy(decode)")
         against = f"{shown(n.get('ratio_to_baseline'))} to `{row['baseline']}`" if row["baseline"] else DASH
         table.append(
             [f"`{row['decoder']}`", row["slice"], shown(_plain(n.get("tau"))), shown(_plain(n.get("draft_acceptance"))),
@@ -107,22 +125,18 @@ def speeds(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
-def curve(found: Sequence[tuple[str, str, str, float]]) -> list[list[str]]:
-    """A line per model and machine: what it costs to read so many tokens at once, against one."""
-    widths = sorted({_width(metric) for *_, metric, _ in found})
-    table = [["model", "hardware", *map(str, widths)]]
-    for place in sorted({(model, hardware) for model, hardware, *_ in found}):
-        mine = {_width(metric): value for model, hardware, metric, value in found if (model, hardware) == place}
-        table.append([*place, *(f"{mine[w]:.2f}" if w in mine else DASH for w in widths)])
+def curve(found: Sequence[tuple[str, str, float]]) -> list[list[str]]:
+    """A line per length of the text before: what it costs to read so many tokens at once, against one."""
+    widths = sorted({_width(metric) for _, metric, _ in found})
+    table = [["text before", *map(str, widths)]]
+    for place in sorted({slice_ for slice_, *_ in found}, key=lambda s: (_width(s), s)):
+        mine = {_width(metric): value for slice_, metric, value in found if slice_ == place}
+        table.append([place, *(f"{mine[w]:.2f}" if w in mine else DASH for w in widths)])
     return table
 
 
 def _width(metric: str) -> int:
-    return int(re.findall(r"\d+", metric)[0])
-
-
-def _place(slice_: str) -> int:
-    return SLICES.index(slice_) if slice_ in SLICES else len(SLICES)
+    return int((re.findall(r"\d+", metric) or [0])[0])
 
 
 def _plain(found: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
@@ -151,14 +165,25 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=environment.results_file())
     parser.add_argument("--out", type=Path, default=PLACE, metavar="DIR", help="where dflash.toml and dflash.md are")
+    parser.add_argument("--model", default=embedded.NAME)
+    parser.add_argument("--scale", default="quick")
+    parser.add_argument("--hardware", default=None, help="as the board names it (default: what was measured on last)")
     options = parser.parse_args(words)
     load_builtins()
-    rows = measured(options.results)
+    rows = of_one_setting(measured(options.results), options.model, options.scale, options.hardware)
     if not rows:
-        raise SystemExit(f"{options.results} has no rows of decoders that draft by blocks: see dflash.md there")
+        raise SystemExit(
+            f"{options.results} has no sound rows of decoders that draft by blocks, of {options.model} at "
+            f"{options.scale}: see dflash.md"
+        )
     ideas = tomllib.loads((options.out / "dflash.toml").read_text())["idea"]
     page = (options.out / "dflash.md").read_text()
-    tables = {"backlog": backlog(ideas, rows), "speeds": speeds(rows), "curve": curve(costs(options.results))}
+    tables = {
+        "setting": [list(SETTING), [str(rows[0][k]) for k in SETTING]],
+        "backlog": backlog(ideas, rows),
+        "speeds": speeds(rows),
+        "curve": curve(costs(options.results, rows[0])),
+    }
     for name, table in tables.items():
         page = rewritten(page, name, table)
     (options.out / "dflash.md").write_text(page)

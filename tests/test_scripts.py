@@ -233,7 +233,8 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
     assert made.verdict([fast]) == "faster"
     assert made.verdict([open_, open_]) == "no difference seen"
     assert made.verdict([slow, fast, open_]) == "faster on 1 of 3, slower on 1 of 3"
-    assert made.verdict([]) == made.verdict([(1.0, None, None)]) == "not measured"
+    assert made.verdict([]) == "not measured"
+    assert made.verdict([(1.0, None, None)]) == "too few prompts"
     rows = [
         drafting_row("ddtree", "math500", fast), drafting_row("ddtree", "mt_bench", slow, baseline="dflash[block=1]"),
         drafting_row("dflash[draft_steps=2]", "mt_bench", slow),
@@ -250,8 +251,13 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
     ]
     assert made.speeds(rows)[1][0] == "`ddtree`"
     assert made.speeds(rows)[1][-1] == "1.20 [1.10, 1.30] to `dflash`"
-    found = made.curve([("m", "cpu", "verify_cost(8)", 1.27), ("m", "cpu", "verify_cost(16)", 1.5)])
-    assert found == [["model", "hardware", "8", "16"], ["m", "cpu", "1.27", "1.50"]]
+    found = made.curve([("context-64", f"verify_cost({n})", v) for n, v in ((8, 1.27), (16, 1.5))])
+    assert found == [["text before", "8", "16"], ["context-64", "1.27", "1.50"]]
+    here = {"model": "m", "dtype": "bfloat16", "hardware": "one", "scale": "quick"}
+    several = [here | {"run_id": "2"}, here | {"run_id": "3", "hardware": "two"}, here | {"run_id": "1"}]
+    assert [r["run_id"] for r in made.of_one_setting(several, "m", "quick", None)] == ["3"]
+    assert [r["run_id"] for r in made.of_one_setting(several, "m", "quick", "one")] == ["2", "1"]
+    assert made.of_one_setting(several, "m", "full", None) == []
     page = "a\n<!-- backlog -->\nold\n<!-- end of backlog -->\nb"
     assert made.rewritten(page, "backlog", [["x", "y"], ["1", "2"]]).splitlines() == [
         "a", "<!-- backlog -->", "| x | y |", "|---|---|", "| 1 | 2 |", "<!-- end of backlog -->", "b",
