@@ -85,8 +85,10 @@ class BlockDrafter(Drafter):
 
     def read_out(self, outputs: Tensor) -> Tensor:
         """Laws of the places behind the first of a block, whose outputs (B, 1 + width, E) are given."""
-        logits = self.network.logits(outputs[:, 1:], self.head)
-        found: Tensor = self.law(logits.flatten(0, 1)).view(logits.shape)
+        rows, width = outputs.shape[0], outputs.shape[1] - 1
+        # flat, for a product with a part of three dimensions copies the whole matrix
+        logits = self.network.logits(outputs[:, 1:].flatten(0, 1), self.head)
+        found: Tensor = self.law(logits).unflatten(0, (rows, width))
         return found
 
     def lengths(self, laws: Tensor, want: Sequence[int], stopping: Stopping) -> list[int]:

@@ -29,8 +29,8 @@ from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import registry
 
 Say = Callable[[str], None]
-#: Texts of a shard, written side by side.
-ROWS = 32
+#: Texts of a shard, and shards that are written side by side.
+ROWS, BESIDE = 32, 3
 #: How the user's turn is drawn, and the most tokens that it has.
 ASKING, ASKED = "top-p[p=0.95]", 96
 #: Words in a row that make two texts share something.
@@ -58,13 +58,14 @@ def write(target: Any, folder: Path, shards: int, tokens: int, seed: int, say: S
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(shards) if not shard(folder, number).exists()]
-    for number in progress.told(missing, "texts: shards", say):
+    groups = [missing[at : at + BESIDE] for at in range(0, len(missing), BESIDE)]
+    for group in progress.told(groups, f"texts: groups of {BESIDE} shards", say):
         if time.monotonic() > until:
             return False
-        lines = [json.dumps({"prompt": w.prompt, "answer": w.answer}) for w in _written(target, number, tokens, seed)]
-        work = shard(folder, number).with_suffix(".part")
-        work.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(work, shard(folder, number))
+        for number, texts in zip(group, _written(target, group, tokens, seed), strict=True):
+            work = shard(folder, number).with_suffix(".part")
+            work.write_text("".join(json.dumps({"prompt": w.prompt, "answer": w.answer}) + "\n" for w in texts))
+            os.replace(work, shard(folder, number))
     return True
 
 
@@ -72,20 +73,24 @@ def read(folder: Path, number: int) -> list[Written]:
     return [Written(**json.loads(line)) for line in shard(folder, number).read_text().splitlines()]
 
 
-def _written(target: Any, number: int, tokens: int, seed: int) -> Iterator[Written]:
+def _written(target: Any, numbers: Sequence[int], tokens: int, seed: int) -> list[list[Written]]:
+    """By shard. What is in one does not depend on which others are written beside it."""
     begin = empty_turn(target)
-    keys = [f"{number}-{row}" for row in range(ROWS)]
-    asked = decoders.build(ASKING).generate(target, [begin] * ROWS, Limits(ASKED), RowRandom(seed, keys))
-    turns = [a.text.strip() for a in asked if a.stop_reason == "stop" and a.text.strip()]
-    prompts = [p for text in dict.fromkeys(turns) if (p := _asked(target, text))]
-    if not prompts:
-        return
-    rng = RowRandom(seed, range(len(prompts)))
-    for prompt, answer in zip(
-        prompts, decoders.build("greedy").generate(target, prompts, Limits(tokens), rng), strict=True
-    ):
-        if len(answer.tokens) > 1 and not loops(answer.tokens):
-            yield Written(prompt, answer.tokens)
+    keys = [f"{number}-{row}" for number in numbers for row in range(ROWS)]
+    asked = decoders.build(ASKING).generate(target, [begin] * len(keys), Limits(ASKED), RowRandom(seed, keys))
+    prompts: list[list[list[int]]] = []
+    for at in range(0, len(asked), ROWS):
+        turns = [a.text.strip() for a in asked[at : at + ROWS] if a.stop_reason == "stop" and a.text.strip()]
+        prompts.append([p for text in dict.fromkeys(turns) if (p := _asked(target, text))])
+    whole = [p for some in prompts for p in some]
+    if not whole:
+        return [[] for _ in numbers]
+    rng = RowRandom(seed, range(len(whole)))
+    answers = iter(decoders.build("greedy").generate(target, whole, Limits(tokens), rng))
+    return [
+        [Written(p, a.tokens) for p in some for a in [next(answers)] if len(a.tokens) > 1 and not loops(a.tokens)]
+        for some in prompts
+    ]
 
 
 def _asked(target: Any, text: str) -> list[int] | None:

@@ -315,17 +315,25 @@ def test_an_interrupt_within_a_step_keeps_what_was_there(target, states, tmp_pat
 def test_shards_that_are_there_are_not_written_again(tmp_path, monkeypatch):
     asked = []
 
-    def written(target, number, tokens, seed):
-        asked.append(number)
-        yield corpus.Written([1], [number, 2])
+    def written(target, numbers, tokens, seed):
+        asked.append(list(numbers))
+        return [[corpus.Written([1], [number, 2])] for number in numbers]
 
     monkeypatch.setattr(corpus, "_written", written)
-    corpus.write(None, tmp_path, 3, 8, 0, lambda text: None)
-    corpus.shard(tmp_path, 1).unlink()
     corpus.write(None, tmp_path, 4, 8, 0, lambda text: None)
-    assert asked == [0, 1, 2, 1, 3]
+    corpus.shard(tmp_path, 1).unlink()
+    corpus.write(None, tmp_path, 5, 8, 0, lambda text: None)
+    assert asked == [[0, 1, 2], [3], [1, 4]]
     assert corpus.read(tmp_path, 1) == [corpus.Written([1], [1, 2])]
     assert json.loads(corpus.shard(tmp_path, 3).read_text()) == {"prompt": [1], "answer": [3, 2]}
+
+
+@pytest.mark.usefixtures("model")
+def test_a_shard_is_the_same_whatever_is_written_beside_it(tmp_path):
+    found = models.load(models.resolve(str(tmp_path / "model")), device="cpu", dtype="float32", say=lambda text: None)
+    three = corpus._written(found, [0, 1, 2], 12, 0)
+    assert sum(map(len, three)) > 4
+    assert [corpus._written(found, [n], 12, 0)[0] for n in range(3)] == three
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
