@@ -68,6 +68,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     two.add_argument("--seed", type=int, default=0, metavar="N")
     two.add_argument("--shards", type=int, metavar="N", help="of 32 texts each that the model writes (default 60)")
+    two.add_argument(
+        "--about", type=_about, action="append", default=[], metavar="N:TEXT",
+        help="so many shards more, before whose turns the model is told TEXT, which steers what is asked; repeatable",
+    )  # fmt: skip
     two.add_argument("--answer-tokens", type=int, metavar="N", help="of the longest answer (default 192)")
     two.add_argument(
         "--steps", type=int, metavar="N", help="of the optimiser; this and what follows: default by method"
@@ -84,6 +88,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     for trainable in trainers.values():
         trainable.arguments(two)
     actions.add_parser("list", help="the drafters on disk")
+
+
+def _about(text: str) -> tuple[int, str]:
+    count, colon, about = text.partition(":")
+    if not colon or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not N:TEXT")
+    return int(count), about
 
 
 def _of_model(parser: argparse.ArgumentParser) -> None:

@@ -4,12 +4,14 @@ The turn of the user is drawn from the model too, behind an empty chat template 
 2406.08464), so no data set is needed and none can leak; answers are greedy, as they are when speed is measured. What
 shares eight words in a row with the text of a suite is left out all the same, and counted.
 
-Texts come in shards of their own random numbers. A shard that is there is not written again, so that the work can be
-interrupted at any point.
+What turns are about can be steered by what the model is told before them, as Magpie does for its domains; the answer is
+to the turn alone. Texts come in shards of their own random numbers. A shard that is there is not written again, so that
+the work can be interrupted at any point.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from decodathlon.harness import datasets, progress
 from decodathlon.harness import decoder as decoders
@@ -45,46 +47,60 @@ class Written:
     answer: list[int]
 
 
-def shard(folder: Path, number: int) -> Path:
-    return folder / f"texts-{number:04}.jsonl"
+class Shard(NamedTuple):
+    """One file of texts: its number among those in which the model was told this before the user's turn."""
+
+    number: int
+    about: str = ""
+
+    @property
+    def name(self) -> str:
+        mark = f"{hashlib.sha256(self.about.encode()).hexdigest()[:8]}-" if self.about else ""
+        return f"{mark}{self.number}"
+
+    def file(self, folder: Path) -> Path:
+        mark, _, number = self.name.rpartition("-")
+        return folder / f"texts-{mark and f'{mark}-'}{int(number):04}.jsonl"
 
 
-def write(target: Any, folder: Path, shards: int, tokens: int, seed: int, say: Say, until: float = math.inf) -> bool:
-    """Have so many shards of texts, with answers of at most so many tokens. False where `until`, a time of the clock
+def write(
+    target: Any, folder: Path, shards: Sequence[Shard], tokens: int, seed: int, say: Say, until: float = math.inf
+) -> bool:
+    """Have these shards of texts, with answers of at most so many tokens. False where `until`, a time of the clock
     `time.monotonic`, came before all were there.
 
     Raises:
         SpecError: the model has no chat template.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [number for number in range(shards) if not shard(folder, number).exists()]
+    missing = [shard for shard in shards if not shard.file(folder).exists()]
     groups = [missing[at : at + BESIDE] for at in range(0, len(missing), BESIDE)]
     for group in progress.told(groups, f"texts: groups of {BESIDE} shards", say):
         if time.monotonic() > until:
             return False
-        for number, texts in zip(group, _written(target, group, tokens, seed), strict=True):
-            work = shard(folder, number).with_suffix(".part")
+        for shard, texts in zip(group, _written(target, group, tokens, seed), strict=True):
+            work = shard.file(folder).with_suffix(".part")
             work.write_text("".join(json.dumps({"prompt": w.prompt, "answer": w.answer}) + "\n" for w in texts))
-            os.replace(work, shard(folder, number))
+            os.replace(work, shard.file(folder))
     return True
 
 
-def read(folder: Path, number: int) -> list[Written]:
-    return [Written(**json.loads(line)) for line in shard(folder, number).read_text().splitlines()]
+def read(folder: Path, shard: Shard) -> list[Written]:
+    return [Written(**json.loads(line)) for line in shard.file(folder).read_text().splitlines()]
 
 
-def _written(target: Any, numbers: Sequence[int], tokens: int, seed: int) -> list[list[Written]]:
+def _written(target: Any, shards: Sequence[Shard], tokens: int, seed: int) -> list[list[Written]]:
     """By shard. What is in one does not depend on which others are written beside it."""
-    begin = empty_turn(target)
-    keys = [f"{number}-{row}" for number in numbers for row in range(ROWS)]
-    asked = decoders.build(ASKING).generate(target, [begin] * len(keys), Limits(ASKED), RowRandom(seed, keys))
+    begins = [begin for shard in shards for begin in [empty_turn(target, shard.about)] * ROWS]
+    keys = [f"{shard.name}-{row}" for shard in shards for row in range(ROWS)]
+    asked = decoders.build(ASKING).generate(target, begins, Limits(ASKED), RowRandom(seed, keys))
     prompts: list[list[list[int]]] = []
     for at in range(0, len(asked), ROWS):
         turns = [a.text.strip() for a in asked[at : at + ROWS] if a.stop_reason == "stop" and a.text.strip()]
         prompts.append([p for text in dict.fromkeys(turns) if (p := _asked(target, text))])
     whole = [p for some in prompts for p in some]
     if not whole:
-        return [[] for _ in numbers]
+        return [[] for _ in shards]
     rng = RowRandom(seed, range(len(whole)))
     answers = iter(decoders.build("greedy").generate(target, whole, Limits(tokens), rng))
     return [
@@ -93,19 +109,23 @@ def _written(target: Any, numbers: Sequence[int], tokens: int, seed: int) -> lis
     ]
 
 
-def _asked(target: Any, text: str) -> list[int] | None:
+def _asked(target: Any, text: str, about: str = "") -> list[int] | None:
     """Models that think answer without: released drafters are trained and measured so."""
-    found: list[int] | None = target.chat([{"role": "user", "content": text}], thinking=False)
+    before = [{"role": "system", "content": about}] if about else []
+    found: list[int] | None = target.chat([*before, {"role": "user", "content": text}], thinking=False)
     return found
 
 
-def empty_turn(target: Any) -> list[int]:
+def empty_turn(target: Any, about: str = "") -> list[int]:
     """The tokens before what a user says: what the templates of two different turns have in common.
+
+    Args:
+        about: what the model is told before; nothing leaves that to its template.
 
     Raises:
         SpecError: the model has no chat template.
     """
-    one, other = (_asked(target, text) for text in ("A", "7"))
+    one, other = (_asked(target, text, about) for text in ("A", "7"))
     if one is None or other is None:
         raise SpecError(f"{target.name} has no chat template, from which it could write the turns of a user")
     same = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decodathlon.decoders.speculative.made import fingerprint
 from decodathlon.decoders.training import corpus
+from decodathlon.decoders.training.corpus import Shard
 from decodathlon.harness.commands.command import say
 from decodathlon.harness.errors import MissingError, SpecError, StoreError
 from decodathlon.harness.locks import file_lock
@@ -21,8 +22,11 @@ from decodathlon.harness.locks import file_lock
 if TYPE_CHECKING:
     from decodathlon.decoders.training.features import Seen
 
-#: Shards of texts that are held out, of which so many texts are looked at.
-HELD_OUT, LOOKED_AT = 1, 24
+#: Texts that are looked at, of the first shard of each kind, which is held out.
+LOOKED_AT = 24
+#: Answers that begin with the same so many tokens, and how many of them are kept: small models have phrases for all that
+#: they do not understand.
+OPENING, ALIKE = 8, 16
 #: What the options say where they are not given.
 DEFAULTS = {"shards": 60, "answer_tokens": 192}
 
@@ -66,9 +70,12 @@ def check(options: argparse.Namespace, least: Mapping[str, int]) -> None:
         raise MissingError(f"--data {options.data} is no folder")
     if Path(options.out).exists() and not Path(options.out).is_dir():
         raise MissingError(f"--out {options.out} is no folder")
-    for name, low in {"shards": HELD_OUT + 1, "answer_tokens": 2, "steps": 1, "classes": 0, **least}.items():
+    for name, low in {"shards": 2, "answer_tokens": 2, "steps": 1, "classes": 0, **least}.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise SpecError(f"--{name.replace('_', '-')} {value}: the least is {low}")
+    for count, about in options.about:
+        if count < 1 or not about.strip():
+            raise SpecError(f"--about {count}:{about}: give a number of shards and what the model is told, as 20:TEXT")
     if options.soft is not None and not 0 <= options.soft <= 1:
         raise SpecError(f"--soft {options.soft} is no share; it lies between 0 and 1")
     if options.rate is not None and not 0 < options.rate <= 1:
@@ -145,17 +152,23 @@ def ready(
     from decodathlon.decoders.training import features
 
     folder = Path(options.out)
-    count = options.shards or DEFAULTS["shards"]
+    groups = [
+        [Shard(number, about) for number in range(count)]
+        for count, about in [(options.shards or DEFAULTS["shards"], ""), *options.about]
+    ]
+    every = [shard for group in groups for shard in group]
     known = corpus.suite_grams(options.data, say)
     claim(folder, made)
-    if not corpus.write(target, folder / "texts", count, made["answer_tokens"], options.seed, say, until):
+    if not corpus.write(target, folder / "texts", every, made["answer_tokens"], options.seed, say, until):
         say("the time is over, and the texts are not all there; the same command goes on")
         return None
-    shards, report = _fit(target, [corpus.read(folder / "texts", number) for number in range(count)], known)
+    shards, report = _fit(target, [corpus.read(folder / "texts", shard) for shard in every], known)
     say(report["told"])
     full = [number for number, texts in enumerate(shards) if texts]
-    if len(full) <= HELD_OUT:
-        raise SpecError(f"of {count} shards of texts {len(full)} have any left to train on; give --shards more")
+    firsts = [next((n for n in full if every[n] in group), None) for group in groups]
+    held_out = [n for n in firsts if n is not None]
+    if len(full) <= len(held_out):
+        raise SpecError(f"of {len(every)} shards of texts {len(full)} have any left to train on; give --shards more")
     report["hash"] = hashlib.sha256("".join(features.hash_of(texts) for texts in shards).encode()).hexdigest()[:16]
     gib = features.size(target, ids, shards) / 2**30
     say(f"{report['texts']} answers of {report['tokens']} tokens; the model's states in them take {gib:.1f} GiB")
@@ -163,17 +176,19 @@ def ready(
         say("the time is over, and the hidden states are not all there; the same command goes on")
         return None
     target.release()  # what generating needed is room for training
-    held_out = [s for number in full[:HELD_OUT] for s in features.load(folder / "states", number)][:LOOKED_AT]
-    return Ready(folder / "states", full[HELD_OUT:], held_out, report)
+    looked_at = [s for n in held_out for s in features.load(folder / "states", n)[: max(1, LOOKED_AT // len(held_out))]]
+    return Ready(folder / "states", [n for n in full if n not in held_out], looked_at, report)
 
 
 def _fit(
     target: Any, shards: Sequence[Sequence[corpus.Written]], known: dict[str, set[tuple[str, ...]]]
 ) -> tuple[list[list[corpus.Written]], dict[str, Any]]:
-    """The texts that share nothing with the suites, each prompt once; and what became of the others."""
+    """The texts that share nothing with the suites, each prompt once, few with the same opening; and what became of the
+    others."""
     every = [w for shard in shards for w in shard]
     shared = iter(corpus.overlaps(target, every, known))
-    seen, counts, again = set(), Counter[str](), 0
+    seen, counts, again, alike = set(), Counter[str](), 0, 0
+    openings = Counter[tuple[int, ...]]()
     kept: list[list[corpus.Written]] = []
     for shard in shards:
         kept.append([])
@@ -182,13 +197,17 @@ def _fit(
             counts.update(names)
             again += prompt in seen
             if not names and prompt not in seen:
-                kept[-1].append(text)
+                openings[tuple(text.answer[:OPENING])] += 1
+                if openings[tuple(text.answer[:OPENING])] <= ALIKE:
+                    kept[-1].append(text)
+                else:
+                    alike += 1
             seen.add(prompt)
     left = [w for shard in kept for w in shard]
     looked = ", ".join(f"{name} {counts[name]}" for name in sorted(known)) or "none at hand"
     told = (
-        f"{len(every)} texts, {again} of them a second time; left out, for they share {corpus.WORDS} words in a row "
-        f"with a suite: {looked}"
+        f"{len(every)} texts, {again} of them a second time, and {alike} that begin as {ALIKE} others do; left out, for "
+        f"they share {corpus.WORDS} words in a row with a suite: {looked}"
     )
     tokens = sum(len(w.answer) for w in left)
     return kept, {"told": told, "texts": len(left), "tokens": tokens, "left_out": {n: counts[n] for n in sorted(known)}}

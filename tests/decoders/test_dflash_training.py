@@ -1,5 +1,6 @@
 """Training a drafter: the loss sees what decoding will see and falls; a training goes on where it was left."""
 
+import contextlib
 import json
 import math
 
@@ -244,6 +245,14 @@ def test_rows_of_suites_are_read_as_the_texts_that_they_hold():
         corpus.suite_grams("/nowhere", lambda text: None)
 
 
+def test_of_texts_that_begin_alike_a_few_are_kept():
+    texts = [[corpus.Written([7, i], [*range(8), i]) for i in range(prepare.ALIKE + 3)], [corpus.Written([7, 99], [8])]]
+    kept, report = prepare._fit(Speaker(), texts, {})
+    assert list(map(len, kept)) == [prepare.ALIKE, 1]
+    assert "and 3 that begin as 16 others do" in report["told"]
+    assert report["texts"] == prepare.ALIKE + 1
+
+
 def test_states_of_other_texts_are_made_anew(target, tmp_path):
     ids = drafter.seen_by(fresh(target))
     one, other = corpus.Written([0, 1], [2, 3, 4]), corpus.Written([0, 2], [3, 3])
@@ -315,25 +324,36 @@ def test_an_interrupt_within_a_step_keeps_what_was_there(target, states, tmp_pat
 def test_shards_that_are_there_are_not_written_again(tmp_path, monkeypatch):
     asked = []
 
-    def written(target, numbers, tokens, seed):
-        asked.append(list(numbers))
-        return [[corpus.Written([1], [number, 2])] for number in numbers]
+    def written(target, shards, tokens, seed):
+        asked.append([shard.number for shard in shards])
+        return [[corpus.Written([1], [shard.number, 2])] for shard in shards]
 
     monkeypatch.setattr(corpus, "_written", written)
-    corpus.write(None, tmp_path, 4, 8, 0, lambda text: None)
-    corpus.shard(tmp_path, 1).unlink()
-    corpus.write(None, tmp_path, 5, 8, 0, lambda text: None)
+    shards = [corpus.Shard(n) for n in range(5)]
+    corpus.write(None, tmp_path, shards[:4], 8, 0, lambda text: None)
+    shards[1].file(tmp_path).unlink()
+    corpus.write(None, tmp_path, shards, 8, 0, lambda text: None)
     assert asked == [[0, 1, 2], [3], [1, 4]]
-    assert corpus.read(tmp_path, 1) == [corpus.Written([1], [1, 2])]
-    assert json.loads(corpus.shard(tmp_path, 3).read_text()) == {"prompt": [1], "answer": [3, 2]}
+    assert corpus.read(tmp_path, shards[1]) == [corpus.Written([1], [1, 2])]
+    assert json.loads(shards[3].file(tmp_path).read_text()) == {"prompt": [1], "answer": [3, 2]}
 
 
-@pytest.mark.usefixtures("model")
-def test_a_shard_is_the_same_whatever_is_written_beside_it(tmp_path):
-    found = models.load(models.resolve(str(tmp_path / "model")), device="cpu", dtype="float32", say=lambda text: None)
-    three = corpus._written(found, [0, 1, 2], 12, 0)
+def test_a_shard_is_the_same_whatever_is_written_beside_it(tmp_path, model):
+    found = models.load(models.resolve(str(model)), device="cpu", dtype="float32", say=lambda text: None)
+    shards = [corpus.Shard(0), corpus.Shard(1), corpus.Shard(0, "Sums.")]
+    three = corpus._written(found, shards, 12, 0)
     assert sum(map(len, three)) > 4
-    assert [corpus._written(found, [n], 12, 0)[0] for n in range(3)] == three
+    assert three[0] != three[2]
+    assert [corpus._written(found, [shard], 12, 0)[0] for shard in shards] == three
+    assert len({shard.file(tmp_path) for shard in shards}) == 3
+
+
+def test_what_the_model_is_told_stands_before_an_empty_turn_and_not_before_an_answer(tmp_path, model):
+    found = models.load(models.resolve(str(model)), device="cpu", dtype="float32", say=lambda text: None)
+    assert found.decode(corpus.empty_turn(found, "Sums.")) == "<system>Sums.<user>"
+    (texts,) = corpus._written(found, [corpus.Shard(0, "Sums.")], 8, 0)
+    assert texts
+    assert not any("Sums." in found.decode(w.prompt) for w in texts)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -386,6 +406,18 @@ def test_a_folder_in_which_somebody_trains_is_refused(model, tmp_path, capsys):
     with file_lock(out / ".lock"):
         assert train(model, out) != 0
     assert "somebody else trains there now" in capsys.readouterr().err
+
+
+def test_shards_about_something_are_held_out_too(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(model, out, about="2:Sums.") == 0
+    assert len(list((out / "texts").glob("*.jsonl"))) == 6
+    assert len(list((out / "states").glob("*.safetensors"))) == 6
+    assert torch.load(out / "state.pt", weights_only=True)["shards"] == [1, 2, 3, 5]
+    for wrong, said in (("0:x", "give a number of shards"), ("x", "is not N:TEXT")):
+        with contextlib.suppress(SystemExit):
+            assert train(model, tmp_path / "other", about=wrong) != 0
+        assert said in capsys.readouterr().err
 
 
 def test_the_command_goes_on_where_its_time_was_over(model, tmp_path, capsys):
