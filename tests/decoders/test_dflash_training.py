@@ -10,7 +10,7 @@ import torch
 from decodathlon.decoders.dflash import checkpoint, drafter
 from decodathlon.decoders.dflash.network import Memory, Network
 from decodathlon.decoders.dflash.training import NOTHING, Recipe, Trainer, _before, _behind, begin_as, guesses, tau
-from decodathlon.decoders.training import corpus, features
+from decodathlon.decoders.training import corpus, features, prepare
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness import models
 from decodathlon.harness.commands.command import main
