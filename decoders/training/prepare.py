@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: Texts that are looked at, of the first shard of each kind, which is held out.
 LOOKED_AT = 24
-#: Answers that begin with the same so many tokens, and how many of them are kept: small models have phrases for all that
-#: they do not understand.
+#: Answers that begin with the same so many tokens, and how many of them are kept: small models have phrases for all
+#: that they do not understand.
 OPENING, ALIKE = 8, 16
 #: What the options say where they are not given.
 DEFAULTS = {"shards": 60, "answer_tokens": 192}
@@ -206,8 +206,8 @@ def _fit(
     left = [w for shard in kept for w in shard]
     looked = ", ".join(f"{name} {counts[name]}" for name in sorted(known)) or "none at hand"
     told = (
-        f"{len(every)} texts, {again} of them a second time, and {alike} that begin as {ALIKE} others do; left out, for "
-        f"they share {corpus.WORDS} words in a row with a suite: {looked}"
+        f"{len(every)} texts, {again} of them a second time, and {alike} that begin as {ALIKE} others do; left out, "
+        f"for they share {corpus.WORDS} words in a row with a suite: {looked}"
     )
     tokens = sum(len(w.answer) for w in left)
     return kept, {"told": told, "texts": len(left), "tokens": tokens, "left_out": {n: counts[n] for n in sorted(known)}}
