@@ -157,7 +157,7 @@ def test_late_cells_keep_what_they_measured_and_hanging_ones_are_killed(model, d
     began = time.monotonic()
     done = measure(*new_run(results, model, decoders, *names), "--cell-timeout", "1.5")
     assert done.returncode == 1
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200, "or somebody waited for who hangs"
     found = by_decoder(results)
     assert {d: c["status"] for d, c in found.items()} == {
         "slow": "partial", "hangs": "timeout", "hangs-late": "partial", "greedy-for-memory": "oom", "killed": "crashed",
