@@ -4,8 +4,8 @@
     python scripts/dflash_backlog.py --results FILE --out DIR --model NAME --scale quick --hardware NAME
 
 An idea is judged by its speed over plain `dflash`, both by turns in one process on the same prompts: rows that were
-measured with `--baseline dflash`. All are of one model, scale, type, seed and machine (the one measured last, unless
-it is named). docs/findings/dflash.toml has the ideas, and what the note found.
+measured with `--baseline dflash`. All are of one model, scale, type and machine (the one measured last, unless it is
+named). docs/findings/dflash.toml has the ideas, and what the note found.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def _trained(options: argparse.Namespace, target: Any) -> int:
     begin_as(network, target)
     network.to(target.device)
     made = prepare.made_by(options, target, layers=list(config.target_layer_ids))
+    prepare.claim(folder, made)
     if (ready := prepare.ready(options, target, seen_by(network), made, until)) is None:
         return 0
     say(f"training {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million weights")

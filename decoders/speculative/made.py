@@ -58,7 +58,12 @@ class Made(ABC):
 
     def sources(self) -> list[Path]:
         found: list[Path] = super().sources()  # type: ignore[misc]
-        return sorted({*found, *_files(Path(self.weights))}) if self.weights else found
+        return sorted({*found, *self._files()})
+
+    def _files(self) -> list[Path]:
+        """What a trained drafter consists of."""
+        folder = Path(self.weights)
+        return [folder / "meta.json", *sorted(folder.glob("*.safetensors"))] if self.weights else []
 
     def remarks(self, target: Any) -> list[str]:
         found: list[str] = super().remarks(target)  # type: ignore[misc]
@@ -86,7 +91,7 @@ class Made(ABC):
         Raises:
             SpecError: what lies on disk is of another revision of this model.
         """
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _files(Path(self.weights))]
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self._files()]
         key = ("made", self.weights, *files, *sorted(self.recipe.items()))
         if key not in target.kept:
             if self.weights:
@@ -111,11 +116,6 @@ class Made(ABC):
             except (MissingError, StoreError) as error:
                 warnings.warn(f"{error}; it is made anew in every run", stacklevel=2)
         return found or self._now(target)
-
-
-def _files(folder: Path) -> list[Path]:
-    """What a trained drafter consists of."""
-    return [] if folder == Path() else [folder / "meta.json", *sorted(folder.glob("*.safetensors"))]
 
 
 def folder_of(decoder: Made, target: Any) -> Path:

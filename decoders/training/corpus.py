@@ -54,13 +54,11 @@ class Shard(NamedTuple):
     about: str = ""
 
     @property
-    def name(self) -> str:
-        mark = f"{hashlib.sha256(self.about.encode()).hexdigest()[:8]}-" if self.about else ""
-        return f"{mark}{self.number}"
+    def mark(self) -> str:
+        return f"{hashlib.sha256(self.about.encode()).hexdigest()[:8]}-" if self.about else ""
 
     def file(self, folder: Path) -> Path:
-        mark, _, number = self.name.rpartition("-")
-        return folder / f"texts-{mark and f'{mark}-'}{int(number):04}.jsonl"
+        return folder / f"texts-{self.mark}{self.number:04}.jsonl"
 
 
 def write(
@@ -92,7 +90,7 @@ def read(folder: Path, shard: Shard) -> list[Written]:
 def _written(target: Any, shards: Sequence[Shard], tokens: int, seed: int) -> list[list[Written]]:
     """By shard. What is in one does not depend on which others are written beside it."""
     begins = [begin for shard in shards for begin in [empty_turn(target, shard.about)] * ROWS]
-    keys = [f"{shard.name}-{row}" for shard in shards for row in range(ROWS)]
+    keys = [f"{shard.mark}{shard.number}-{row}" for shard in shards for row in range(ROWS)]
     asked = decoders.build(ASKING).generate(target, begins, Limits(ASKED), RowRandom(seed, keys))
     prompts: list[list[list[int]]] = []
     for at in range(0, len(asked), ROWS):

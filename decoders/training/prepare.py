@@ -142,12 +142,12 @@ def claim(folder: Path, made: Mapping[str, Any]) -> None:
 def ready(
     options: argparse.Namespace, target: Any, ids: Sequence[int], made: Mapping[str, Any], until: float
 ) -> Ready | None:
-    """Texts and hidden states `ids` of them, as `Context.extend` numbers them; made where they are not there. None
-    where `until`, a time of `time.monotonic`, came before all were.
+    """Texts and hidden states `ids` of them, as `Context.extend` numbers them, in a folder that was claimed as `made`;
+    made where they are not there. None where `until`, a time of `time.monotonic`, came before all were.
 
     Raises:
-        SpecError: nothing is left to train on, or `claim`'s.
-        MissingError: `claim`'s, or a data set of `--data` is not there.
+        SpecError: nothing is left to train on.
+        MissingError: a data set of `--data` is not there.
     """
     from decodathlon.decoders.training import features
 
@@ -158,7 +158,6 @@ def ready(
     ]
     every = [shard for group in groups for shard in group]
     known = corpus.suite_grams(options.data, say)
-    claim(folder, made)
     if not corpus.write(target, folder / "texts", every, made["answer_tokens"], options.seed, say, until):
         say("the time is over, and the texts are not all there; the same command goes on")
         return None

@@ -72,7 +72,7 @@ class Trainer(ABC):
         self.history: list[dict[str, float]] = []
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
         self.frequent = torch.zeros(0, dtype=torch.long)
-        #: Whether no step is half made.
+        #: Whether what there is may be kept: no step is half made, and the loss is a number.
         self._whole = True
         self._order: list[tuple[int, int]] = []
         self._loaded: dict[int, list[Seen]] = {}
@@ -144,13 +144,14 @@ class Trainer(ABC):
     def _one(self) -> float:
         """One step; returns the loss."""
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
-        texts = self._some(generator)
+        texts = self._some()
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate * self.schedule(self.step)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             loss = self.loss(texts, generator)
         found = float(loss.detach())
         if not math.isfinite(found):
+            self._whole = False  # the step before may have spoilt the parameters
             raise ValueError(f"the loss of step {self.step} is {found}; take a smaller --rate, and another folder")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -168,7 +169,7 @@ class Trainer(ABC):
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.recipe.steps - warm)))
 
-    def _some(self, generator: torch.Generator) -> list[Seen]:
+    def _some(self) -> list[Seen]:
         """Texts of this step. All come once before any comes twice, in another order each time, some shards after the
         others. It follows from the step alone."""
         turn, within = divmod(self.step, max(1, sum(map(len, self._counts)) // self.recipe.texts))

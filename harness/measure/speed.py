@@ -29,6 +29,8 @@ from decodathlon.harness.targets.base import Target
 WARM_UP_TOKENS = 4
 #: A second run over the same prompts is warmer, but not by so much.
 SUSPICIOUS_GAIN = 2.0
+#: Of the batches, how many must have a time per further token, or none is given.
+SOUND_SHARE = 0.8
 
 
 @dataclass
@@ -143,10 +145,10 @@ def metrics(pairs: Sequence[Pair], tokens: int) -> dict[str, Estimate | Observat
     lengths = [[len(a) for a in p.answers.get("candidate", [])] or [tokens] * rows for p in pairs]
     steady: dict[str, Estimate | Observations] = {}
     later = [(n, t - p.first, a) for n, t, p, a in zip(names, whole, pairs, lengths, strict=True) if max(a) > 1]
-    # who makes many tokens at once may need as long for one of them; where few do, those that do are left out
-    later = [x for x in later if x[1] > 0] if len([x for x in later if x[1] > 0]) > 0.8 * len(later) else []
-    if later:
-        some = [name for name, _, _ in later]
+    # who makes many tokens at once may need as long for one of them; few such batches are left out
+    sound = [x for x in later if x[1] > 0]
+    if len(sound) > SOUND_SHARE * len(later):
+        later, some = sound, [name for name, _, _ in sound]
         steady["tokens_per_s"] = Observations.each(some, [(sum(a) - len(a)) / t for _, t, a in later])
         steady["tpot_s"] = Observations.each(some, [t / (max(a) - 1) for _, t, a in later])
     return {

@@ -59,3 +59,12 @@ def test_captured_graphs_equal_the_eager_loop(target):
     captured = sampler.generate(on_gpu, PROMPTS, limits, RowRandom(3, range(3)))
     eager = sampler.generate(on_cpu, PROMPTS, limits, RowRandom(3, range(3)))
     assert [c.tokens for c in captured] == [c.tokens for c in eager]
+
+
+def test_stop_tokens_are_seen_one_step_late():
+    """Rows may end at different steps; the one after the last of them is the last that is made."""
+    from types import SimpleNamespace
+
+    ending = graphs.Ending(SimpleNamespace(device=torch.device("cpu"), stop_tokens=frozenset({1, 2})), rows=2)
+    steps = [[5, 1], [5, 6], [2, 7], [8, 9]]
+    assert [ending.seen(torch.tensor(tokens)) for tokens in steps] == [False, False, False, True]
