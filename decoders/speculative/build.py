@@ -72,6 +72,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--about", type=_about, action="append", default=[], metavar="N:TEXT",
         help="so many shards more, before whose turns the model is told TEXT, which steers what is asked; repeatable",
     )  # fmt: skip
+    two.add_argument(
+        "--behind", default="", metavar="TEXT", help="a line behind the turns of these shards, as suites ask"
+    )
     two.add_argument("--answer-tokens", type=int, metavar="N", help="of the longest answer (default 192)")
     two.add_argument(
         "--steps", type=int, metavar="N", help="of the optimiser; this and what follows: default by method"

@@ -5,8 +5,8 @@ The turn of the user is drawn from the model too, behind an empty chat template 
 shares eight words in a row with the text of a suite is left out all the same, and counted.
 
 What turns are about can be steered by what the model is told before them, as Magpie does for its domains; the answer is
-to the turn alone. Texts come in shards of their own random numbers. A shard that is there is not written again, so that
-the work can be interrupted at any point.
+to the turn alone, and to a line behind it where suites ask with one. Texts come in shards of their own random numbers.
+A shard that is there is not written again, so that the work can be interrupted at any point.
 """
 
 from __future__ import annotations
@@ -48,14 +48,17 @@ class Written:
 
 
 class Shard(NamedTuple):
-    """One file of texts: its number among those in which the model was told this before the user's turn."""
+    """One file of texts: its number among those in which the model was told `about` before the user's turn, and each
+    turn was given the line `behind` at its end."""
 
     number: int
     about: str = ""
+    behind: str = ""
 
     @property
     def mark(self) -> str:
-        return f"{hashlib.sha256(self.about.encode()).hexdigest()[:8]}-" if self.about else ""
+        told = "\n".join(part for part in (self.about, self.behind) if part)
+        return f"{hashlib.sha256(told.encode()).hexdigest()[:8]}-" if told else ""
 
     def file(self, folder: Path) -> Path:
         return folder / f"texts-{self.mark}{self.number:04}.jsonl"
@@ -93,9 +96,9 @@ def _written(target: Any, shards: Sequence[Shard], tokens: int, seed: int) -> li
     keys = [f"{shard.mark}{shard.number}-{row}" for shard in shards for row in range(ROWS)]
     asked = decoders.build(ASKING).generate(target, begins, Limits(ASKED), RowRandom(seed, keys))
     prompts: list[list[list[int]]] = []
-    for at in range(0, len(asked), ROWS):
+    for at, shard in zip(range(0, len(asked), ROWS), shards, strict=True):
         turns = [a.text.strip() for a in asked[at : at + ROWS] if a.stop_reason == "stop" and a.text.strip()]
-        prompts.append([p for text in dict.fromkeys(turns) if (p := _asked(target, text))])
+        prompts.append([p for text in dict.fromkeys(turns) if (p := _asked(target, _line(text, shard.behind)))])
     whole = [p for some in prompts for p in some]
     if not whole:
         return [[] for _ in shards]
@@ -105,6 +108,10 @@ def _written(target: Any, shards: Sequence[Shard], tokens: int, seed: int) -> li
         [Written(p, a.tokens) for p in some for a in [next(answers)] if len(a.tokens) > 1 and not loops(a.tokens)]
         for some in prompts
     ]
+
+
+def _line(text: str, behind: str) -> str:
+    return f"{text}\n{behind}" if behind else text
 
 
 def _asked(target: Any, text: str, about: str = "") -> list[int] | None:

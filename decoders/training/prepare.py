@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 24
 #: Answers that begin with the same so many tokens, and how many of them are kept: small models have phrases for all
 #: that they do not understand.
-OPENING, ALIKE = 8, 16
+OPENING, ALIKE = 16, 16
 #: What the options say where they are not given.
 DEFAULTS = {"shards": 60, "answer_tokens": 192}
 
@@ -76,6 +76,8 @@ def check(options: argparse.Namespace, least: Mapping[str, int]) -> None:
     for count, about in options.about:
         if count < 1 or not about.strip():
             raise SpecError(f"--about {count}:{about}: give a number of shards and what the model is told, as 20:TEXT")
+    if options.behind and not options.about:
+        raise SpecError(f"--behind {options.behind} stands behind the turns of --about, which was not given")
     if options.soft is not None and not 0 <= options.soft <= 1:
         raise SpecError(f"--soft {options.soft} is no share; it lies between 0 and 1")
     if options.rate is not None and not 0 < options.rate <= 1:
@@ -153,7 +155,7 @@ def ready(
 
     folder = Path(options.out)
     groups = [
-        [Shard(number, about) for number in range(count)]
+        [Shard(number, about, options.behind if about else "") for number in range(count)]
         for count, about in [(options.shards or DEFAULTS["shards"], ""), *options.about]
     ]
     every = [shard for group in groups for shard in group]

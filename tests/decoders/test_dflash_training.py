@@ -246,7 +246,10 @@ def test_rows_of_suites_are_read_as_the_texts_that_they_hold():
 
 
 def test_of_texts_that_begin_alike_a_few_are_kept():
-    texts = [[corpus.Written([7, i], [*range(8), i]) for i in range(prepare.ALIKE + 3)], [corpus.Written([7, 99], [8])]]
+    texts = [
+        [corpus.Written([7, i], [*range(prepare.OPENING), i]) for i in range(prepare.ALIKE + 3)],
+        [corpus.Written([7, 99], [8])],
+    ]
     kept, report = prepare._fit(Speaker(), texts, {})
     assert list(map(len, kept)) == [prepare.ALIKE, 1]
     assert "and 3 that begin as 16 others do" in report["told"]
@@ -360,6 +363,17 @@ def test_what_the_model_is_told_stands_before_an_empty_turn_and_not_before_an_an
     (texts,) = corpus._written(found, [corpus.Shard(0, "Sums.")], 8, 0)
     assert texts
     assert not any("Sums." in found.decode(w.prompt) for w in texts)
+
+
+def test_a_line_is_put_behind_the_turns_of_a_shard_alone(tmp_path, model):
+    found = models.load(models.resolve(str(model)), device="cpu", dtype="float32", say=lambda text: None)
+    plain, lined = corpus.Shard(0, "Sums."), corpus.Shard(0, "Sums.", "Be brief.")
+    assert plain.file(tmp_path) != lined.file(tmp_path)
+    one, two, again = corpus._written(found, [plain, lined, plain], 8, 0)
+    assert one
+    assert one == again
+    assert all("\nBe brief." in found.decode(w.prompt) for w in two)
+    assert not any("Be brief." in found.decode(w.prompt) for w in one)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
