@@ -18,6 +18,8 @@ METRICS = (
     "ratio_to_baseline",
     "ratio_predicted",
     "tau",
+    "tau(without loops)",
+    "tau(to the stop token)",
     "tau_per_target_s",
     "draft_acceptance",
     "draft_share",

@@ -1,6 +1,6 @@
 """What became of the founding note's ideas on DFlash: the tables of docs/findings/dflash.md, out of results.duckdb.
 
-    python scripts/dflash_backlog.py                # rewrites them, and dflash.csv
+    python scripts/dflash_backlog.py                # rewrites them, dflash.csv, and the numbers of the drafter's card
     python scripts/dflash_backlog.py --results FILE --out DIR --model NAME --scale quick --hardware NAME
 
 An idea is judged by its speed over plain `dflash`, both by turns in one process on the same prompts: rows that were
@@ -29,6 +29,8 @@ from decodathlon.harness.results.table import DASH
 from decodathlon.leaderboard import draft_queries, queries
 
 PLACE = Path(__file__).parents[1] / "docs" / "findings"
+#: One folder for each model that a drafter ships for, with a card.
+DRAFTERS = Path(__file__).parents[1] / "decoders" / "dflash" / "drafters"
 PLAIN = "dflash"
 #: Prompts, in the order of the columns; others are not looked at.
 SLICES = ("math500", "mt_bench", "math_reasoning", "aime25")
@@ -125,6 +127,20 @@ def speeds(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
+def card(rows: Sequence[Row]) -> list[list[str]]:
+    """A line per slice: what the drafter as it comes is worth there."""
+    head = ["prompts", "tau", "without answers that loop", "to the stop token", "share that loops", "speed over greedy"]
+    table = [head]
+    for row in sorted((r for r in rows if r["decoder"] == PLAIN), key=lambda r: SLICES.index(r["slice"])):
+        n = row["numbers"]
+        tau = n.get("tau")
+        straight = tau if n.get("looping_share", (None,))[0] == 0 else n.get("tau(without loops)")
+        ended = n.get("tau(to the stop token)", tau)
+        numbers = (tau, straight, ended, _plain(n.get("looping_share")), n.get("ratio_to_greedy"))
+        table.append([row["slice"], *map(shown, numbers)])
+    return table
+
+
 def curve(found: Sequence[tuple[str, str, float]]) -> list[list[str]]:
     """A line per length of the text before: what it costs to read so many tokens at once, against one."""
     widths = sorted({_width(metric) for _, metric, _ in found})
@@ -165,6 +181,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=environment.results_file())
     parser.add_argument("--out", type=Path, default=PLACE, metavar="DIR", help="where dflash.toml and dflash.md are")
+    parser.add_argument("--drafters", type=Path, default=DRAFTERS, metavar="DIR", help="with a card for the model")
     parser.add_argument("--model", default=embedded.NAME)
     parser.add_argument("--scale", default="quick")
     parser.add_argument("--hardware", default=None, help="as the board names it (default: what was measured on last)")
@@ -187,6 +204,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for name, table in tables.items():
         page = rewritten(page, name, table)
     (options.out / "dflash.md").write_text(page)
+    if (told := options.drafters / options.model / "README.md").exists():
+        told.write_text(rewritten(told.read_text(), "tau", card(rows)))
     with (options.out / "dflash.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["decoder", "slice", "model", "dtype", "hardware", "scale", "dataset", "run", "baseline",

@@ -264,6 +264,19 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="has no <!-- curve -->"):
         made.rewritten(page, "curve", [])
+    numbers = {"tau": (1.9, 1.8, 2.0), "tau(without loops)": (1.7, 1.6, 1.8), "looping_share": (0.25, None, None)}
+    straight = {"tau": (2.0, None, None), "looping_share": (0.0, None, None), "ratio_to_greedy": (1.2, 1.1, 1.3)}
+    dash = made.DASH
+    assert made.card(
+        [
+            {"decoder": "dflash", "slice": "mt_bench", "numbers": straight},
+            {"decoder": "dflash", "slice": "math500", "numbers": numbers},
+            {"decoder": "ddtree", "slice": "math500", "numbers": straight},
+        ]
+    )[1:] == [
+        ["math500", "1.90 [1.80, 2.00]", "1.70 [1.60, 1.80]", "1.90 [1.80, 2.00]", "0.25", dash],
+        ["mt_bench", "2.00", "2.00", "2.00", "0.00", "1.20 [1.10, 1.30]"],
+    ]
 
 
 def test_every_idea_of_the_backlog_names_decoders_that_there_are():
