@@ -93,7 +93,7 @@ def test_greedy_text_is_that_of_greedy_search_with_a_drafter_that_is_often_right
 @pytest.mark.parametrize("spec", ["dflash", "ddtree[budget=6]", "dflash-tree-lite", "dflash-multiround"])
 def test_a_text_ends_at_a_stop_token_inside_a_block(target, good, spec, monkeypatch):
     """Of what was drafted behind it, and stayed, nothing is in the text."""
-    spec, overshot = with_parameter(spec, f"checkpoint={good}"), 0
+    spec, overshot, at_once = with_parameter(spec, f"checkpoint={good}"), 0, 0
     for stop in range(1, 8):
         monkeypatch.setattr(target, "stop_tokens", frozenset({stop}))
         limits = Limits(24, trace=True)
@@ -102,7 +102,9 @@ def test_a_text_ends_at_a_stop_token_inside_a_block(target, good, spec, monkeypa
         for one in ours:
             made = 1 + sum(cycle["accepted"] + 1 for cycle in one.trace)
             overshot += one.stop_reason == "stop" and made > len(one.tokens)
+            at_once += one.stop_reason == "stop" and not one.trace
     assert overshot > 0, "or it shows nothing"
+    assert at_once > 0, "or no answer has a stop token as its first"
 
 
 def test_in_bfloat16_texts_part_only_where_two_tokens_are_as_likely(target, good):
