@@ -29,7 +29,7 @@ ALLOWED = {
 TORCH_AT_TOP = {"harness/targets", "harness/measure"}
 #: Files of decoders that are imported when a drafter is loaded or trained: a network is a class of torch's.
 NETWORKS = {
-    *(f"decoders/dflash/{name}.py" for name in ("network", "training")),
+    *(f"decoders/dflash/{name}.py" for name in ("network", "captured", "training")),
     *(f"decoders/training/{name}.py" for name in ("features", "trainer", "repair")),
 }
 #: What Streamlit runs, besides the pages of the board; nothing else may know it.

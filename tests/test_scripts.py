@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,20 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
         ["math500", "1.90 [1.80, 2.00]", "1.70 [1.60, 1.80]", "1.90 [1.80, 2.00]", "0.25", dash],
         ["mt_bench", "2.00", "2.00", "2.00", "0.00", "1.20 [1.10, 1.30]"],
     ]
+
+
+def test_what_drafting_costs_stands_beside_its_share_of_bytes(capsys):
+    small = ["--layers", "4", "--width", "128", "--vocabulary", "1000", "--drafter-layers", "1", "--block", "4"]
+    made = script("dflash_draft_cost")
+    made.main([*small, "--text", "16", "--turns", "6", "--device", "cpu"])
+    told = capsys.readouterr().out
+    # a layer, what brings one hidden state to the width, and the head, of four layers and the head; with all norms
+    layer, fc, head = 13 * 128 * 128 + 4 * 128, 128 * 128, 128 * 1000
+    share = (layer + fc + head + 2 * 128) / (4 * layer + head + 128)
+    assert re.search(r"^cpu: drafting [\d.]+ ms, verifying [\d.]+ ms, ratio [\d.]+ \[", told), told
+    assert f"bytes {share:.2f}" in told
+    with pytest.raises(SystemExit):
+        made.main(["--turns", "5"])
 
 
 def test_every_idea_of_the_backlog_names_decoders_that_there_are():

@@ -103,9 +103,15 @@ class BlockSpeculative(Speculative):
         """A drafter of this kind, as the parameters say."""
         if not self.k:
             return Nothing()
+        from decodathlon.decoders.dflash.captured import memory_for
+
+        network, width = self.network(target), 1 + self.k
+        # a row's block may reach beyond the text that it has room for, in places that nobody looks at
+        room = context.capacity + self.widest + width + 1
         return kind(
-            self.network(target), target.model.get_input_embeddings().weight, self.output(target), context, prompts,
-            law=self.shape if self.draws else self.guide, sampled=self.draws, watched=self.looks, widest=self.widest,
+            network, target.model.get_input_embeddings().weight, self.output(target), context, prompts,
+            memory=memory_for(target, self.checkpoint, network, len(prompts), room, width),
+            law=self.shape if self.draws else self.guide, sampled=self.draws, watched=self.looks,
             whole=0 if self.varies else self.k, **more,
         )  # fmt: skip
 

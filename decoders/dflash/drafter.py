@@ -13,7 +13,7 @@ from decodathlon.harness.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from decodathlon.decoders.dflash.network import Network
+    from decodathlon.decoders.dflash.network import Memory, Network
 
 
 class BlockDrafter(Drafter):
@@ -25,25 +25,22 @@ class BlockDrafter(Drafter):
         embedding: the target's, (V, E).
         head: its output matrix, or what stands for it.
         context: of the target, with the hidden states of the prompts.
+        memory: an empty one, for the prompts' rows.
         law: (B, V) logits to the processed law, as the target's are.
         sampled: whether tokens are drawn from the law, or its likeliest is guessed.
         watched: whether `stopping` wants to see laws.
-        widest: the most tokens that a cycle drafts.
         whole: guesses in a block, always, or 0: as many as some row wants. What is guessed at a place depends on how
             many places there are, and so would a row's text on its neighbours.
     """
 
     def __init__(
         self, network: Network, embedding: Tensor, head: Any, context: Any, prompts: Sequence[Sequence[int]], *,
-        law: Any, sampled: bool, watched: bool, widest: int, whole: int,
+        memory: Memory, law: Any, sampled: bool, watched: bool, whole: int,
     ) -> None:  # fmt: skip
-        from decodathlon.decoders.dflash.network import Memory
-
         self.network, self.embedding, self.head, self.law = network, embedding, head, law
         self.sampled, self.watched, self.whole = sampled, watched, whole
         self.hidden = seen_by(network)
-        # a row's block may reach beyond the text that it has room for, in places that nobody looks at
-        self.memory = Memory(network, len(prompts), context.capacity + widest + whole + 2)
+        self.memory = memory
         self._pending: list[tuple[Tensor, list[int]]] = [
             (self._beside(context.prompt_hidden), [len(p) for p in prompts])
         ]

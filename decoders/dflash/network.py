@@ -108,7 +108,7 @@ class Network(nn.Module):
     @cached_property
     def _rotary(self) -> Any:
         # made late and never registered: a change of type would round its frequencies, and on `meta` there are none
-        return self.config.rotary()
+        return self.config.rotary().to(self.norm.weight.device)
 
     def context(self, states: Tensor) -> Tensor:
         """(B, T, E) what the blocks see of the target's hidden states (B, T, F * E)."""

@@ -96,32 +96,14 @@ class StaticLoop:
             return
         if end not in self._graphs:
             try:
-                self._graphs[end] = self._captured(lambda: self.step(end))
+                moving = (self.lengths, self.count, self.logits, *self.state)
+                self._graphs[end] = captured(lambda: self.step(end), moving)
             except RuntimeError as error:  # a plugin's law, or an architecture, that asks the host something
                 self.capture = False
                 self.target.notes += (f"{self.sampler.spec} ran without CUDA graphs: {str(error).splitlines()[0]}",)
                 self.step(end)
                 return
         self._graphs[end].replay()
-
-    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Record `work`; the warm-up runs it for real, so what it moves is put back."""
-        moving = (self.lengths, self.count, self.logits, *self.state)
-        before = [t.clone() for t in moving]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                work()
-                for tensor, value in zip(moving, before, strict=True):
-                    tensor.copy_(value)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        for tensor, value in zip(moving, before, strict=True):
-            tensor.copy_(value)
-        return graph
 
 
 class Ending:
@@ -148,6 +130,25 @@ class Ending:
                 self._events[before].synchronize()
         self._step += 1
         return bool(self._flags[before])
+
+
+def captured(work: Callable[[], None], moving: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+    """Record `work`; the warm-up runs it for real, so the tensors that it moves on are put back."""
+    before = [t.clone() for t in moving]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_STEPS):
+            work()
+            for tensor, value in zip(moving, before, strict=True):
+                tensor.copy_(value)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for tensor, value in zip(moving, before, strict=True):
+        tensor.copy_(value)
+    return graph
 
 
 def bucket_of(length: int) -> int:
