@@ -119,7 +119,8 @@ class Bench:
         outcome.seconds["total"] = time.perf_counter() - begin
         outcome.conditions = conditions.end()
         if cell is not None:
-            outcome.samples, outcome.notes = cell.samples, [*cell.notes, *conditions.remarks]
+            incidents, cell.target.incidents[:] = list(cell.target.incidents), []
+            outcome.samples, outcome.notes = cell.samples, [*cell.notes, *incidents, *conditions.remarks]
             # What a cell reported before it failed is no result; the raw observations above are kept.
             outcome.metrics = cell.metrics if outcome.status in ("ok", "partial") else []
             outcome.arrays = {name: [float(f"{x:.7g}") for x in values] for name, values in cell.arrays.items()}

@@ -28,14 +28,18 @@ METRICS = (
 )
 
 
-def drafting(connection: duckdb.DuckDBPyConnection) -> list[Row]:
+def drafting(connection: duckdb.DuckDBPyConnection, cells: str = "board") -> list[Row]:
     """The newest cells of decoders that draft, with what a cycle did and took (`drafts`, as measure/drafts.py has
-    it), and their numbers by metric: value, lower and upper end. `baseline` is what `ratio_to_baseline` is to."""
+    it), and their numbers by metric: value, lower and upper end. `baseline` is what `ratio_to_baseline` is to.
+
+    Args:
+        cells: the table or view to look at, with the board's columns.
+    """
     rows = as_rows(
         connection,
-        """
-        SELECT b.run_id, b.cell_id, b.decoder, b.slice, b.model, b.dtype, b.hardware, b.scale, b.dataset, b.beside,
-        s.data FROM sample s JOIN board b USING (run_id, cell_id)
+        f"""
+        SELECT b.run_id, b.cell_id, b.decoder, b.slice, b.model, b.dtype, b.hardware, b.scale, b.dataset, b.seed,
+        b.beside, s.data FROM sample s JOIN {cells} b USING (run_id, cell_id)
         WHERE s.row = 'drafts' AND b.status IN ('ok', 'partial')
         ORDER BY b.model, b.hardware, b.scale, b.slice, b.decoder
         """,

@@ -15,7 +15,8 @@ import csv
 import re
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,34 @@ PLAIN = "dflash"
 #: Prompts, in the order of the columns; others are not looked at.
 SLICES = ("math500", "mt_bench", "math_reasoning", "aime25")
 #: What must be the same for rows to stand in one table.
-SETTING = ("model", "dtype", "hardware", "scale")
+SETTING = ("model", "dtype", "hardware", "scale", "seed")
 Row = Mapping[str, Any]
 
 
-def measured(results: Path) -> list[Row]:
-    """The newest sound rows of the decoders that draft by blocks, on the prompts that are looked at."""
+@contextmanager
+def snapshot(results: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The results as they are now, shards that were not ingested yet among them; nobody has to wait for us."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "copy.duckdb"
         store.snapshot(results, copy, queries.prepare)
         with duckdb.connect(str(copy)) as connection:
-            sound = set(connection.execute("SELECT run_id, cell_id FROM sound_cell").fetchall())
-            cells = [c for c in draft_queries.drafting(connection) if (c["run_id"], c["cell_id"]) in sound]
+            yield connection
+
+
+def measured(connection: duckdb.DuckDBPyConnection) -> list[Row]:
+    """The newest sound rows of the decoders that draft by blocks, on the prompts that are looked at; of each baseline
+    that they were measured beside, which on the board the newest alone has."""
+    connection.execute(
+        """
+        CREATE TEMP TABLE by_baseline AS SELECT c.*, false AS beside FROM sound_cell c
+        LEFT JOIN (FROM metric WHERE metric = 'ratio_to_baseline') m USING (run_id, cell_id)
+        QUALIFY c.suite_version = max(c.suite_version) OVER (PARTITION BY c.suite) AND row_number() OVER (
+            PARTITION BY c.suite, c.slice, c.scale, c.decoder, c.model, c.dtype, c.dataset, c.seed, c.hardware,
+                         m.baseline
+            ORDER BY c.started DESC, c.run_id DESC) = 1
+        """
+    )
+    cells = draft_queries.drafting(connection, "by_baseline")
     family = {name for name in registry.names("decoder") if registry.get("decoder", name).info.family == "dflash"}
     return [c for c in cells if c["decoder"].partition("[")[0] in family and c["slice"] in SLICES]
 
@@ -60,18 +77,17 @@ def of_one_setting(rows: Sequence[Row], model: str, scale: str, hardware: str | 
     return [r for r in some if all(r[k] == last[k] for k in SETTING)]
 
 
-def costs(results: Path, setting: Row) -> list[tuple[str, str, float]]:
+def costs(connection: duckdb.DuckDBPyConnection, setting: Row) -> list[tuple[str, str, float]]:
     """Slice (how long the text is), metric and value of the newest verify-cost curves on the same machine."""
-    with duckdb.connect(str(results), read_only=True) as connection:
-        return connection.execute(
-            """
-            SELECT c.slice, m.metric, arg_max(m.value, c.run_id) FROM metric m JOIN sound_cell c USING (run_id, cell_id)
-            WHERE c.suite = 'verify_cost' AND m.metric LIKE 'verify_cost(%'
-            AND c.model = $model AND c.hardware = $hardware AND coalesce(c.dtype, $dtype) IN ($dtype, 'auto')
-            GROUP BY ALL ORDER BY c.slice, m.metric
-            """,
-            {k: setting[k] for k in ("model", "hardware", "dtype")},
-        ).fetchall()
+    return connection.execute(
+        """
+        SELECT c.slice, m.metric, arg_max(m.value, c.run_id) FROM metric m JOIN sound_cell c USING (run_id, cell_id)
+        WHERE c.suite = 'verify_cost' AND m.metric LIKE 'verify_cost(%'
+        AND c.model = $model AND c.hardware = $hardware AND coalesce(c.dtype, $dtype) IN ($dtype, 'auto')
+        GROUP BY ALL ORDER BY c.slice, m.metric
+        """,
+        {k: setting[k] for k in ("model", "hardware", "dtype")},
+    ).fetchall()
 
 
 def shown(found: tuple[Any, ...] | None) -> str:
@@ -131,7 +147,8 @@ def card(rows: Sequence[Row]) -> list[list[str]]:
     """A line per slice: what the drafter as it comes is worth there."""
     head = ["prompts", "tau", "without answers that loop", "to the stop token", "share that loops", "speed over greedy"]
     table = [head]
-    for row in sorted((r for r in rows if r["decoder"] == PLAIN), key=lambda r: SLICES.index(r["slice"])):
+    plain = {r["slice"]: r for r in sorted(rows, key=lambda r: r["run_id"]) if r["decoder"] == PLAIN}
+    for row in sorted(plain.values(), key=lambda r: SLICES.index(r["slice"])):
         n = row["numbers"]
         tau = n.get("tau")
         straight = tau if n.get("looping_share", (None,))[0] == 0 else n.get("tau(without loops)")
@@ -187,7 +204,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--hardware", default=None, help="as the board names it (default: what was measured on last)")
     options = parser.parse_args(words)
     load_builtins()
-    rows = of_one_setting(measured(options.results), options.model, options.scale, options.hardware)
+    with snapshot(options.results) as connection:
+        rows = of_one_setting(measured(connection), options.model, options.scale, options.hardware)
+        widths = costs(connection, rows[0]) if rows else []
     if not rows:
         raise SystemExit(
             f"{options.results} has no sound rows of decoders that draft by blocks, of {options.model} at "
@@ -199,7 +218,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "setting": [list(SETTING), [str(rows[0][k]) for k in SETTING]],
         "backlog": backlog(ideas, rows),
         "speeds": speeds(rows),
-        "curve": curve(costs(options.results, rows[0])),
+        "curve": curve(widths),
     }
     for name, table in tables.items():
         page = rewritten(page, name, table)

@@ -3,8 +3,9 @@
     python scripts/dflash_draft_cost.py                          # an 8B-shaped model of random weights, on a GPU
     python scripts/dflash_draft_cost.py --layers 4 --width 256 --device cpu
 
-A pass of so few tokens takes as long as its weights take to be read, so a drafter should cost its share of them and
-little more. Both are timed by turns; the ratio is a median over turns with a 95 % interval.
+Where a pass of so few tokens takes as long as its weights take to be read, a drafter costs its share of them and little
+more. Both are timed by turns, as decoding does them (the model's pass is no graph); the ratio is a median over turns
+with a 95 % interval.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def model_of(options: argparse.Namespace) -> Any:
         vocab_size=options.vocabulary, max_position_embeddings=8192, tie_word_embeddings=False,
     )  # fmt: skip
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    torch.set_default_dtype(dtype)  # in which the weights are made; in a wider one they might have no room
     with torch.device(options.device):
-        model = transformers.Qwen3ForCausalLM(config).to(dtype)
+        model = transformers.Qwen3ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     return TransformersTarget(model.eval(), name="random")
 
 

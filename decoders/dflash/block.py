@@ -68,7 +68,7 @@ class BlockSpeculative(Speculative):
 
     def network(self, target: Any) -> Any:
         """The drafter, which the target keeps."""
-        key = ("dflash", self.checkpoint)
+        key = ("dflash", self.checkpoint, *checkpoints.stamps(self.checkpoint))
         if key not in target.kept:
             target.kept[key] = checkpoints.load(self.checkpoint, target)
         return target.kept[key]

@@ -1,14 +1,16 @@
-"""A drafter's memory for a CUDA device: what one cycle asks of it is one graph, with shapes that stay.
+"""A drafter's memory for a CUDA device: a pass of the drafter over a block is one graph, with shapes that stay.
 
-A block of a small network is hundreds of small operations, which take longer to ask for than to do. Here the hidden
-states of the last cycle are taken up, and the block is drafted, by the replay of one graph. Lengths live in tensors
-that the step itself moves on. The attention looks at a bucket of slots; each bucket and size of block has a graph of
-its own. Rows that have ended keep their place, and what is computed for them is not looked at.
+Such a pass is hundreds of small operations, which take longer to ask for than to do. Here the hidden states of the last
+cycle are taken up, and the block goes through all layers, by the replay of one graph; embeddings, the output matrix and
+the law are outside. Lengths live in tensors that the step itself moves on. The attention looks at a bucket of slots;
+each bucket and size of block has a graph of its own, recorded when it comes for the third time, for some sizes come
+once, at the end of a text. Rows that have ended keep their place, and what is computed for them is not looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from decodathlon.harness.targets import graphs
 
 #: Memories that a target holds: those of the decoders that one cell compares.
 KEPT = 4
+#: How often a size is drafted without a graph.
+EAGER = 2
 
 
 class StaticMemory(Memory):
@@ -30,16 +34,14 @@ class StaticMemory(Memory):
     Args:
         width: the most tokens of a block, and states of a cycle.
         capture: record CUDA graphs; without it the same step runs eagerly, which is how it is tested.
-        note: told why no graphs are recorded any more.
     """
 
-    def __init__(
-        self, network: Network, rows: int, capacity: int, width: int, *, capture: bool,
-        note: Callable[[str], None] = lambda text: None,
-    ) -> None:  # fmt: skip
+    def __init__(self, network: Network, rows: int, capacity: int, width: int, *, capture: bool) -> None:
         # a step writes as many states as a cycle may have, though fewer are meant
         super().__init__(network, rows, capacity + width)
-        self.capacity, self.width, self.capture, self.note = capacity, width, capture, note
+        self.capacity, self.width, self.capture = capacity, width, capture
+        #: Why no graphs are recorded any more.
+        self.trouble = ""
         like, config = self._keys[0], network.config
         #: The rows that have not ended; the callers' numbers are places in here.
         self._live = list(range(rows))
@@ -51,16 +53,17 @@ class StaticMemory(Memory):
         self._out = torch.zeros_like(self._x)
         self._noted = False
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._seen = Counter[tuple[int, int]]()
 
     @property
     def rows(self) -> int:
         return len(self._at)
 
     def begin(self) -> None:
-        """Forget everything."""
+        """Forget everything; a NaN of an earlier text would reach a masked sum."""
         self._live, self.lengths, self._noted = list(range(self.rows)), [0] * self.rows, False
-        self._at.zero_()
-        self._counts.zero_()
+        for tensor in (*self._keys, *self._values, self._states, self._at, self._counts):
+            tensor.zero_()
 
     def append(self, states: Tensor, counts: Sequence[int]) -> None:
         T = max(counts, default=0)
@@ -89,7 +92,10 @@ class StaticMemory(Memory):
         return self._out[self._here, :b].clone()
 
     def select(self, rows: Sequence[int]) -> None:
-        self._live = [self._live[row] for row in rows]
+        live = [self._live[row] for row in rows]
+        for row in set(self._live) - set(live):  # else it might lie behind the bucket, where a window sees nothing
+            self._at[row] = self._counts[row] = 0
+        self._live = live
         self.lengths = [self.lengths[row] for row in rows]
 
     def copied(self, rows: Sequence[int], room: int) -> Memory:
@@ -148,14 +154,19 @@ class StaticMemory(Memory):
 
     def _advance(self, b: int, end: int) -> None:
         if not self.capture:
+            self.usual = True
             self.step(b, end)
             return
-        if (b, end) not in self._graphs:
+        self._seen[b, end] += 1
+        self.usual = (b, end) in self._graphs
+        if self._seen[b, end] <= EAGER:
+            self.step(b, end)
+            return
+        if not self.usual:
             try:
                 self._graphs[b, end] = graphs.captured(lambda: self.step(b, end), (self._at, self._counts))
             except RuntimeError as error:
-                self.capture = False
-                self.note(f"the drafter's blocks ran without CUDA graphs: {str(error).splitlines()[0]}")
+                self.capture, self.trouble = False, f"the drafter ran without CUDA graphs: {graphs.reason(error)}"
                 self.step(b, end)
                 return
         self._graphs[b, end].replay()
@@ -166,14 +177,14 @@ def memory_for(target: Any, name: Any, network: Network, rows: int, capacity: in
     if target.device.type != "cuda":
         return Memory(network, rows, capacity)
 
-    def note(text: str) -> None:
-        target.notes += (text,)
-
     found: list[StaticMemory] = target.kept.setdefault(("memories", name), [])
-    fitting = [m for m in found if (m.rows, m.width) == (rows, width) and m.capacity >= capacity]
+    # what is too small, or of weights that were replaced, goes
+    found[:] = [m for m in found if (m.rows, m.width) != (rows, width) or m.capacity >= capacity]
+    found[:] = [m for m in found if m.network is network]
+    fitting = [m for m in found if (m.rows, m.width) == (rows, width)]
     if not fitting:
         del found[: max(0, len(found) + 1 - KEPT)]
-        fitting = [StaticMemory(network, rows, graphs.bucket_of(capacity), width, capture=True, note=note)]
+        fitting = [StaticMemory(network, rows, graphs.bucket_of(capacity), width, capture=True)]
         found += fitting
     fitting[0].begin()
     return fitting[0]

@@ -85,6 +85,12 @@ def files(checkpoint: str) -> list[Path]:
     return [file for f in folders for name in ("config.json", "*.safetensors") for file in sorted(f.glob(name))]
 
 
+def stamps(checkpoint: str) -> list[tuple[str, int, int]]:
+    """What tells the files of one training from those of the next."""
+    found = [(file.name, file.stat()) for file in files(checkpoint)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+
 def told(checkpoint: str, target: Any) -> str:
     """Which drafter it is, for a row."""
     folder = folder_for(checkpoint, target)

@@ -69,7 +69,9 @@ class BlockDrafter(Drafter):
         """(B, width, V) laws of the first places of a block of tokens."""
         self.calls += 1
         self.positions += block.shape[1]
-        return self.read_out(self.memory.draft(self.embedded(block))[:, : 1 + width])
+        outputs = self.memory.draft(self.embedded(block))[:, : 1 + width]
+        self.usual, self.trouble = self.usual and self.memory.usual, self.memory.trouble
+        return self.read_out(outputs)
 
     def block(self, texts: Sequence[Sequence[int]], width: int) -> Tensor:
         """(B, 1 + width) the last token and masks."""
@@ -109,6 +111,7 @@ class BlockDrafter(Drafter):
         self._pending = [(s[index.to(s.device)], [counts[row] for row in rows]) for s, counts in self._pending]
 
     def _take_up(self) -> None:
+        self.usual = True
         for states, counts in self._pending:
             self.memory.append(states, counts)
             self.positions += max(counts, default=0)

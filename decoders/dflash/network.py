@@ -156,6 +156,11 @@ class Memory:
     A block's own keys stand behind them while it is drafted, and are written over afterwards.
     """
 
+    #: Whether the last block took the time that blocks take; `captured` has those that do not.
+    usual = True
+    #: What went otherwise than meant.
+    trouble = ""
+
     def __init__(self, network: Network, rows: int, capacity: int) -> None:
         self.network, self.lengths = network, [0] * rows
         self.capacity = capacity

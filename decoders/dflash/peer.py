@@ -57,7 +57,7 @@ class HFDFlash(Assisted):
         return {"speculation_type": "dflash"}, _Assistant(self._model(target))
 
     def _model(self, target: Any) -> Any:
-        key = ("hf-dflash", self.checkpoint)
+        key = ("hf-dflash", self.checkpoint, *checkpoints.stamps(self.checkpoint))
         if key not in target.kept:
             target.kept[key] = _of_transformers(checkpoints.load(self.checkpoint, target), target)
         return target.kept[key]

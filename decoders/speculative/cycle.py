@@ -94,6 +94,8 @@ class Request:
             self._leave()
         if self.decoder.remember:
             self.target.kept[self.decoder] = self._all
+        if self.drafter.trouble:
+            self.target.happened(f"{self.decoder.spec}: {self.drafter.trouble}")
         return [self.done[i] for i in sorted(self.done)]
 
     def _cycle(self) -> None:
@@ -135,11 +137,13 @@ class Request:
         scores = self._scores(step.logits, path, new)
         self._booked = time.perf_counter()
         seconds = Seconds(drafted - begin, verified - drafted, before + self._booked - verified)
-        self.drafter.timed(N, seconds)
+        if self.drafter.usual:
+            self.drafter.timed(N, seconds)
         places = draft.places(tree)
         for b, row in enumerate(self.rows):
             controller = self.panel.controllers[b]
-            if want[b] == asked[b]:  # what the end of the text or of the context cut short says nothing of a length
+            # what the end of the text or of the context cut short says nothing of a length
+            if want[b] == asked[b] and self.drafter.usual:
                 controller.settle(places[b], accepted[b], seconds)
             row.cycles += 1
             row.positions += N + 1

@@ -75,6 +75,10 @@ class Drafter(ABC):
     #: What it has computed so far: calls of its model, and token positions that each row's share of them read.
     calls: int = 0
     positions: int = 0
+    #: Whether the last draft took the time that drafts take: one that does what comes once says nothing of the others.
+    usual: bool = True
+    #: What went otherwise than meant, for the row.
+    trouble: str = ""
 
     @abstractmethod
     def propose(self, texts: Sequence[Sequence[int]], want: Sequence[int], stopping: Stopping, u: Tensor) -> Draft:

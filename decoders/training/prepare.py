@@ -76,6 +76,8 @@ def check(options: argparse.Namespace, least: Mapping[str, int]) -> None:
     for count, about in options.about:
         if count < 1 or not about.strip():
             raise SpecError(f"--about {count}:{about}: give a number of shards and what the model is told, as 20:TEXT")
+    if len({about for _, about in options.about}) < len(options.about):
+        raise SpecError("--about: the same text twice; give it once, with all its shards")
     if options.behind and not options.about:
         raise SpecError(f"--behind {options.behind} stands behind the turns of --about, which was not given")
     if options.soft is not None and not 0 <= options.soft <= 1:

@@ -147,7 +147,8 @@ class Repair(Trainer):
         self.drafter, self.target = drafter, target
 
     def outputs(self, texts: Sequence[Seen]) -> list[Tensor]:
-        """By text (A, E), the drafter's states from which it would guess each token of the answer."""
+        """By text (A, E), the drafter's states from which it would guess each token of the answer. Through the keys and
+        values of the first token of a text, which `open` reads, no gradient flows."""
         width = max(len(s.tokens) for s in texts)
         tokens = torch.stack([F.pad(s.tokens, (0, width - len(s.tokens))) for s in texts]).to(self.device)
         last = len(self.drafter.reading.layers) + 1

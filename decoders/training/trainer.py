@@ -171,7 +171,7 @@ class Trainer(ABC):
 
     def _some(self) -> list[Seen]:
         """Texts of this step. All come once before any comes twice, in another order each time, some shards after the
-        others. It follows from the step alone."""
+        others; the few that fill no step sit that turn out. It follows from the step alone."""
         turn, within = divmod(self.step, max(1, sum(map(len, self._counts)) // self.recipe.texts))
         if within == 0 or not self._order:
             self._order = self._ordered(turn)
@@ -251,8 +251,8 @@ class Trainer(ABC):
         kept = torch.load(state, weights_only=True, map_location=self.device)
         if kept["shards"] != self.shards:
             raise ValueError(
-                f"{state} is of a training on {len(kept['shards'])} shards of texts, not {len(self.shards)}; go on "
-                "with the same options, or take another folder"
+                f"{state} is of a training on other shards of texts ({len(kept['shards'])} then, {len(self.shards)} "
+                "now); go on with the same options, or take another folder"
             )
         if kept["of"].get("texts") != self.identity.get("texts"):
             raise ValueError(

@@ -150,6 +150,16 @@ class Target(ABC):
     parameters: int = 0
 
     @cached_property
+    def incidents(self) -> list[str]:
+        """What went otherwise than meant since the last cell took note of it."""
+        return []
+
+    def happened(self, what: str) -> None:
+        """Have the cell that is measured now say so."""
+        if what not in self.incidents:
+            self.incidents.append(what)
+
+    @cached_property
     def spent(self) -> Spent:
         """The ledger of this target."""
         return Spent()

@@ -50,6 +50,8 @@ class StaticLoop:
         self.state = tuple(part.to(device) for part in state)
         self._kind: Any = type(state)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        #: Why no graphs are recorded any more.
+        self.trouble = ""
 
     def step(self, end: int) -> None:
         """Draw from the current logits, read the token, leave the next logits. Captured as it is."""
@@ -99,8 +101,7 @@ class StaticLoop:
                 moving = (self.lengths, self.count, self.logits, *self.state)
                 self._graphs[end] = captured(lambda: self.step(end), moving)
             except RuntimeError as error:  # a plugin's law, or an architecture, that asks the host something
-                self.capture = False
-                self.target.notes += (f"{self.sampler.spec} ran without CUDA graphs: {str(error).splitlines()[0]}",)
+                self.capture, self.trouble = False, f"{self.sampler.spec} ran without CUDA graphs: {reason(error)}"
                 self.step(end)
                 return
         self._graphs[end].replay()
@@ -133,7 +134,11 @@ class Ending:
 
 
 def captured(work: Callable[[], None], moving: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-    """Record `work`; the warm-up runs it for real, so the tensors that it moves on are put back."""
+    """Record `work`; the warm-up runs it for real, so the tensors that it moves on are put back.
+
+    Raises:
+        RuntimeError: it asks the host something.
+    """
     before = [t.clone() for t in moving]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -142,13 +147,22 @@ def captured(work: Callable[[], None], moving: Sequence[Tensor]) -> torch.cuda.C
             work()
             for tensor, value in zip(moving, before, strict=True):
                 tensor.copy_(value)
-    torch.cuda.current_stream().wait_stream(side)
+    stream = torch.cuda.current_stream()
+    stream.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    for tensor, value in zip(moving, before, strict=True):
-        tensor.copy_(value)
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    finally:
+        torch.cuda.set_stream(stream)  # which a capture that fails leaves on its own
+        for tensor, value in zip(moving, before, strict=True):
+            tensor.copy_(value)
     return graph
+
+
+def reason(error: RuntimeError) -> str:
+    """In a line; what ends a capture that has failed says so in general, and hides what failed."""
+    return str(error.__context__ or error).splitlines()[0]
 
 
 def bucket_of(length: int) -> int:
@@ -168,4 +182,7 @@ def run(
         del loops[: max(0, len(loops) + 1 - LOOPS_KEPT)]
         fitting = [StaticLoop(sampler, target, len(prompts), capacity, capture=True)]
         loops += fitting
-    return fitting[0].run(prompts, noise.to(target.device), limits)
+    found = fitting[0].run(prompts, noise.to(target.device), limits)
+    if fitting[0].trouble:
+        target.happened(fitting[0].trouble)
+    return found

@@ -87,8 +87,7 @@ def test_weights_fall_with_the_place():
 
 
 def test_the_target_s_law_is_that_of_the_tokens_that_are_guessed(target, states):
-    """The states before the places behind an anchor, through the output matrix, have the texts' greedy tokens on top;
-    and the soft loss is least for the law itself: its excess over the entropy is the divergence, which is 0 there."""
+    """The states before the places behind an anchor, through the output matrix, have the greedy tokens on top."""
     head = target.model.get_output_embeddings().weight.float()
     right = total = 0
     for text in features.load(states, 0):

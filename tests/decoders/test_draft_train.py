@@ -196,6 +196,12 @@ def test_the_command_refuses_what_was_made_otherwise(model, tmp_path, capsys):
     assert "is no folder" in capsys.readouterr().err
 
 
+def test_the_same_turns_twice_are_refused(model, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "out"), "--model", str(model), "--about", "1:Sums.", "--about", "2:Sums."]
+    assert main(["draft", "train", "--method", "dflash", *words]) != 0
+    assert "--about: the same text twice" in capsys.readouterr().err
+
+
 def test_a_line_behind_turns_needs_turns(model, tmp_path, capsys):
     assert train(model, tmp_path / "out", behind="Be brief.") != 0
     assert "--behind Be brief. stands behind the turns of --about" in capsys.readouterr().err
