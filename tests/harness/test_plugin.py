@@ -240,6 +240,37 @@ def test_a_cell_that_fails_after_it_reported_has_no_metrics(model, tmp_path):
     assert outcome.samples == [{"row": "raw", "data": {"seen": 1}}]
 
 
+def test_what_happens_while_a_cell_is_measured_is_in_its_row_and_in_no_later_one(tmp_path, model):
+    from decodathlon.harness.bench import Bench
+    from decodathlon.harness.cells import CellSpec
+    from decodathlon.harness.registry import registry
+
+    file = tmp_path / "odd_suite.py"
+    file.write_text(
+        "from decodathlon import suite\n"
+        "from decodathlon.harness.measure.statistics import Estimate\n"
+        "@suite('odd', version=1, asks='?', sizes={'smoke': {}, 'quick': {}, 'full': {}})\n"
+        "def test_odd(cell):\n"
+        "    cell.report('ppl', Estimate(1.0))\n"
+        "    for _ in range(3 if cell.seed == 0 else 0):\n"
+        "        cell.target.happened('the graph stumbled')\n"
+    )
+    bench = Bench(lambda text: None)
+    try:
+        notes = [
+            bench.measure(
+                CellSpec(
+                    "odd", 1, "all", "greedy", str(model), "smoke", seed, device="cpu", decoder_files=(str(file),)
+                ),
+                "r",
+            ).notes
+            for seed in (0, 1)
+        ]
+    finally:
+        registry.entries.pop(("suite", "odd"), None)
+    assert [n.count("the graph stumbled") for n in notes] == [1, 0]
+
+
 def package(folder, name, code):
     """A third-party package as pip would leave it: a module and its metadata with an entry point."""
     (folder / f"{name}.py").write_text(code)
