@@ -1,0 +1,197 @@
+"""Bit-exact BF16 weights in fewer bits, two ways, in plain torch: the definition of each.
+
+A weight is 16 bits: sign, 8 of exponent, 7 of mantissa. Mantissas and signs of trained weights cannot be compressed,
+exponents have about 2.6 bits, because nearly all lie within a few neighbouring binades (a window). What lies outside of
+it is an escape.
+
+`Nested`: sign and a 3-bit code of the exponent are a draft of the weight in 4 bits; one or two bits of mantissa make it
+5 or 6; all of them make it the weight. So one copy of the bytes is both models, after the bit-sharing of SPEQ (arXiv
+2510.18525) and the window of ZipServ (ASPLOS 2026).
+`Fixed12`: a 4-bit code of the exponent, and a byte of sign and mantissa. Hardly any escapes, so it is decoded fastest.
+
+All work on bit patterns, int16, so that NaN payloads, infinities, negative zeros and subnormals come back as they were.
+
+Within a block of 256 weights, byte i of a plane of nibbles holds weights i and i + 128, and byte i of a plane of bits
+weights i, i + 32, ..., i + 224: what is unpacked with one shift lies side by side.
+
+Dimensions: N weights, B = ceil(N / 256) blocks, E escapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+#: Blocks whose escapes are counted together.
+SPAN = 256
+#: Codes of the exponent, of which the last says that there is none.
+NESTED, FIXED = 7, 15
+
+
+class Nested(NamedTuple):
+    """Planes of `nested`, uint8 unless said otherwise."""
+
+    #: (B, 128) sign and code of the exponent.
+    code: Tensor
+    #: (B, 32) the first and the second bit of the mantissa.
+    first: Tensor
+    second: Tensor
+    #: (B, 128) the four bits behind them, and (B, 32) the last one.
+    middle: Tensor
+    last: Tensor
+    #: (E,) exponents of the escapes, in their order.
+    escapes: Tensor
+    #: (B,) int16 that is read unsigned: escapes before a block, within its span; (ceil(B / 256),) int64: before a span.
+    before: Tensor
+    spans: Tensor
+    #: (7,) float32, the 1.mantissa that stands for all with the same first bits in a draft: of none of them, of first
+    #: bit 0 and 1, and of the first two bits 00 to 11.
+    means: Tensor
+    #: Exponent of code 0, and the number of weights.
+    start: int
+    count: int
+
+
+class Fixed12(NamedTuple):
+    #: (B, 128) uint8 code of the exponent; (B, 256) uint8 sign and mantissa.
+    code: Tensor
+    rest: Tensor
+    #: (E,) int32 places and uint8 exponents of what has no code.
+    escape_at: Tensor
+    escapes: Tensor
+    start: int
+    count: int
+
+
+def nested(bits: Tensor) -> Nested:
+    """Encode bit patterns (N,) int16."""
+    u, start = _padded(bits, NESTED)
+    exponent, mantissa = u >> 7 & 255, u & 127
+    inside = (exponent >= start) & (exponent < start + NESTED)
+    code = torch.where(inside, exponent - start, NESTED) | (u >> 15) << 3
+    counts = (~inside).sum(1)
+    spans = _spans(counts)
+    before = counts.cumsum(0) - counts - spans.repeat_interleave(SPAN)[: len(counts)]
+    significand, finite = 1 + mantissa.double() / 128, exponent < 255
+    finite.view(-1)[len(bits) :] = False  # what fills up the last block is nobody's
+    # whose squared error counts by the square of the power of two before it
+    energy = torch.where(finite, torch.exp2(2.0 * (exponent - start).double()), 0.0)
+    means = []
+    for kept in range(3):
+        prefix = mantissa >> (7 - kept)
+        for value in range(2**kept):
+            some = (prefix == value) & finite
+            total = energy[some].sum()
+            # where there is none: the middle of those there could be
+            middle = torch.tensor(1 + (value + 0.5) / 2**kept, dtype=torch.float64)
+            means.append((energy * significand)[some].sum() / total if total > 0 else middle)
+    return Nested(
+        _nibbles(code), _bits(mantissa >> 6), _bits(mantissa >> 5), _nibbles(mantissa >> 1), _bits(mantissa),
+        exponent[~inside].to(torch.uint8), _low16(before), spans,
+        torch.stack([m.to(u.device) for m in means]).float(), start, len(bits),
+    )  # fmt: skip
+
+
+def nested_exact(planes: Nested) -> Tensor:
+    """The bit patterns (N,) int16 again."""
+    sign, exponent = _sign_exponent(planes)
+    mantissa = _unbit(planes.first) << 6 | _unbit(planes.second) << 5 | _unnibbled(planes.middle) << 1
+    return _low16(sign << 15 | exponent << 7 | mantissa | _unbit(planes.last)).flatten()[: planes.count]
+
+
+def nested_draft(planes: Nested, bits: int) -> Tensor:
+    """(N,) bfloat16: what sign, exponent, and none, one or two bits of the mantissa say, which is 4, 5 or 6 bits and
+    the escapes. What has the same prefix becomes its mean; subnormals become 0."""
+    kept = bits - 4
+    sign, exponent = _sign_exponent(planes)
+    prefix = torch.zeros_like(exponent)
+    for plane in (planes.first, planes.second)[:kept]:
+        prefix = prefix << 1 | _unbit(plane)
+    mean = planes.means[2**kept - 1 : 2 ** (kept + 1) - 1][prefix.long()]
+    power = (exponent << 23).view(torch.float32)  # by its bit pattern
+    return (mean * power * (1 - 2 * sign)).to(torch.bfloat16).flatten()[: planes.count]
+
+
+def _sign_exponent(planes: Nested) -> tuple[Tensor, Tensor]:
+    """(B, 256) int32 of each."""
+    code = _unnibbled(planes.code)
+    sign, code = code >> 3, code & 7
+    outside = code == NESTED
+    if not len(planes.escapes):
+        return sign, planes.start + code
+    within = outside.cumsum(1) - outside.long()
+    spans = planes.spans.repeat_interleave(SPAN)[: len(code)]
+    rank = within + ((planes.before.int() & 0xFFFF).long() + spans)[:, None]
+    known = planes.escapes.int()[rank.clamp(max=len(planes.escapes) - 1)]
+    return sign, torch.where(outside, known, planes.start + code)
+
+
+def fixed12(bits: Tensor) -> Fixed12:
+    """Encode bit patterns (N,) int16."""
+    u, start = _padded(bits, FIXED)
+    exponent = u >> 7 & 255
+    inside = (exponent >= start) & (exponent < start + FIXED)
+    at = (~inside).flatten().nonzero()[:, 0]
+    return Fixed12(
+        _nibbles(torch.where(inside, exponent - start, FIXED)), (u >> 8 & 128 | u & 127).to(torch.uint8),
+        at.to(torch.int32), exponent.flatten()[at].to(torch.uint8), start, len(bits),
+    )  # fmt: skip
+
+
+def fixed12_exact(planes: Fixed12) -> Tensor:
+    """The bit patterns (N,) int16 again."""
+    exponent = planes.start + _unnibbled(planes.code)
+    exponent = exponent.flatten()
+    exponent[planes.escape_at.long()] = planes.escapes.int()
+    rest = planes.rest.int().flatten()
+    return _low16((rest & 128) << 8 | exponent << 7 | rest & 127)[: planes.count]
+
+
+def _padded(bits: Tensor, codes: int) -> tuple[Tensor, int]:
+    """(B, 256) int32 patterns, what fills them up being no escape; and where the window of so many codes begins."""
+    u = bits.flatten().int() & 0xFFFF
+    start = _window(u, codes)
+    missing = -len(u) % BLOCK
+    return torch.cat([u, u.new_full((missing,), start << 7)]).view(-1, BLOCK), start
+
+
+def _window(u: Tensor, codes: int) -> int:
+    """The first of so many neighbouring exponents that have the most weights; the lower one if it makes no
+    difference."""
+    counts = torch.bincount(u >> 7 & 255, minlength=256).cumsum(0)
+    counts = torch.cat([counts.new_zeros(1), counts])
+    return int((counts[codes:] - counts[:-codes]).argmax())
+
+
+def _spans(counts: Tensor) -> Tensor:
+    """Escapes before each span of blocks."""
+    padded = torch.cat([counts, counts.new_zeros(-len(counts) % SPAN)]).view(-1, SPAN).sum(1)
+    return padded.cumsum(0) - padded
+
+
+def _low16(u: Tensor) -> Tensor:
+    """The low 16 bits as int16, which wraps."""
+    return ((u.long() + 0x8000 & 0xFFFF) - 0x8000).to(torch.int16)
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    values = values & 15
+    return (values[:, :128] | values[:, 128:] << 4).to(torch.uint8)
+
+
+def _unnibbled(plane: Tensor) -> Tensor:
+    wide = plane.int()
+    return torch.cat([wide & 15, wide >> 4], 1)
+
+
+def _bits(values: Tensor) -> Tensor:
+    parts = (values & 1).unflatten(1, (8, 32))
+    return sum(parts[:, i] << i for i in range(8)).to(torch.uint8)
+
+
+def _unbit(plane: Tensor) -> Tensor:
+    wide = plane.int()
+    return torch.cat([wide >> i & 1 for i in range(8)], 1)

@@ -1,0 +1,92 @@
+"""Bit-exact BF16 weights in fewer bits: every pattern comes back, sizes are those that were promised."""
+
+import math
+
+import pytest
+import torch
+
+from decodathlon.kernels.delta import reference
+
+EVERY = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+FORMS = {
+    "nested": (reference.nested, reference.nested_exact),
+    "fixed12": (reference.fixed12, reference.fixed12_exact),
+}
+
+
+def normal(count, scale=0.02, seed=0):
+    made = torch.randn(count, generator=torch.Generator().manual_seed(seed)) * scale
+    return made.to(torch.bfloat16)
+
+
+def shuffled(seed):
+    return EVERY[torch.randperm(len(EVERY), generator=torch.Generator().manual_seed(seed))]
+
+
+CASES = {
+    "every pattern": EVERY,
+    "every pattern, shuffled": shuffled(0),
+    "every pattern, many times": torch.cat([shuffled(seed) for seed in range(3)] + [normal(70_000).view(torch.int16)]),
+    "nothing": EVERY[:0],
+    "one": EVERY[77:78],
+    "zeros": torch.zeros(1000, dtype=torch.int16),
+    "negative zeros": torch.full((300,), -32768, dtype=torch.int16),
+    "NaN with a payload": torch.full((513,), 0x7FC3, dtype=torch.int16),
+    "subnormals": torch.arange(1, 128, dtype=torch.int16),
+    "largest exponents": torch.arange(0x7F00, 0x7F80, dtype=torch.int16),
+    "an odd number": normal(4_095).view(torch.int16),
+    "two scales": torch.cat([normal(5_000), normal(5_000, 1e-20)]).view(torch.int16),
+    "a block of escapes": torch.cat([normal(2_560), normal(256, 1e9), normal(2_560)]).view(torch.int16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_pattern_comes_back(form, case):
+    encode, decode = FORMS[form]
+    assert torch.equal(decode(encode(CASES[case])), CASES[case])
+
+
+def stored(planes):
+    return 8 * sum(p.numel() * p.element_size() for p in planes if isinstance(p, torch.Tensor))
+
+
+def test_a_normal_matrix_takes_the_bits_that_were_promised():
+    """11 and a little: 8 for each escape and 16 per 256 weights; 12 and hardly anything."""
+    weights = normal(2**21)
+    planes = reference.nested(weights.view(torch.int16))
+    outside = len(planes.escapes) / len(weights)
+    assert 0.015 < outside < 0.035
+    assert stored(planes) / len(weights) == pytest.approx(11 + 8 * outside + 16 / 256, abs=0.002)
+    assert stored(planes) / len(weights) < 11.35
+    assert stored(reference.fixed12(weights.view(torch.int16))) / len(weights) < 12.02
+
+
+@pytest.mark.parametrize(("bits", "decibels"), [(4, 14.0), (5, 19.5), (6, 25.0)])
+def test_a_draft_is_as_near_as_its_bits_allow(bits, decibels):
+    weights = torch.cat([normal(2**16), normal(200, 3.0, seed=1)])  # outliers are escapes, and are kept as well
+    found = reference.nested_draft(reference.nested(weights.view(torch.int16)), bits)
+    error = (found.double() - weights.double()).square().sum() / weights.double().square().sum()
+    assert -10 * math.log10(error) > decibels
+    assert torch.equal(found.signbit(), weights.signbit() | (found == 0) & found.signbit())
+
+
+def test_a_draft_keeps_sign_and_exponent_and_is_the_mean_of_what_looks_alike():
+    """By hand: 1.0 and 1.75 in one binade, weighed alike; 4 and 7.5, of which the energy counts 16 times as much."""
+    weights = torch.tensor([1.0, -1.75, 4.0, 7.5], dtype=torch.bfloat16)
+    planes = reference.nested(weights.view(torch.int16))
+    mean = (1.0 + 1.75 + 16 * 1.0 + 16 * 1.875) / 34
+    expected = torch.tensor([mean, -mean, 4 * mean, 4 * mean]).to(torch.bfloat16)
+    assert torch.equal(reference.nested_draft(planes, 4), expected)
+    low, high = 1.0, (1.75 + 16 * 1.875) / 17
+    expected = torch.tensor([low, -high, 4 * low, 4 * high]).to(torch.bfloat16)
+    assert torch.equal(reference.nested_draft(planes, 5), expected)
+
+
+def test_drafts_of_what_is_no_usual_number():
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e-40, 1.5], dtype=torch.bfloat16)
+    found = reference.nested_draft(reference.nested(odd.view(torch.int16)), 6)
+    assert found[:2].tolist() == [0.0, 0.0]
+    assert found[2:4].tolist() == [math.inf, -math.inf]
+    assert abs(found[4]) < 1e-37
+    assert found[5] == 1.5
