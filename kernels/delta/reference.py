@@ -66,32 +66,53 @@ class Fixed12(NamedTuple):
     count: int
 
 
-def nested(bits: Tensor) -> Nested:
-    """Encode bit patterns (N,) int16."""
-    u, start = _padded(bits, NESTED)
+class Plan(NamedTuple):
+    """What an encoder has to know of the whole tensor before it encodes any part of it."""
+
+    #: Exponent of code 0 in each form.
+    nested: int
+    fixed12: int
+    means: Tensor
+
+
+def patterns(bits: Tensor) -> Tensor:
+    """(65536,) int64: how often each bit pattern comes in (N,) int16. Those of several parts may be added up."""
+    return torch.bincount(bits.flatten().int() & 0xFFFF, minlength=65536)
+
+
+def plan(counts: Tensor) -> Plan:
+    """From `patterns` of the whole tensor."""
+    u = torch.arange(65536)
+    exponent, mantissa = u >> 7 & 255, u & 127
+    by_exponent = torch.zeros(256, dtype=torch.long).index_add_(0, exponent, counts)
+    start = _window(by_exponent, NESTED)
+    # a squared error counts by the square of the power of two before it; of what is not finite there is none
+    energy = counts * torch.where(exponent < 255, torch.exp2(2.0 * (exponent - start).double()), 0.0)
+    means = []
+    for kept in range(3):
+        for prefix in range(2**kept):
+            some = mantissa >> (7 - kept) == prefix
+            total = float(energy[some].sum())
+            found = float((energy * (1 + mantissa / 128))[some].sum() / total) if total > 0 else 0.0
+            # where there is none: the middle of those there could be
+            means.append(found or 1 + (prefix + 0.5) / 2**kept)
+    return Plan(start, _window(by_exponent, FIXED), torch.tensor(means, dtype=torch.float32))
+
+
+def nested(bits: Tensor, known: Plan | None = None) -> Nested:
+    """Encode bit patterns (N,) int16. Parts of `SPAN` blocks, encoded by the plan of the whole, can be put one behind
+    the other; `spans` of each goes on where the one before ended."""
+    known = known or plan(patterns(bits))
+    start, u = known.nested, _padded(bits, known.nested)
     exponent, mantissa = u >> 7 & 255, u & 127
     inside = (exponent >= start) & (exponent < start + NESTED)
     code = torch.where(inside, exponent - start, NESTED) | (u >> 15) << 3
     counts = (~inside).sum(1)
     spans = _spans(counts)
     before = counts.cumsum(0) - counts - spans.repeat_interleave(SPAN)[: len(counts)]
-    significand, finite = 1 + mantissa.double() / 128, exponent < 255
-    finite.view(-1)[len(bits) :] = False  # what fills up the last block is nobody's
-    # whose squared error counts by the square of the power of two before it
-    energy = torch.where(finite, torch.exp2(2.0 * (exponent - start).double()), 0.0)
-    means = []
-    for kept in range(3):
-        prefix = mantissa >> (7 - kept)
-        for value in range(2**kept):
-            some = (prefix == value) & finite
-            total = energy[some].sum()
-            # where there is none: the middle of those there could be
-            middle = torch.tensor(1 + (value + 0.5) / 2**kept, dtype=torch.float64)
-            means.append((energy * significand)[some].sum() / total if total > 0 else middle)
     return Nested(
         _nibbles(code), _bits(mantissa >> 6), _bits(mantissa >> 5), _nibbles(mantissa >> 1), _bits(mantissa),
-        exponent[~inside].to(torch.uint8), _low16(before), spans,
-        torch.stack([m.to(u.device) for m in means]).float(), start, len(bits),
+        exponent[~inside].to(torch.uint8), low16(before), spans, known.means, start, len(bits),
     )  # fmt: skip
 
 
@@ -99,7 +120,7 @@ def nested_exact(planes: Nested) -> Tensor:
     """The bit patterns (N,) int16 again."""
     sign, exponent = _sign_exponent(planes)
     mantissa = _unbit(planes.first) << 6 | _unbit(planes.second) << 5 | _unnibbled(planes.middle) << 1
-    return _low16(sign << 15 | exponent << 7 | mantissa | _unbit(planes.last)).flatten()[: planes.count]
+    return low16(sign << 15 | exponent << 7 | mantissa | _unbit(planes.last)).flatten()[: planes.count]
 
 
 def nested_draft(planes: Nested, bits: int) -> Tensor:
@@ -129,9 +150,10 @@ def _sign_exponent(planes: Nested) -> tuple[Tensor, Tensor]:
     return sign, torch.where(outside, known, planes.start + code)
 
 
-def fixed12(bits: Tensor) -> Fixed12:
-    """Encode bit patterns (N,) int16."""
-    u, start = _padded(bits, FIXED)
+def fixed12(bits: Tensor, known: Plan | None = None) -> Fixed12:
+    """Encode bit patterns (N,) int16, in parts as `nested` is; places of escapes are within the part."""
+    start = (known or plan(patterns(bits))).fixed12
+    u = _padded(bits, start)
     exponent = u >> 7 & 255
     inside = (exponent >= start) & (exponent < start + FIXED)
     at = (~inside).flatten().nonzero()[:, 0]
@@ -147,23 +169,20 @@ def fixed12_exact(planes: Fixed12) -> Tensor:
     exponent = exponent.flatten()
     exponent[planes.escape_at.long()] = planes.escapes.int()
     rest = planes.rest.int().flatten()
-    return _low16((rest & 128) << 8 | exponent << 7 | rest & 127)[: planes.count]
+    return low16((rest & 128) << 8 | exponent << 7 | rest & 127)[: planes.count]
 
 
-def _padded(bits: Tensor, codes: int) -> tuple[Tensor, int]:
-    """(B, 256) int32 patterns, what fills them up being no escape; and where the window of so many codes begins."""
+def _padded(bits: Tensor, start: int) -> Tensor:
+    """(B, 256) int32 patterns; what fills them up is no escape."""
     u = bits.flatten().int() & 0xFFFF
-    start = _window(u, codes)
-    missing = -len(u) % BLOCK
-    return torch.cat([u, u.new_full((missing,), start << 7)]).view(-1, BLOCK), start
+    return torch.cat([u, u.new_full((-len(u) % BLOCK,), start << 7)]).view(-1, BLOCK)
 
 
-def _window(u: Tensor, codes: int) -> int:
-    """The first of so many neighbouring exponents that have the most weights; the lower one if it makes no
-    difference."""
-    counts = torch.bincount(u >> 7 & 255, minlength=256).cumsum(0)
-    counts = torch.cat([counts.new_zeros(1), counts])
-    return int((counts[codes:] - counts[:-codes]).argmax())
+def _window(counts: Tensor, codes: int) -> int:
+    """Of counts by exponent (256,), the first of so many neighbours that have the most weights; the lowest one if it
+    makes no difference."""
+    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return int((below[codes:] - below[:-codes]).argmax())
 
 
 def _spans(counts: Tensor) -> Tensor:
@@ -172,7 +191,7 @@ def _spans(counts: Tensor) -> Tensor:
     return padded.cumsum(0) - padded
 
 
-def _low16(u: Tensor) -> Tensor:
+def low16(u: Tensor) -> Tensor:
     """The low 16 bits as int16, which wraps."""
     return ((u.long() + 0x8000 & 0xFFFF) - 0x8000).to(torch.int16)
 

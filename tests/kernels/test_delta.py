@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from decodathlon.kernels.delta import reference
+from decodathlon.kernels.delta import native, reference
 
 EVERY = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 FORMS = {
@@ -45,6 +45,43 @@ CASES = {
 def test_every_pattern_comes_back(form, case):
     encode, decode = FORMS[form]
     assert torch.equal(decode(encode(CASES[case])), CASES[case])
+
+
+NATIVE = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+@NATIVE
+@pytest.mark.parametrize("case", CASES)
+def test_the_compiled_form_does_what_the_definition_does(case):
+    bits, c = CASES[case], native.library()
+    for padding in (0, 1):  # nothing is written behind the end
+        for form, (encode, _) in FORMS.items():
+            out = torch.full((len(bits) + padding,), 0x1234, dtype=torch.int16)
+            getattr(native, f"{form}_exact")(c, encode(bits), out[: len(bits)])
+            assert torch.equal(out[: len(bits)], bits), form
+            assert (out[len(bits) :] == 0x1234).all()
+    planes = reference.nested(bits)
+    for width in (4, 5, 6):
+        out = torch.zeros_like(bits)
+        native.nested_draft(c, planes, width, out)
+        expected = reference.nested_draft(planes, width)
+        nan = expected.isnan()
+        assert torch.equal(out[~nan], expected.view(torch.int16)[~nan])
+
+
+def test_parts_make_up_the_whole():
+    bits = CASES["every pattern, many times"]
+    known = reference.plan(sum(reference.patterns(part) for part in bits.split(50_000)))
+    whole, part = reference.nested(bits), reference.SPAN * reference.BLOCK
+    parts = [reference.nested(some, known) for some in bits.split(part)]
+    ahead = torch.tensor([0, *(len(p.escapes) for p in parts)]).cumsum(0)
+    for name in ("code", "first", "second", "middle", "last", "escapes", "before"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
+    assert torch.equal(torch.cat([p.spans + n for p, n in zip(parts, ahead, strict=False)]), whole.spans)
+    assert torch.equal(known.means, whole.means)
+    parts = [reference.fixed12(some, known) for some in bits.split(part)]
+    whole = reference.fixed12(bits)
+    assert torch.equal(torch.cat([p.escape_at + i * part for i, p in enumerate(parts)]), whole.escape_at)
 
 
 def stored(planes):
