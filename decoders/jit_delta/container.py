@@ -1,0 +1,312 @@
+"""The files of a packed model: one for each file of the original, and `packing.json`, which says what is in them.
+
+A packed file is a safetensors file: plane `code` of tensor `a.weight` is its tensor `a.weight:code`, of bytes. What is
+compressed is so in independent frames of zstd, so that a layer or an expert is read without the others. The header of
+the original lies in it too, as `:header`, because a file is given back byte for byte (docs/format.md).
+
+It is written from front to back, with room left for its own header, and a journal beside it that says which tensors are
+done; who is interrupted goes on behind the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from decodathlon.decoders.jit_delta.schemes import COMPRESSED, Packed
+from decodathlon.harness.errors import MissingError, SpecError
+from decodathlon.harness.lazy import torch
+
+VERSION = 1
+MANIFEST = "packing.json"
+#: Bytes that are compressed together, and how hard: the planes are nibbles of high entropy, and more brings nothing.
+FRAME, LEVEL = 1 << 20, 1
+#: Room in a header for one plane, and for anything.
+ENTRY, ROOM = 160, 4096
+TYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float32": "F32"}
+
+
+class Source:
+    """A safetensors file, its bytes mapped."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            MissingError: it is not there, or is torn or no such file.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = int.from_bytes(self._map[:8], "little")
+            self.header = self._map[: 8 + size]
+            found = json.loads(self.header[8:])
+        except (OSError, ValueError) as error:
+            raise MissingError(f"{path} is no safetensors file, or torn: {error}") from error
+        found.pop("__metadata__", None)
+        self.begin = 8 + size
+        #: By name: dtype, shape and data_offsets; in the order in which the bytes lie.
+        self.tensors: dict[str, dict[str, Any]] = dict(sorted(found.items(), key=lambda item: item[1]["data_offsets"]))
+        end = max((t["data_offsets"][1] for t in self.tensors.values()), default=0)
+        if self.begin + end != len(self._map):
+            raise MissingError(
+                f"{path} is torn: its header speaks of {self.begin + end} bytes, it has {len(self._map)}"
+            )
+
+    def data(self, name: str) -> Any:
+        """(bytes,) uint8 of a tensor, as they lie in the file."""
+        begin, end = (self.begin + at for at in self.tensors[name]["data_offsets"])
+        return _tensor(np.frombuffer(self._map, np.uint8, end - begin, begin))
+
+
+def _tensor(array: Any) -> Any:
+    """Without a copy; nobody writes into it."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+@dataclass
+class Record:
+    """What `packing.json` says of one tensor."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+    form: str
+    facts: dict[str, Any]
+    #: Of its bytes as the original has them.
+    sha256: str
+    #: Entropy of its patterns, in bits per number; None where it was not looked at.
+    floor: float | None
+    #: By plane: type, shape, bytes in memory and in the file, a checksum, and the bytes of each compressed frame.
+    planes: dict[str, dict[str, Any]]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def disk(self) -> int:
+        return sum(p["stored"] for p in self.planes.values())
+
+    @property
+    def memory(self) -> int:
+        return sum(p["bytes"] for p in self.planes.values())
+
+
+class Writer:
+    """One packed file on its way.
+
+    Args:
+        path: of the file to be.
+        names: of the tensors that it will hold, for the room that their header needs.
+    """
+
+    def __init__(self, path: Path, names: list[str], header: bytes) -> None:
+        self.path, self.part = path, path.with_suffix(".part")
+        self.journal = path.with_suffix(".journal")
+        self.room = ROOM + sum(ENTRY * 10 + 10 * len(json.dumps(name)) for name in names)
+        #: What is done already, by an earlier run or this one.
+        self.done: dict[str, Record] = {}
+        self._header_at = (0, 0)
+        end = self._taken_up()
+        #: Whether an earlier run has put the file under its name.
+        self.finished = path.exists()
+        if self.finished:
+            return
+        self._file = self.part.open("r+b" if end else "w+b")
+        self._file.truncate(end or 8 + self.room)
+        self._file.seek(0, os.SEEK_END)
+        self._lines = self.journal.open("a")
+        if not end:
+            self._header_at = self._put(header)
+            self._note({"header": self._header_at, "end": self._file.tell()})
+
+    def add(self, name: str, dtype: str, shape: list[int], packed: Packed, sha256: str) -> Record:
+        """Write the planes of a tensor, and have them on disk before it counts as done."""
+        planes = {plane: self._plane(plane, tensor) for plane, tensor in packed.planes.items()}
+        record = Record(self.path.name, dtype, shape, packed.form, packed.facts, sha256, packed.floor, planes)
+        self._note({"name": name, "record": vars(record), "end": self._file.tell()})
+        self.done[name] = record
+        return record
+
+    def finish(self) -> None:
+        """Put the header in its place, and the file under its name."""
+        if self.finished:
+            return
+        entries: dict[str, Any] = {
+            ":header": {"dtype": "U8", "shape": [self._header_at[1]], "data_offsets": self._offsets(*self._header_at)}
+        }
+        for name, record in self.done.items():
+            for plane, told in record.planes.items():
+                entries[f"{name}:{plane}"] = {
+                    "dtype": "U8", "shape": [told["stored"]], "data_offsets": self._offsets(told["at"], told["stored"]),
+                }  # fmt: skip
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        if len(text) > self.room:
+            raise AssertionError(f"{self.path}: a header of {len(text)} bytes in room for {self.room}")
+        self._file.seek(0)
+        self._file.write(self.room.to_bytes(8, "little") + text.ljust(self.room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        os.replace(self.part, self.path)
+
+    def close(self) -> None:
+        self._file.close()
+        self._lines.close()
+
+    def _taken_up(self) -> int:
+        """The end of what an earlier run has finished; 0 where there is none."""
+        end = 0
+        there = self.path if self.path.exists() else self.part
+        if not (there.exists() and self.journal.exists()):
+            for left in (self.journal, self.path):  # one without the other says nothing
+                left.unlink(missing_ok=True)
+            return end
+        for line in self.journal.read_text().splitlines():
+            try:
+                told = json.loads(line)
+            except ValueError:
+                break  # torn by whoever was interrupted
+            if told["end"] > there.stat().st_size:
+                break
+            end = told["end"]
+            if "header" in told:
+                self._header_at = tuple(told["header"])
+            else:
+                self.done[told["name"]] = Record(**told["record"])
+        if not end:
+            self.journal.unlink()
+        return end
+
+    def _note(self, told: Mapping[str, Any]) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._lines.write(json.dumps(told) + "\n")
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+
+    def _plane(self, name: str, tensor: Any) -> dict[str, Any]:
+        raw = tensor.contiguous().view(torch.uint8).flatten().numpy()
+        told: dict[str, Any] = {
+            "dtype": TYPES[str(tensor.dtype).removeprefix("torch.")], "shape": list(tensor.shape), "bytes": len(raw),
+        }  # fmt: skip
+        at, crc, stored = self._file.tell(), 0, 0
+        frames: list[int] = []
+        for piece in _pieces(raw, compressed=name in COMPRESSED or name.startswith("byte")):
+            crc, stored = zlib.crc32(piece, crc), stored + len(piece)
+            frames.append(len(piece))
+            self._file.write(piece)
+        told |= {"at": at, "stored": stored, "crc32": crc}
+        if name in COMPRESSED or name.startswith("byte"):
+            told["frames"] = frames
+        return told
+
+    def _put(self, data: bytes) -> tuple[int, int]:
+        at = self._file.tell()
+        self._file.write(data)
+        return at, len(data)
+
+    def _offsets(self, at: int, size: int) -> list[int]:
+        begin = at - 8 - self.room
+        return [begin, begin + size]
+
+
+def _pieces(raw: Any, *, compressed: bool) -> Iterator[bytes]:
+    import zstandard
+
+    compressor = zstandard.ZstdCompressor(level=LEVEL)
+    for at in range(0, len(raw), FRAME):
+        piece = raw[at : at + FRAME].tobytes()
+        yield compressor.compress(piece) if compressed else piece
+
+
+class Reader:
+    """A packed model on disk.
+
+    Raises:
+        MissingError: it is not there, or a file is torn.
+        SpecError: it is of another version, or something else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            told = json.loads((folder / MANIFEST).read_text())
+        except OSError as error:
+            raise MissingError(f"{folder} is no packed model: it has no {MANIFEST}") from error
+        except ValueError as error:
+            raise MissingError(f"{folder / MANIFEST} is torn") from error
+        if told.get("version") != VERSION:
+            raise SpecError(f"{folder} was packed in version {told.get('version')}; this one reads {VERSION}")
+        self.scheme: str = told["scheme"]
+        #: By file of the original: its name here, and its sha256.
+        self.files: dict[str, dict[str, str]] = told["files"]
+        self.records = {name: Record(**record) for name, record in told["tensors"].items()}
+        self._open: dict[str, Source] = {}
+
+    def read(self, name: str, *, check: bool = False) -> Packed:
+        """The planes of a tensor; those that are not compressed are mapped, not read.
+
+        Args:
+            check: hold each plane against its checksum.
+
+        Raises:
+            MissingError: a plane is not what was written.
+        """
+        record = self.records[name]
+        file = self._file(record.file)
+        planes = {}
+        for plane, told in record.planes.items():
+            stored = file.data(f"{name}:{plane}")
+            if len(stored) != told["stored"] or (check and zlib.crc32(stored.numpy()) != told["crc32"]):
+                raise MissingError(f"{file.path}: plane {plane} of {name} is damaged; pack the model again")
+            raw = (
+                stored
+                if "frames" not in told
+                else self._unpacked(stored, told, f"{file.path}: plane {plane} of {name}")
+            )
+            kind = {kind: dtype for dtype, kind in TYPES.items()}[told["dtype"]]
+            planes[plane] = raw.view(getattr(torch, kind)).view(told["shape"])
+        return Packed(record.form, planes, record.facts, record.floor)
+
+    def header(self, original: str) -> bytes:
+        """That of a file of the original."""
+        found: bytes = self._file(self.files[original]["packed"]).data(":header").numpy().tobytes()
+        return found
+
+    def _file(self, name: str) -> Source:
+        if name not in self._open:
+            self._open[name] = Source(self.folder / name)
+        return self._open[name]
+
+    def _unpacked(self, stored: Any, told: Mapping[str, Any], where: str) -> Any:
+        import zstandard
+
+        out, at, begin = torch.empty(told["bytes"], dtype=torch.uint8), 0, 0
+        view = memoryview(out.numpy()) if len(out) else memoryview(b"")
+        data = memoryview(stored.numpy())
+        decompressor = zstandard.ZstdDecompressor()
+        for size in told["frames"]:
+            try:
+                piece = decompressor.decompress(data[begin : begin + size], max_output_size=FRAME)
+            except zstandard.ZstdError as error:
+                raise MissingError(f"{where} is damaged ({error}); pack the model again") from error
+            view[at : at + len(piece)] = piece
+            at, begin = at + len(piece), begin + size
+        if at != len(out):
+            raise MissingError(f"{where} is damaged; pack the model again")
+        return out

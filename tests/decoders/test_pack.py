@@ -1,0 +1,234 @@
+"""Packing a model and giving it back: byte for byte, whatever is in it, and whoever is interrupted."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from decodathlon.decoders.jit_delta import container, pack, schemes
+from decodathlon.decoders.jit_delta.container import Reader
+from decodathlon.harness.errors import MissingError, SpecError
+
+SILENT = [].append
+QUANTISED = {"quantization_config": {"quant_method": "awq"}}
+
+
+def weights():
+    """Tensors of every kind: large and small, of all types, with every bit pattern, and empty."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator) * 0.02
+
+    every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return {
+        "a.weight": normal(257, 129).bfloat16(), "b.weight": every.view(256, 256).clone(),
+        "norm": normal(64).bfloat16(),
+        "half": normal(100, 50).half(), "full": normal(90, 70), "whole": torch.arange(5000), "empty": torch.zeros(0, 7),
+        "scalar": torch.tensor(3.0, dtype=torch.bfloat16), "yes": torch.tensor([True, False]),
+        "zeros": torch.zeros(80, 80, dtype=torch.bfloat16), "eight": normal(80, 80).to(torch.float8_e4m3fn),
+        "wide": normal(70, 70).double(),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder as a hub has it: two shards with an index, a config, and something beside."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.txt").write_text("kept")
+    tensors = weights()
+    names = list(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    for file, some in shards.items():
+        save_file({n: tensors[n] for n in some}, folder / file, metadata={"format": "pt"})
+    where = {n: file for file, some in shards.items() for n in some}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+def same(one, other):
+    left, right = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in (one, other))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name] == right[name], name
+
+
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+def test_files_come_back_byte_for_byte(model, tmp_path, scheme):
+    reader = pack.pack(model, tmp_path / "packed", scheme, SILENT)
+    assert pack.verify(tmp_path / "packed", SILENT) == len(weights()) == len(reader.records)
+    made = pack.unpack(tmp_path / "packed", tmp_path / "back", SILENT)
+    assert len(made) == 2
+    same(model, tmp_path / "back")
+    forms = {name: record.form for name, record in reader.records.items()}
+    assert forms["a.weight"] == forms["b.weight"] == forms["zeros"] == scheme
+    assert forms["half"] == forms["full"] == "bytes"
+    assert {forms[n] for n in ("norm", "whole", "empty", "scalar", "yes", "eight", "wide")} == {"raw"}
+
+
+def test_packed_files_are_safetensors(model, tmp_path):
+    """Anybody's reader opens them; planes are their tensors."""
+    pack.pack(model, tmp_path / "packed", "nested", SILENT)
+    found = load_file(tmp_path / "packed" / "model-00001-of-00002.packed.safetensors")
+    assert {n.rpartition(":")[2] for n in found if n.startswith("a.weight:")} == {
+        "code", "first", "second", "middle", "last", "escapes", "before", "spans", "means",
+    }  # fmt: skip
+    assert found["a.weight:middle"].numel() == -(-257 * 129 // 256) * 128
+
+
+def test_sizes_are_those_of_the_files(model, tmp_path):
+    reader = pack.pack(model, tmp_path / "packed", "nested", SILENT)
+    record = reader.records["a.weight"]
+    counts = torch.bincount(weights()["a.weight"].view(torch.int16).int().flatten() & 0xFFFF, minlength=65536)
+    p = counts[counts > 0] / counts.sum()
+    assert record.floor == pytest.approx(float(-(p * p.log2()).sum()), abs=1e-4)
+    assert record.memory == sum(t.numel() * t.element_size() for t in reader.read("a.weight").planes.values())
+    files = sum(p.stat().st_size for p in (tmp_path / "packed").glob("*.safetensors"))
+    stored = sum(r.disk for r in reader.records.values())
+    assert stored < files < stored + 3 * (container.ROOM + 200 * container.ENTRY)
+
+
+@pytest.mark.parametrize("plane", ["code", "middle", "escapes"])
+def test_a_flipped_bit_is_named(model, tmp_path, plane):
+    reader = pack.pack(model, tmp_path / "packed", "nested", SILENT)
+    told = reader.records["b.weight"].planes[plane]
+    path = tmp_path / "packed" / reader.records["b.weight"].file
+    data = bytearray(path.read_bytes())
+    data[told["at"] + told["stored"] // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(MissingError, match=f"plane {plane} of b.weight is damaged"):
+        pack.verify(tmp_path / "packed", SILENT)
+
+
+def test_files_that_are_torn_or_foreign_are_named(model, tmp_path):
+    out = tmp_path / "packed"
+    pack.pack(model, out, "nested", SILENT)
+    with pytest.raises(MissingError, match="no packed model"):
+        Reader(model)
+    whole = (out / container.MANIFEST).read_text()
+    (out / container.MANIFEST).write_text(whole[:100])
+    with pytest.raises(MissingError, match="torn"):
+        Reader(out)
+    (out / container.MANIFEST).write_text(whole.replace('"version": 1', '"version": 9'))
+    with pytest.raises(SpecError, match="packed in version 9"):
+        Reader(out)
+    (out / container.MANIFEST).write_text(whole)
+    file = out / "model-00002-of-00002.packed.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-10])
+    with pytest.raises(MissingError, match=r"model-00002.*is torn"):
+        pack.verify(out, SILENT)
+    file.write_bytes(b"GGUF" + data[4:])
+    with pytest.raises(MissingError, match=r"model-00002.*no safetensors file"):
+        pack.verify(out, SILENT)
+
+
+KILLED = """
+    import sys, os
+    from pathlib import Path
+    from decodathlon.decoders.jit_delta import container, pack
+    add, count = container.Writer.add, [0]
+    def stumble(self, *given):
+        count[0] += 1
+        if count[0] == {at}:
+            self._file.write(b"half a plane"); self._file.flush()
+            os.kill(os.getpid(), 9)
+        return add(self, *given)
+    container.Writer.add = stumble
+    pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), "nested", lambda text: None)
+"""
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 6, 9])
+def test_who_was_killed_goes_on_behind_the_last_tensor(model, tmp_path, at, monkeypatch):
+    out = tmp_path / "packed"
+    code = textwrap.dedent(KILLED.format(at=at))
+    done = subprocess.run([sys.executable, "-c", code, str(model), str(out)], capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr.decode()
+    with pytest.raises(MissingError, match="no packed model"):
+        Reader(out)
+    added, add = [], container.Writer.add
+    monkeypatch.setattr(
+        container.Writer, "add", lambda self, name, *given: (added.append(name), add(self, name, *given))[1]
+    )
+    pack.pack(model, out, "nested", SILENT)
+    assert len(added) == len(weights()) - (at - 1)
+    pack.unpack(out, tmp_path / "back", SILENT)
+    same(model, tmp_path / "back")
+    assert not list(out.glob("*.journal"))
+    assert not list(out.glob("*.part"))
+
+
+def test_a_disk_that_is_full_keeps_what_is_done(model, tmp_path, monkeypatch):
+    out, put = tmp_path / "packed", container._pieces
+
+    def full(raw, **more):
+        if len(raw) == 100 * 50:
+            raise OSError(28, "No space left on device")
+        return put(raw, **more)
+
+    monkeypatch.setattr(container, "_pieces", full)
+    with pytest.raises(MissingError, match=r"No space left on device. What is done is kept"):
+        pack.pack(model, out, "nested", SILENT)
+    monkeypatch.undo()
+    pack.pack(model, out, "nested", SILENT)
+    pack.unpack(out, tmp_path / "back", SILENT)
+    same(model, tmp_path / "back")
+
+
+def test_room_is_asked_for_before_anything_is_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**6))
+    with pytest.raises(MissingError, match=r"0\.0 GB free, and about 0\.1 GB are needed"):
+        pack.pack(model, tmp_path / "packed", "nested", SILENT)
+
+
+def changed(model, name, content):
+    (model / name).write_text(content)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: changed(m, "config.json", json.dumps(QUANTISED)), r"quantised already \(awq\)"),
+        (lambda m: changed(m, "config.json", "{"), "config.json is torn"),
+        (lambda m: (m / "config.json").unlink() or m, "no config.json"),
+        (lambda m: (m / "model-00002-of-00002.safetensors").unlink() or m, "names model-00002-of-00002"),
+        (lambda m: changed(m, "model-00001-of-00002.safetensors", "x" * 99), "no safetensors file, or torn"),
+        (lambda m: changed(m, "model.safetensors.index.json", "{}"), "index.json is torn"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_packed_is_told(model, tmp_path, change, said):
+    with pytest.raises((MissingError, SpecError), match=said):
+        pack.pack(change(model), tmp_path / "packed", "nested", SILENT)
+
+
+def test_pickles_are_not_opened(tmp_path):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(MissingError, match=r"pytorch_model.bin, a pickle"):
+        pack.pack(folder, tmp_path / "packed", "nested", SILENT)
+
+
+def test_a_folder_with_something_else_is_left_alone(model, tmp_path):
+    out = tmp_path / "packed"
+    pack.pack(model, out, "nested", SILENT)
+    with pytest.raises(SpecError, match="packed of other weights, or otherwise"):
+        pack.pack(model, out, "fixed12", SILENT)
+    os.utime(model / "model-00001-of-00002.safetensors", (1, 1))
+    with pytest.raises(SpecError, match="packed of other weights, or otherwise"):
+        pack.pack(model, out, "nested", SILENT)
+    with pytest.raises(SpecError, match="not empty"):
+        pack.pack(model, model.parent, "nested", SILENT)
+    with pytest.raises(SpecError, match="not empty"):
+        pack.unpack(out, model, SILENT)
