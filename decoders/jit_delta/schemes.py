@@ -21,7 +21,7 @@ SCHEMES = ("nested", "fixed12")
 #: BF16 tensors of fewer weights stay as they are.
 SMALL = 4096
 #: Weights that are encoded at once: whole spans of `kernels.delta`.
-PART = 1 << 20
+PART = 1 << 18
 #: Planes that are worth compressing on disk: those of exponents. Signs and mantissas are noise.
 COMPRESSED = {"code", "escapes", "before", "spans", "escape_at", "high"}
 #: Bytes of a number, of the types that are split into planes of bytes.
@@ -99,27 +99,37 @@ def _weights(data: Tensor, form: str, each: Callable[[Tensor], None]) -> Packed:
         counts += reference.patterns(part)
     known = reference.plan(counts)
     make: Callable[..., Any] = {"nested": reference.nested, "fixed12": reference.fixed12}[form]
-    planes = _joined(make(part, known)._asdict() for part in bits.split(PART))
+    planes = _joined((make(part, known)._asdict() for part in bits.split(PART)), -(-len(bits) // reference.BLOCK))
     if form == "nested":
         planes["means"] = known.means
     facts = {"start": known.nested if form == "nested" else known.fixed12, "count": len(bits)}
     return Packed(form, planes, facts, entropy(counts))
 
 
-def _joined(parts: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """Planes of parts, one behind the other; what counts escapes or places goes on where the part before ended."""
+def _joined(parts: Iterable[dict[str, Any]], blocks: int) -> dict[str, Tensor]:
+    """Planes of parts, one behind the other; what counts escapes or places goes on where the part before ended.
+
+    Those that have a row per block are large, and are written where they will stay.
+    """
+    whole: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
-    escapes = at = 0
+    escapes = at = begin = 0
     for part in parts:
         tensors = {name: value for name, value in part.items() if isinstance(value, torch.Tensor) and name != "means"}
         if "spans" in tensors:
             tensors["spans"] = tensors["spans"] + escapes
         if "escape_at" in tensors:
             tensors["escape_at"] = tensors["escape_at"] + at
-        escapes, at = escapes + len(tensors["escapes"]), at + part["count"]
+        rows = len(tensors["code"])
         for name, tensor in tensors.items():
-            found.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors) for name, tensors in found.items()}
+            if tensor.dim() == 2:
+                if name not in whole:
+                    whole[name] = tensor.new_empty(blocks, tensor.shape[1])
+                whole[name][begin : begin + rows] = tensor
+            else:
+                found.setdefault(name, []).append(tensor)
+        escapes, at, begin = escapes + len(tensors["escapes"]), at + part["count"], begin + rows
+    return whole | {name: torch.cat(tensors) for name, tensors in found.items()}
 
 
 def _bytes(data: Tensor, width: int, each: Callable[[Tensor], None]) -> Packed:
