@@ -3,7 +3,10 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 256, HALF = 128, BITS = 32, SPAN = 256, NESTED = 7 };
+enum { BLOCK = 256, HALF = 128, BITS = 32, SPAN = 256 };
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bytes are looked at in words whose first byte is the lowest"
+#endif
 
 /* Sign and the exponent of a code, before escapes are put right. */
 static inline uint16_t framed(int nibble, int start) {
@@ -19,21 +22,32 @@ static inline void finish(uint16_t *out, const uint16_t *o, int64_t b, int64_t c
     if ((b + 1) * BLOCK > count) memcpy(out + b * BLOCK, o, sizeof *o * (size_t)(count - b * BLOCK));
 }
 
-/* Exponents of the escapes of one block, whose first is `known`; weights keep what is not of `keep`. */
-static inline void escaped(uint16_t *o, const uint8_t *code, const uint8_t *known) {
-    for (int i = 0; i < HALF; i++)
-        if ((code[i] & 7) == NESTED) o[i] = (uint16_t)((o[i] & 0x807F) | *known++ << 7);
-    for (int i = 0; i < HALF; i++)
-        if ((code[i] >> 4 & 7) == NESTED) o[HALF + i] = (uint16_t)((o[HALF + i] & 0x807F) | *known++ << 7);
+/* Exponents of the escapes of one block, whose first is number `rank`. They are few, so eight codes are looked at together: a
+   code of 7 plus 1 has bit 3. Returns 1 if there are more than `room`, of all. */
+static inline int escaped(uint16_t *o, const uint8_t *code, const uint8_t *escapes, int64_t rank, int64_t room) {
+    if (rank < 0 || rank > room) return 1;
+    const uint8_t *known = escapes + rank, *behind = escapes + room;
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < HALF; i += 8) {
+            uint64_t codes, hits;
+            memcpy(&codes, code + i, sizeof codes);
+            hits = ((codes >> 4 * half & 0x0707070707070707u) + 0x0101010101010101u) & 0x0808080808080808u;
+            for (; hits; hits &= hits - 1) {
+                if (known >= behind) return 1;
+                int at = half * HALF + i + (__builtin_ctzll(hits) >> 3);
+                o[at] = (uint16_t)((o[at] & 0x807F) | *known++ << 7);
+            }
+        }
+    return 0;
 }
 
 static inline int64_t rank_of(const uint16_t *before, const int64_t *spans, int64_t b) {
     return spans[b / SPAN] + before[b];
 }
 
-void nested_exact(const uint8_t *code, const uint8_t *first, const uint8_t *second, const uint8_t *middle,
-                  const uint8_t *last, const uint8_t *escapes, const uint16_t *before, const int64_t *spans, int start,
-                  int64_t begin, int64_t end, int64_t count, uint16_t *out) {
+int nested_exact(const uint8_t *code, const uint8_t *first, const uint8_t *second, const uint8_t *middle,
+                 const uint8_t *last, const uint8_t *escapes, const uint16_t *before, const int64_t *spans, int64_t room,
+                 int start, int64_t begin, int64_t end, int64_t count, uint16_t *out) {
     for (int64_t b = begin; b < end; b++) {
         uint16_t scratch[BLOCK], *o = place(out, scratch, b, count);
         const uint8_t *c = code + b * HALF, *m = middle + b * HALF;
@@ -45,15 +59,16 @@ void nested_exact(const uint8_t *code, const uint8_t *first, const uint8_t *seco
         for (int k = 0; k < 8; k++)
             for (int i = 0; i < BITS; i++)
                 o[k * BITS + i] |= (uint16_t)((f[i] >> k & 1) << 6 | (s[i] >> k & 1) << 5 | (l[i] >> k & 1));
-        escaped(o, c, escapes + rank_of(before, spans, b));
+        if (escaped(o, c, escapes, rank_of(before, spans, b), room)) return 1;
         finish(out, o, b, count);
     }
+    return 0;
 }
 
 /* `table` has the mantissa of each prefix, in 1/128; 128 is the next power of two. `kept` bits of mantissa are read. */
-void nested_draft(const uint8_t *code, const uint8_t *first, const uint8_t *second, const uint8_t *escapes,
-                  const uint16_t *before, const int64_t *spans, const uint16_t *table, int kept, int start,
-                  int64_t begin, int64_t end, int64_t count, uint16_t *out) {
+int nested_draft(const uint8_t *code, const uint8_t *first, const uint8_t *second, const uint8_t *escapes,
+                 const uint16_t *before, const int64_t *spans, const uint16_t *table, int64_t room, int kept, int start,
+                 int64_t begin, int64_t end, int64_t count, uint16_t *out) {
     for (int64_t b = begin; b < end; b++) {
         uint16_t scratch[BLOCK], add[BLOCK], *o = place(out, scratch, b, count);
         const uint8_t *c = code + b * HALF;
@@ -61,7 +76,7 @@ void nested_draft(const uint8_t *code, const uint8_t *first, const uint8_t *seco
             o[i] = framed(c[i] & 15, start);
             o[HALF + i] = framed(c[i] >> 4, start);
         }
-        escaped(o, c, escapes + rank_of(before, spans, b));
+        if (escaped(o, c, escapes, rank_of(before, spans, b), room)) return 1;
         const uint8_t *f = first + b * BITS, *s = second + b * BITS;
         for (int k = 0; k < 8; k++)
             for (int i = 0; i < BITS; i++) {
@@ -74,6 +89,7 @@ void nested_draft(const uint8_t *code, const uint8_t *first, const uint8_t *seco
         }
         finish(out, o, b, count);
     }
+    return 0;
 }
 
 /* Escapes are put right by the caller, who knows their places. */
@@ -85,6 +101,65 @@ void fixed12_exact(const uint8_t *code, const uint8_t *rest, int start, int64_t 
         for (int i = 0; i < HALF; i++) {
             o[i] = (uint16_t)((r[i] & 128) << 8 | ((start + (c[i] & 15)) << 7 & 0x7F80) | (r[i] & 127));
             o[HALF + i] = (uint16_t)((r[HALF + i] & 128) << 8 | ((start + (c[i] >> 4)) << 7 & 0x7F80) | (r[HALF + i] & 127));
+        }
+        finish(out, o, b, count);
+    }
+}
+
+/* The patterns of q * scale for the 16 codes of a group, in bfloat16, rounded to even; scales are finite. */
+static void values(uint16_t scale, uint16_t *table) {
+    uint32_t wide = (uint32_t)scale << 16;
+    float s;
+    memcpy(&s, &wide, sizeof s);
+    for (int code = 0; code < 16; code++) {
+        float product = (float)(code - 8) * s;
+        uint32_t u;
+        memcpy(&u, &product, sizeof u);
+        table[code] = (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+    }
+}
+
+/* Its number in the order of the values, so that neighbours differ by 1. */
+static inline int ordinal(uint16_t u) { return u < 0x8000 ? u : 0x7FFF - (int)u; }
+
+enum { GROUP = 64 };
+
+/* Patches are put in by the caller, who knows their places. */
+int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t *low, const uint8_t *escapes,
+                     const uint16_t *before, const int64_t *spans, int64_t room, int64_t begin, int64_t end,
+                     int64_t count, uint16_t *out) {
+    for (int64_t b = begin; b < end; b++) {
+        uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
+        uint8_t q[BLOCK], none[BLOCK];
+        const uint8_t *c = code + b * HALF, *l = low + b * BLOCK;
+        int64_t rank = rank_of(before, spans, b);
+        int count_none = 0;
+        for (int i = 0; i < HALF; i++) q[i] = c[i] & 15;
+        for (int i = 0; i < HALF; i++) q[HALF + i] = c[i] >> 4;
+        for (int g = 0; g < BLOCK / GROUP; g++) {
+            values(scales[b * (BLOCK / GROUP) + g], table);
+            for (int k = 0; k < 16; k++) table[k] = (uint16_t)ordinal(table[k]);
+            for (int i = g * GROUP; i < (g + 1) * GROUP; i++) o[i] = (uint16_t)(table[q[i]] + (int8_t)l[i]);
+        }
+        for (int i = 0; i < BLOCK; i++) { /* without a branch that nobody could foresee */
+            none[count_none] = (uint8_t)i;
+            count_none += q[i] == 8;
+        }
+        if (rank < 0 || rank + count_none > room) return 1;
+        for (int k = 0; k < count_none; k++) o[none[k]] = (uint16_t)(escapes[rank + k] << 8 | l[none[k]]);
+        for (int i = 0; i < BLOCK; i++) o[i] = (uint16_t)((int16_t)o[i] >= 0 ? o[i] : 0x7FFF - o[i]);
+        finish(out, o, b, count);
+    }
+    return 0;
+}
+
+void int4_draft(const uint8_t *code, const uint16_t *scales, int64_t begin, int64_t end, int64_t count, uint16_t *out) {
+    for (int64_t b = begin; b < end; b++) {
+        uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
+        const uint8_t *c = code + b * HALF;
+        for (int g = 0; g < BLOCK / GROUP; g++) {
+            values(scales[b * (BLOCK / GROUP) + g], table);
+            for (int i = g * GROUP; i < (g + 1) * GROUP; i++) o[i] = table[i < HALF ? c[i] & 15 : c[i - HALF] >> 4];
         }
         finish(out, o, b, count);
     }

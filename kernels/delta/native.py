@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
+from . import int4, reference
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-std=c11")
+#: Of planes that were not made by the encoders.
+ESCAPED = "the planes of a packed tensor count more escapes than there are"
 #: Blocks below which a second thread is not worth its start.
 LEAST = 256
 
@@ -69,11 +71,13 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 def nested_exact(c: ctypes.CDLL, planes: reference.Nested, out: Tensor) -> None:
     """Into out (N,) int16."""
-    tensors = [_at(p.contiguous()) for p in planes[:8]]
+    held = [p.contiguous() for p in planes[:8]]
+    tensors, room = [_at(p) for p in held], ctypes.c_int64(len(planes.escapes))
 
     def part(begin: int, end: int) -> None:
         places = [ctypes.c_int64(n) for n in (begin, end, planes.count)]
-        c.nested_exact(*tensors, ctypes.c_int(planes.start), *places, _at(out))
+        if c.nested_exact(*tensors, room, ctypes.c_int(planes.start), *places, _at(out)):
+            raise ValueError(ESCAPED)
 
     _in_threads(len(planes.code), part)
 
@@ -85,11 +89,12 @@ def nested_draft(c: ctypes.CDLL, planes: reference.Nested, bits: int, out: Tenso
     table = (means.to(torch.bfloat16).view(torch.int16) - (127 << 7)).contiguous()
     used = (planes.code, planes.first, planes.second, planes.escapes, planes.before, planes.spans, table)
     tensors = [_at(p) for p in used]
+    numbers = [ctypes.c_int64(len(planes.escapes)), ctypes.c_int(kept), ctypes.c_int(planes.start)]
 
     def part(begin: int, end: int) -> None:
-        numbers = [ctypes.c_int(kept), ctypes.c_int(planes.start)]
         places = [ctypes.c_int64(n) for n in (begin, end, planes.count)]
-        c.nested_draft(*tensors, *numbers, *places, _at(out))
+        if c.nested_draft(*tensors, *numbers, *places, _at(out)):
+            raise ValueError(ESCAPED)
 
     _in_threads(len(planes.code), part)
 
@@ -105,3 +110,29 @@ def fixed12_exact(c: ctypes.CDLL, planes: reference.Fixed12, out: Tensor) -> Non
     _in_threads(len(planes.code), part)
     at = planes.escape_at.long()
     out[at] = reference.low16(out[at].int() & 0x807F | planes.escapes.int() << 7)
+
+
+def int4_delta_exact(c: ctypes.CDLL, planes: int4.Int4Delta, out: Tensor) -> None:
+    """Into out (N,) int16."""
+    used = (planes.code, planes.scales, planes.low, planes.escapes, planes.before, planes.spans)
+    tensors = [_at(p) for p in used]
+
+    def part(begin: int, end: int) -> None:
+        numbers = [ctypes.c_int64(n) for n in (len(planes.escapes), begin, end, planes.count)]
+        if c.int4_delta_exact(*tensors, *numbers, _at(out)):
+            raise ValueError(ESCAPED)
+
+    _in_threads(len(planes.code), part)
+    at = planes.patch_at.long()
+    kept = at < planes.count
+    out[at[kept]] = planes.patches[kept]
+
+
+def int4_draft(c: ctypes.CDLL, planes: int4.Int4Delta, out: Tensor) -> None:
+    """Into out (N,) int16, the patterns of the base."""
+    code, scales = _at(planes.code), _at(planes.scales)
+
+    def part(begin: int, end: int) -> None:
+        c.int4_draft(code, scales, *[ctypes.c_int64(n) for n in (begin, end, planes.count)], _at(out))
+
+    _in_threads(len(planes.code), part)

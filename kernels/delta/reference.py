@@ -19,7 +19,7 @@ Dimensions: N weights, B = ceil(N / 256) blocks, E escapes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from torch import Tensor
 BLOCK = 256
 #: Blocks whose escapes are counted together.
 SPAN = 256
+#: Planes of places, ascending, and what stands there.
+PLACED = {"escape_at": "escapes", "patch_at": "patches"}
 #: Codes of the exponent, of which the last says that there is none.
 NESTED, FIXED = 7, 15
 
@@ -103,15 +105,15 @@ def nested(bits: Tensor, known: Plan | None = None) -> Nested:
     """Encode bit patterns (N,) int16. Parts of `SPAN` blocks, encoded by the plan of the whole, can be put one behind
     the other; `spans` of each goes on where the one before ended."""
     known = known or plan(patterns(bits))
-    start, u = known.nested, _padded(bits, known.nested)
+    start, u = known.nested, padded(bits, known.nested)
     exponent, mantissa = u >> 7 & 255, u & 127
     inside = (exponent >= start) & (exponent < start + NESTED)
     code = torch.where(inside, exponent - start, NESTED) | (u >> 15) << 3
     counts = (~inside).sum(1)
-    spans = _spans(counts)
+    spans = spans_of(counts)
     before = counts.cumsum(0) - counts - spans.repeat_interleave(SPAN)[: len(counts)]
     return Nested(
-        _nibbles(code), _bits(mantissa >> 6), _bits(mantissa >> 5), _nibbles(mantissa >> 1), _bits(mantissa),
+        nibbles(code), _bits(mantissa >> 6), _bits(mantissa >> 5), nibbles(mantissa >> 1), _bits(mantissa),
         exponent[~inside].to(torch.uint8), low16(before), spans, known.means, start, len(bits),
     )  # fmt: skip
 
@@ -119,7 +121,7 @@ def nested(bits: Tensor, known: Plan | None = None) -> Nested:
 def nested_exact(planes: Nested) -> Tensor:
     """The bit patterns (N,) int16 again."""
     sign, exponent = _sign_exponent(planes)
-    mantissa = _unbit(planes.first) << 6 | _unbit(planes.second) << 5 | _unnibbled(planes.middle) << 1
+    mantissa = _unbit(planes.first) << 6 | _unbit(planes.second) << 5 | unnibbled(planes.middle) << 1
     return low16(sign << 15 | exponent << 7 | mantissa | _unbit(planes.last)).flatten()[: planes.count]
 
 
@@ -138,41 +140,76 @@ def nested_draft(planes: Nested, bits: int) -> Tensor:
 
 def _sign_exponent(planes: Nested) -> tuple[Tensor, Tensor]:
     """(B, 256) int32 of each."""
-    code = _unnibbled(planes.code)
+    code = unnibbled(planes.code)
     sign, code = code >> 3, code & 7
     outside = code == NESTED
     if not len(planes.escapes):
         return sign, planes.start + code
-    within = outside.cumsum(1) - outside.long()
-    spans = planes.spans.repeat_interleave(SPAN)[: len(code)]
-    rank = within + ((planes.before.int() & 0xFFFF).long() + spans)[:, None]
-    known = planes.escapes.int()[rank.clamp(max=len(planes.escapes) - 1)]
+    known = planes.escapes.int()[ranks(planes, outside).clamp(max=len(planes.escapes) - 1)]
     return sign, torch.where(outside, known, planes.start + code)
 
 
 def fixed12(bits: Tensor, known: Plan | None = None) -> Fixed12:
     """Encode bit patterns (N,) int16, in parts as `nested` is; places of escapes are within the part."""
     start = (known or plan(patterns(bits))).fixed12
-    u = _padded(bits, start)
+    u = padded(bits, start)
     exponent = u >> 7 & 255
     inside = (exponent >= start) & (exponent < start + FIXED)
     at = (~inside).flatten().nonzero()[:, 0]
     return Fixed12(
-        _nibbles(torch.where(inside, exponent - start, FIXED)), (u >> 8 & 128 | u & 127).to(torch.uint8),
+        nibbles(torch.where(inside, exponent - start, FIXED)), (u >> 8 & 128 | u & 127).to(torch.uint8),
         at.to(torch.int32), exponent.flatten()[at].to(torch.uint8), start, len(bits),
     )  # fmt: skip
 
 
 def fixed12_exact(planes: Fixed12) -> Tensor:
     """The bit patterns (N,) int16 again."""
-    exponent = planes.start + _unnibbled(planes.code)
+    exponent = planes.start + unnibbled(planes.code)
     exponent = exponent.flatten()
     exponent[planes.escape_at.long()] = planes.escapes.int()
     rest = planes.rest.int().flatten()
     return low16((rest & 128) << 8 | exponent << 7 | rest & 127)[: planes.count]
 
 
-def _padded(bits: Tensor, start: int) -> Tensor:
+def ranks(planes: Any, outside: Tensor) -> Tensor:
+    """(B, 256) int64: how many escapes stand before each weight, of those that `outside` (B, 256) says are some."""
+    within = outside.cumsum(1) - outside.long()
+    spans = planes.spans.repeat_interleave(SPAN)[: len(outside)]
+    return within + ((planes.before.int() & 0xFFFF).long() + spans)[:, None]
+
+
+def gathered(planes: Any, blocks: Tensor) -> Any:
+    """The planes of these blocks (n,) int64 alone, in this order, as those of a tensor of 256 n weights.
+
+    A plane that was left out, as a draft may, stands there as (B, 0).
+    """
+    kept = planes._asdict()
+    found = {name: p[blocks] for name, p in kept.items() if isinstance(p, Tensor) and p.dim() == 2}
+    if "before" in kept and planes.before.dim() == 1:  # escapes in their order, counted by block
+        start = (planes.before.int() & 0xFFFF).long() + planes.spans.repeat_interleave(SPAN)[: len(planes.code)]
+        bounds = torch.cat([start, start.new_tensor([len(planes.escapes)])])
+        begin, counts = bounds[blocks], bounds[blocks + 1] - bounds[blocks]
+        spans = spans_of(counts)
+        before = counts.cumsum(0) - counts - spans.repeat_interleave(SPAN)[: len(counts)]
+        found |= {"escapes": planes.escapes[ranges(begin, counts)], "before": low16(before), "spans": spans}
+    for places, values in PLACED.items():
+        if places in kept and kept[places].dim() == 1:
+            edge = kept[places].long()
+            begin, end = (torch.searchsorted(edge, at) for at in (blocks * BLOCK, (blocks + 1) * BLOCK))
+            some = ranges(begin, end - begin)
+            moved = (torch.arange(len(blocks), device=blocks.device) - blocks) * BLOCK
+            at = (edge[some] + moved.repeat_interleave(end - begin)).to(torch.int32)
+            found |= {places: at, values: kept[values][some]}
+    return planes._replace(**found, count=len(blocks) * BLOCK)
+
+
+def ranges(begin: Tensor, counts: Tensor) -> Tensor:
+    """begin[0], begin[0] + 1, ..., so many as counts[0] says, then those from begin[1] on, and so on."""
+    before = counts.cumsum(0) - counts
+    return (begin - before).repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device)
+
+
+def padded(bits: Tensor, start: int) -> Tensor:
     """(B, 256) int32 patterns; what fills them up is no escape."""
     u = bits.flatten().int() & 0xFFFF
     return torch.cat([u, u.new_full((-len(u) % BLOCK,), start << 7)]).view(-1, BLOCK)
@@ -185,7 +222,7 @@ def _window(counts: Tensor, codes: int) -> int:
     return int((below[codes:] - below[:-codes]).argmax())
 
 
-def _spans(counts: Tensor) -> Tensor:
+def spans_of(counts: Tensor) -> Tensor:
     """Escapes before each span of blocks."""
     padded = torch.cat([counts, counts.new_zeros(-len(counts) % SPAN)]).view(-1, SPAN).sum(1)
     return padded.cumsum(0) - padded
@@ -196,12 +233,12 @@ def low16(u: Tensor) -> Tensor:
     return ((u.long() + 0x8000 & 0xFFFF) - 0x8000).to(torch.int16)
 
 
-def _nibbles(values: Tensor) -> Tensor:
+def nibbles(values: Tensor) -> Tensor:
     values = values & 15
     return (values[:, :128] | values[:, 128:] << 4).to(torch.uint8)
 
 
-def _unnibbled(plane: Tensor) -> Tensor:
+def unnibbled(plane: Tensor) -> Tensor:
     wide = plane.int()
     return torch.cat([wide & 15, wide >> 4], 1)
 

@@ -19,6 +19,7 @@ def test_the_compiler_takes_them(gpu):
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+        from decodathlon.kernels.delta import triton as delta
         from decodathlon.kernels.reservoir import triton as reservoir
         from decodathlon.kernels.sample import triton as sample
 
@@ -52,9 +53,20 @@ def test_the_compiler_takes_them(gpu):
                  **state, **{{n + "_out": t for n, t in state.items()}}),
             MERGED=8192, PARTS_UP=64, K=128, SLOTS=128, EVERY=2, CROSS=True, ONE=True, EMPTY=-1,
         )
+        planes = dict(code="*u8", first="*u8", second="*u8", middle="*u8", last="*u8", escapes="*u8", before="*i16",
+                      spans="*i64", table="*i16", rest="*u8", escape_at="*i32", start="i32", N="i32", out="*i16")
+        sizes = dict(x="*i16", y="*fp32", K="i32", bounds="*i32", E="i32") | planes
+        for kept in (7, 1):
+            compiled(delta._nested_rebuild, planes, KEPT=kept)
+            for rows in (1, 8):
+                compiled(delta._nested_product, sizes, M=rows, KEPT=kept, PATTERNS=True, ROWS=delta.ROWS)
+        compiled(delta._fixed12_rebuild, planes)
+        compiled(delta._put_escapes, sizes, BLOCK=256)
+        for rows in (1, 8):
+            compiled(delta._fixed12_product, sizes, M=rows, PATTERNS=True, ROWS=delta.ROWS, TOGETHER=delta.TOGETHER)
         """
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("\n") == 3
+    assert done.stdout.count("\n") == 13

@@ -4,39 +4,14 @@ import math
 
 import pytest
 import torch
+from delta_cases import CASES, EVERY, normal
 
-from decodathlon.kernels.delta import native, reference
+from decodathlon.kernels.delta import int4, native, reference
 
-EVERY = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 FORMS = {
     "nested": (reference.nested, reference.nested_exact),
     "fixed12": (reference.fixed12, reference.fixed12_exact),
-}
-
-
-def normal(count, scale=0.02, seed=0):
-    made = torch.randn(count, generator=torch.Generator().manual_seed(seed)) * scale
-    return made.to(torch.bfloat16)
-
-
-def shuffled(seed):
-    return EVERY[torch.randperm(len(EVERY), generator=torch.Generator().manual_seed(seed))]
-
-
-CASES = {
-    "every pattern": EVERY,
-    "every pattern, shuffled": shuffled(0),
-    "every pattern, many times": torch.cat([shuffled(seed) for seed in range(3)] + [normal(70_000).view(torch.int16)]),
-    "nothing": EVERY[:0],
-    "one": EVERY[77:78],
-    "zeros": torch.zeros(1000, dtype=torch.int16),
-    "negative zeros": torch.full((300,), -32768, dtype=torch.int16),
-    "NaN with a payload": torch.full((513,), 0x7FC3, dtype=torch.int16),
-    "subnormals": torch.arange(1, 128, dtype=torch.int16),
-    "largest exponents": torch.arange(0x7F00, 0x7F80, dtype=torch.int16),
-    "an odd number": normal(4_095).view(torch.int16),
-    "two scales": torch.cat([normal(5_000), normal(5_000, 1e-20)]).view(torch.int16),
-    "a block of escapes": torch.cat([normal(2_560), normal(256, 1e9), normal(2_560)]).view(torch.int16),
+    "int4_delta": (int4.int4_delta, int4.int4_delta_exact),
 }
 
 
@@ -45,6 +20,20 @@ CASES = {
 def test_every_pattern_comes_back(form, case):
     encode, decode = FORMS[form]
     assert torch.equal(decode(encode(CASES[case])), CASES[case])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != "nothing"])
+@pytest.mark.parametrize("form", FORMS)
+def test_some_blocks_alone_are_what_they_are_among_all(form, case):
+    encode, decode = FORMS[form]
+    planes = encode(CASES[case])
+    whole = torch.cat([CASES[case], CASES[case].new_zeros(-len(CASES[case]) % reference.BLOCK)]).view(-1, 256)
+    count = len(whole)
+    for blocks in ([0], [count - 1, 0, count // 2, 0], list(range(count)) * 2, []):
+        found = decode(reference.gathered(planes, torch.tensor(blocks, dtype=torch.long))).view(-1, 256)
+        for got, b in zip(found, blocks, strict=True):
+            kept = 256 if b < count - 1 or len(CASES[case]) % 256 == 0 else len(CASES[case]) % 256
+            assert torch.equal(got[:kept], whole[b][:kept])
 
 
 NATIVE = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -67,6 +56,9 @@ def test_the_compiled_form_does_what_the_definition_does(case):
         expected = reference.nested_draft(planes, width)
         nan = expected.isnan()
         assert torch.equal(out[~nan], expected.view(torch.int16)[~nan])
+    base, out = int4.int4_delta(bits), torch.zeros_like(bits)
+    native.int4_draft(c, base, out)
+    assert torch.equal(out, int4.int4_draft(base).view(torch.int16))
 
 
 def test_parts_make_up_the_whole():
@@ -127,3 +119,32 @@ def test_drafts_of_what_is_no_usual_number():
     assert found[2:4].tolist() == [math.inf, -math.inf]
     assert abs(found[4]) < 1e-37
     assert found[5] == 1.5
+
+
+def test_a_base_of_four_bits_takes_more_and_drafts_as_well_as_five():
+    """4.25 of the base, 8 of the delta, 8 more where the base is 0, and 16 per 256 weights."""
+    weights = normal(2**21)
+    planes = int4.int4_delta(weights.view(torch.int16))
+    none = len(planes.escapes) / len(weights)
+    assert 0.1 < none < 0.16
+    assert len(planes.patches) == 0
+    assert stored(planes) / len(weights) == pytest.approx(4.25 + 8 + 8 * none + 16 / 256, abs=0.002)
+    error = (int4.int4_draft(planes).double() - weights.double()).square().sum() / weights.double().square().sum()
+    assert -10 * math.log10(error) > 20
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != "nothing"])
+def test_whatever_the_base_is_the_delta_brings_it_back(case):
+    bits = CASES[case]
+    blocks, source = -(-len(bits) // reference.BLOCK), torch.Generator().manual_seed(0)
+    q = torch.randint(-8, 8, (blocks, reference.BLOCK), generator=source, dtype=torch.int32)
+    finite = EVERY[EVERY.view(torch.bfloat16).isfinite()]
+    scales = finite[torch.randint(0, len(finite), (blocks, 4), generator=source)]
+    planes = int4.int4_delta(bits, (q, scales))
+    assert torch.equal(int4.int4_delta_exact(planes), bits)
+    if len(bits) > 1:
+        assert len(planes.patches) > 0
+    if native.library() is not None:
+        out = torch.zeros_like(bits)
+        native.int4_delta_exact(native.library(), planes, out)
+        assert torch.equal(out, bits)
