@@ -52,9 +52,11 @@ class Model:
     #: What rows call it: alias or hub id or folder name, with the options that differ from their defaults.
     name: str
     kind: Literal["embedded", "stories", "folder", "gguf", "hub", "plugin"]
-    #: Hub id, or path.
+    #: Hub id, or path; of a plugin the name of its loader.
     location: str
     options: Options
+    #: What a plugin's loader is given: the spec as it was typed.
+    text: str = ""
 
 
 def resolve(text: str) -> Model:
@@ -66,8 +68,10 @@ def resolve(text: str) -> Model:
     """
     parsed = spec.parse(text, "model")
     name = parsed.name
-    if name in registry.names("model-loader"):
-        return Model(text.strip(), "plugin", name, Options())
+    if name in loaders():
+        return Model(text.strip(), "plugin", name, Options(), text.strip())
+    if (loader := _of_folder(Path(name).expanduser())) is not None:
+        return Model(registry.get("model-loader", loader).named(parsed), "plugin", loader, Options(), text)
     options: Options = spec.fill(Options, parsed, "model", {})
     shown = spec.render(name, options)
     if name == embedded.NAME:
@@ -91,10 +95,26 @@ def resolve(text: str) -> Model:
         return Model(shown, "hub", ALIASES[name], options)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return Model(shown, "hub", name, options)
-    known = [embedded.NAME, STORIES, *ALIASES, *registry.names("model-loader")]
+    known = [embedded.NAME, STORIES, *ALIASES, *loaders()]
     raise SpecError(
         f"there is no model {name!r}: not a known name, a folder, a file or a hub id{near_miss(name, known)}"
     )
+
+
+def loaders() -> list[str]:
+    """Plugins' loaders that a model is named by."""
+    return [name for name in registry.names("model-loader") if not _mark(name)]
+
+
+def _of_folder(path: Path) -> str | None:
+    """The loader whose mark this folder has: a file that the loader names. Such a loader has `named`, too, which says
+    what rows call a model, or what is wrong with its spec."""
+    marks = ((name, _mark(name)) for name in registry.names("model-loader"))
+    return next((name for name, mark in marks if mark and (path / mark).is_file()), None)
+
+
+def _mark(loader: str) -> str:
+    return str(getattr(registry.get("model-loader", loader), "marker", ""))
 
 
 def _check_folder(path: Path) -> None:
@@ -128,7 +148,7 @@ def load(model: Model, *, device: str, dtype: str, say: Callable[[str], None]) -
     place = pick_device(device)
     if model.kind == "plugin":
         # A plugin's loader gets the whole spec, the device and the dtype as typed, and returns a Target.
-        return registry.get("model-loader", model.location)(model.name, device=place, dtype=dtype)
+        return registry.get("model-loader", model.location)(model.text, device=place, dtype=dtype)
 
     import transformers
 
@@ -188,7 +208,7 @@ def check(model: Model, device: str) -> None:
         pick_device(device)
     if model.options.load != "full":
         _quantisation(model, pick_device(device))
-    if model.kind == "hub" and _cached_snapshot(model) is None:
+    if model.kind == "hub" and cached_snapshot(model) is None:
         check_hub(f"model {model.location}")
 
 
@@ -248,7 +268,7 @@ def _quantisation(model: Model, device: str) -> dict[str, Any]:
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def _cached_snapshot(model: Model) -> str | None:
+def cached_snapshot(model: Model) -> str | None:
     """Folder of the hub model in the local cache, if its weights are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -266,7 +286,7 @@ def _hub_snapshot(model: Model, say: Callable[[str], None]) -> str:
     """Folder of the hub model: the local cache if it is there, else a download."""
     from huggingface_hub import snapshot_download
 
-    cached = _cached_snapshot(model)
+    cached = cached_snapshot(model)
     if cached is not None:
         return cached
     check_hub(f"model {model.location}")

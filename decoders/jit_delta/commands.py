@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decodathlon.decoders.jit_delta import pack, schemes
-from decodathlon.decoders.jit_delta.container import Reader, Record
+from decodathlon.decoders.jit_delta.container import MANIFEST, Reader, Record
 from decodathlon.harness import models
 from decodathlon.harness.commands.command import Command, say
 from decodathlon.harness.errors import SpecError
@@ -18,22 +18,22 @@ from decodathlon.harness.registry import registry
 from decodathlon.harness.results.table import DASH, aligned
 
 #: Bits of a number by its type.
-BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64}
+BITS = {name: 8 * width for name, width in schemes.WIDTH.items()} | {"F64": 64}
 
 
 def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder with safetensors, a hub id, or a name that --model takes")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the packed model; an interrupted one goes on")
+    parser.add_argument("--cast", choices=["bfloat16"], help="round what has more bits; what comes back is that")
+    parser.add_argument("--against", metavar="BASE", help="store what it differs in from this model (folder or name)")
     parser.add_argument("--scheme", choices=schemes.SCHEMES, default="nested", help="of BF16 weights (default nested)")
 
 
 def _pack(options: argparse.Namespace) -> int:
-    model = models.resolve(options.model)
-    if model.kind not in ("folder", "hub", "embedded"):
-        raise SpecError(f"{options.model} has no safetensors to pack; give a folder, a hub id or a name that has")
-    models.check(model, "cpu")
-    folder, begin = Path(models.fetch(model, say)), time.monotonic()
-    reader = pack.pack(folder, options.out, options.scheme, say)
+    folder = _folder(options.model)
+    base = None if options.against is None else _folder(options.against, packed=True)
+    begin = time.monotonic()
+    reader = pack.pack(folder, options.out, options.scheme, say, base, cast=options.cast is not None)
     seconds = time.monotonic() - begin
     for line in summary(list(reader.records.values())):
         say(line)
@@ -41,12 +41,29 @@ def _pack(options: argparse.Namespace) -> int:
     return 0
 
 
+def _folder(text: str, *, packed: bool = False) -> Path:
+    """Where the safetensors of a model are, or the folder of a packed one."""
+    if packed and (Path(text).expanduser() / MANIFEST).is_file():
+        return Path(text).expanduser()
+    model = models.resolve(text)
+    if model.kind not in ("folder", "hub", "embedded"):
+        raise SpecError(f"{text} has no safetensors to pack; give a folder, a hub id or a name that has")
+    models.check(model, "cpu")
+    return Path(models.fetch(model, say))
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="a packed model")
+    parser.add_argument("--every", action="store_true", help="a line per tensor, not per kind of tensor")
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("packed", type=Path, metavar="PACKED", help="a packed model")
+    parser.add_argument("--base", type=Path, help="where the model lies now that it was packed against")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    count = pack.verify(options.packed, say)
+    count = pack.verify(options.packed, say, options.base)
     say(f"all {count} tensors come back bit for bit")
     return 0
 
@@ -57,14 +74,9 @@ def _unpack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _unpack(options: argparse.Namespace) -> int:
-    for path in pack.unpack(options.packed, options.out, say):
+    for path in pack.unpack(options.packed, options.out, say, options.base):
         say(f"{path}")
     return 0
-
-
-def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    _verify_arguments(parser)
-    parser.add_argument("--every", action="store_true", help="a line per tensor, not per kind of tensor")
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -72,7 +84,7 @@ def _inspect(options: argparse.Namespace) -> int:
     groups: dict[str, list[Record]] = defaultdict(list)
     for name, record in reader.records.items():
         groups[name if options.every else re.sub(r"\d+", "*", name)].append(record)
-    say(f"{options.packed}: scheme {reader.scheme}")
+    say(f"{options.packed}: scheme {reader.scheme}" + (f", against {reader.base}" if reader.base else ""))
     for line in aligned(table(groups)):
         say(line)
     for line in summary(list(reader.records.values())):

@@ -15,10 +15,10 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,26 @@ MANIFEST = "packing.json"
 FRAME, LEVEL = 1 << 20, 1
 #: Room in a header for one plane, and for anything.
 ENTRY, ROOM = 160, 4096
-TYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float32": "F32"}
+KINDS = (
+    ("uint8", "U8", 1), ("int16", "I16", 2), ("int32", "I32", 4), ("int64", "I64", 8), ("float32", "F32", 4),
+)  # fmt: skip
+TYPES = {name: kind for name, kind, _ in KINDS}
+#: Planes that have a row for each 256 numbers, by form: what kernels read without looking whether it is there.
+BY_BLOCK: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
+    "nested": {
+        "code": ("U8", (128,)), "first": ("U8", (32,)), "second": ("U8", (32,)), "middle": ("U8", (128,)),
+        "last": ("U8", (32,)), "before": ("I16", ()),
+    },
+    "fixed12": {"code": ("U8", (128,)), "rest": ("U8", (256,))},
+    "int4-delta": {
+        "code": ("U8", (128,)), "scales": ("I16", (4,)), "low": ("U8", (256,)), "before": ("I16", ()),
+    },
+}  # fmt: skip
+#: What torch calls the types of safetensors that a model's tensors may have.
+NAMES = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 
 
 class Source:
@@ -50,13 +69,13 @@ class Source:
             size = int.from_bytes(self._map[:8], "little")
             self.header = self._map[: 8 + size]
             found = json.loads(self.header[8:])
-        except (OSError, ValueError) as error:
+            found.pop("__metadata__", None)
+            self.begin = 8 + size
+            #: By name: dtype, shape and data_offsets; in the order in which the bytes lie.
+            self.tensors: dict[str, dict[str, Any]] = dict(sorted(found.items(), key=lambda i: i[1]["data_offsets"]))
+            end = max((t["data_offsets"][1] for t in self.tensors.values()), default=0)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise MissingError(f"{path} is no safetensors file, or torn: {error}") from error
-        found.pop("__metadata__", None)
-        self.begin = 8 + size
-        #: By name: dtype, shape and data_offsets; in the order in which the bytes lie.
-        self.tensors: dict[str, dict[str, Any]] = dict(sorted(found.items(), key=lambda item: item[1]["data_offsets"]))
-        end = max((t["data_offsets"][1] for t in self.tensors.values()), default=0)
         if self.begin + end != len(self._map):
             raise MissingError(
                 f"{path} is torn: its header speaks of {self.begin + end} bytes, it has {len(self._map)}"
@@ -66,6 +85,33 @@ class Source:
         """(bytes,) uint8 of a tensor, as they lie in the file."""
         begin, end = (self.begin + at for at in self.tensors[name]["data_offsets"])
         return _tensor(np.frombuffer(self._map, np.uint8, end - begin, begin))
+
+
+class Cast(Source):
+    """A file as it would be with its floating-point numbers in bfloat16, rounded to even."""
+
+    WIDER: ClassVar[dict[str, str]] = {"F16": "float16", "F32": "float32", "F64": "float64"}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._own, made, at = self.tensors, {}, 0
+        for name, told in self.tensors.items():
+            begin, end = told["data_offsets"]
+            wider = told["dtype"] in self.WIDER
+            size = 2 * math.prod(told["shape"]) if wider else end - begin
+            dtype = "BF16" if wider else told["dtype"]
+            made[name] = {"dtype": dtype, "shape": told["shape"], "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps({"__metadata__": {"format": "pt"}, **made}, separators=(",", ":")).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        self.header, self.tensors = len(text).to_bytes(8, "little") + text, made
+
+    def data(self, name: str) -> Any:
+        begin, end = (self.begin + at for at in self._own[name]["data_offsets"])
+        raw, kind = _tensor(np.frombuffer(self._map, np.uint8, end - begin, begin)), self._own[name]["dtype"]
+        if kind not in self.WIDER:
+            return raw
+        return raw.clone().view(getattr(torch, self.WIDER[kind])).to(torch.bfloat16).view(torch.uint8)
 
 
 def _tensor(array: Any) -> Any:
@@ -104,6 +150,37 @@ class Record:
     @property
     def memory(self) -> int:
         return sum(p["bytes"] for p in self.planes.values())
+
+    def check(self, name: str) -> None:
+        """
+        Raises:
+            ValueError: planes are not as large as the form has them.
+        """
+        for plane, told in self.planes.items():
+            size = math.prod(told["shape"]) * {kind: width for _, kind, width in KINDS}[told["dtype"]]
+            if size != told["bytes"] or min(told["shape"], default=0) < 0:
+                raise ValueError(f"plane {plane} of {name} has {told['bytes']} bytes, and its shape {size}")
+        if self.form not in BY_BLOCK:
+            return
+        if self.facts["count"] != self.count:
+            raise ValueError(f"{name} has {self.count} numbers, and its form {self.facts['count']}")
+        blocks = -(-self.count // 256)
+        if "spans" in self.planes and self.planes["spans"]["shape"] != [-(-blocks // 256)]:
+            raise ValueError(f"plane spans of {name} is {self.planes['spans']['shape']}, not {[-(-blocks // 256)]}")
+        for plane, (dtype, width) in BY_BLOCK[self.form].items():
+            if (self.planes[plane]["dtype"], self.planes[plane]["shape"]) != (dtype, [blocks, *width]):
+                raise ValueError(f"plane {plane} of {name} is {self.planes[plane]['shape']}, not {[blocks, *width]}")
+
+
+def _of(told: Any, key: str, kind: type, folder: Path) -> Any:
+    """A field of the manifest.
+
+    Raises:
+        MissingError: it is not there, or something else.
+    """
+    if not isinstance(told, dict) or not isinstance(told.get(key), kind):
+        raise MissingError(f"{folder / MANIFEST} is torn, or not made by decodathlon pack: it has no {key}")
+    return told[key]
 
 
 class Writer:
@@ -176,19 +253,22 @@ class Writer:
             for left in (self.journal, self.path):  # one without the other says nothing
                 left.unlink(missing_ok=True)
             return end
-        for line in self.journal.read_text().splitlines():
+        whole = 0
+        for line in self.journal.read_bytes().splitlines(keepends=True):
             try:
                 told = json.loads(line)
             except ValueError:
                 break  # torn by whoever was interrupted
-            if told["end"] > there.stat().st_size:
+            if told["end"] > there.stat().st_size or not line.endswith(b"\n"):
                 break
-            end = told["end"]
+            end, whole = told["end"], whole + len(line)
             if "header" in told:
                 self._header_at = tuple(told["header"])
             else:
                 self.done[told["name"]] = Record(**told["record"])
-        if not end:
+        if end:
+            os.truncate(self.journal, whole)  # what is noted from now on stands behind whole lines
+        else:
             self.journal.unlink()
         return end
 
@@ -206,7 +286,7 @@ class Writer:
         }  # fmt: skip
         at, crc, stored = self._file.tell(), 0, 0
         frames: list[int] = []
-        for piece in _pieces(raw, compressed=name in COMPRESSED or name.startswith("byte")):
+        for piece in pieces(raw, compressed=name in COMPRESSED or name.startswith("byte")):
             crc, stored = zlib.crc32(piece, crc), stored + len(piece)
             frames.append(len(piece))
             self._file.write(piece)
@@ -225,7 +305,7 @@ class Writer:
         return [begin, begin + size]
 
 
-def _pieces(raw: Any, *, compressed: bool) -> Iterator[bytes]:
+def pieces(raw: Any, *, compressed: bool) -> Iterator[bytes]:
     import zstandard
 
     compressor = zstandard.ZstdCompressor(level=LEVEL)
@@ -242,7 +322,11 @@ class Reader:
         SpecError: it is of another version, or something else.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base: Path | None = None) -> None:
+        """
+        Args:
+            base: where the model lies now that this one was packed against; by default, where it lay then.
+        """
         self.folder = folder
         try:
             told = json.loads((folder / MANIFEST).read_text())
@@ -250,18 +334,33 @@ class Reader:
             raise MissingError(f"{folder} is no packed model: it has no {MANIFEST}") from error
         except ValueError as error:
             raise MissingError(f"{folder / MANIFEST} is torn") from error
-        if told.get("version") != VERSION:
+        if _of(told, "version", int, folder) != VERSION:
             raise SpecError(f"{folder} was packed in version {told.get('version')}; this one reads {VERSION}")
-        self.scheme: str = told["scheme"]
-        #: By file of the original: its name here, and its sha256.
-        self.files: dict[str, dict[str, str]] = told["files"]
-        self.records = {name: Record(**record) for name, record in told["tensors"].items()}
+        self.scheme: str = _of(told, "scheme", str, folder)
+        #: Whether numbers were rounded to bfloat16 before.
+        self.cast = bool(told.get("cast"))
+        #: The folder of the model that it was packed against.
+        self.base = base or (Path(told["against"]) if told.get("against") else None)
+        #: By file of the original: its name here.
+        self.files: dict[str, dict[str, str]] = _of(told, "files", dict, folder)
+        try:
+            self.records = {name: Record(**record) for name, record in _of(told, "tensors", dict, folder).items()}
+            for name, record in self.records.items():
+                record.check(name)
+            names = [*self.files, *(f["packed"] for f in self.files.values()), *(r.file for r in self.records.values())]
+            if bad := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
+                raise ValueError(f"it names {bad[0]}, which is no file in it")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise MissingError(f"{folder / MANIFEST} is torn, or not made by decodathlon pack: {error}") from error
+        #: Its tensors, once they were asked for (`pack.Weights`).
+        self.other: Any = None
         self._open: dict[str, Source] = {}
 
-    def read(self, name: str, *, check: bool = False) -> Packed:
+    def read(self, name: str, *, only: Container[str] | None = None, check: bool = False) -> Packed:
         """The planes of a tensor; those that are not compressed are mapped, not read.
 
         Args:
+            only: the planes that are wanted; all of them where it is None.
             check: hold each plane against its checksum.
 
         Raises:
@@ -271,6 +370,8 @@ class Reader:
         file = self._file(record.file)
         planes = {}
         for plane, told in record.planes.items():
+            if only is not None and plane not in only:
+                continue
             stored = file.data(f"{name}:{plane}")
             if len(stored) != told["stored"] or (check and zlib.crc32(stored.numpy()) != told["crc32"]):
                 raise MissingError(f"{file.path}: plane {plane} of {name} is damaged; pack the model again")

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from decodathlon.decoders.jit_delta import schemes
-from decodathlon.decoders.jit_delta.container import MANIFEST, VERSION, Reader, Record, Source, Writer
+from decodathlon.decoders.jit_delta import against, schemes
+from decodathlon.decoders.jit_delta.container import MANIFEST, VERSION, Cast, Reader, Record, Source, Writer
 from decodathlon.harness import progress
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.lazy import torch
@@ -20,7 +21,7 @@ Say = Callable[[str], None]
 #: What goes along with the weights: everything small that is neither weights nor somebody else's form of them.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 #: Bits per number that a scheme is expected to take on disk, to ask for room; what is left free besides.
-EXPECTED, SPARE = {"nested": 11.2, "fixed12": 11.2}, 64 << 20
+EXPECTED, SPARE = {"nested": 11.2, "fixed12": 11.2, "int4-delta": 13.5}, 64 << 20
 
 
 def sources(folder: Path) -> list[Path]:
@@ -51,6 +52,8 @@ def sources(folder: Path) -> list[Path]:
             raise MissingError(f"{index} names {lacking[0]}, which is not there")
         return [folder / name for name in names]
     found = sorted(folder.glob("*.safetensors"))
+    if folder / "model.safetensors" in found:  # what others there are is not the model
+        return [folder / "model.safetensors"]
     if not found:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         if pickles:
@@ -62,14 +65,58 @@ def sources(folder: Path) -> list[Path]:
     return found
 
 
-def pack(folder: Path, out: Path, scheme: str, say: Say) -> Reader:
+class Weights:
+    """The tensors of a model in a folder, packed or not, as bytes.
+
+    Raises:
+        SpecError, MissingError: as `sources`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._packed = Reader(folder) if (folder / MANIFEST).is_file() else None
+        files = [] if self._packed else [Source(path) for path in sources(folder)]
+        self._where = {name: file for file in files for name in file.tensors}
+
+    def kind(self, name: str) -> tuple[str, list[int]] | None:
+        """Type and shape of a tensor; None where there is none."""
+        if self._packed is not None:
+            record = self._packed.records.get(name)
+            return None if record is None else (record.dtype, record.shape)
+        told = self._where[name].tensors[name] if name in self._where else None
+        return None if told is None else (told["dtype"], told["shape"])
+
+    def data(self, name: str) -> Any:
+        """(bytes,) uint8.
+
+        Raises:
+            MissingError: there is no such tensor.
+        """
+        if self.kind(name) is None:
+            raise MissingError(f"{self.folder} has no tensor {name}")
+        return restored(self._packed, name) if self._packed is not None else self._where[name].data(name)
+
+
+def pack(folder: Path, out: Path, scheme: str, say: Say, base: Path | None = None, *, cast: bool = False) -> Reader:
     """Pack the weights in `folder` into `out`; goes on where an earlier run was interrupted.
+
+    Args:
+        base: a model of which only differences are to be stored.
+        cast: round to bfloat16 what has more bits; what comes back is that.
 
     Raises:
         SpecError, MissingError: as `sources`; `out` holds something else, or has no room.
     """
-    files = [Source(path) for path in sources(folder)]
-    _claim(out, folder, scheme)
+    files = [Cast(path) if cast else Source(path) for path in sources(folder)]
+    twice = [name for name, count in Counter(n for file in files for n in file.tensors).items() if count > 1]
+    if twice:
+        raise SpecError(f"{folder} has {twice[0]} in two of its files; leave those of one model there")
+    other = None if base is None else Weights(base)
+    how = scheme + (", cast" if cast else "") + ("" if base is None else f", against {_stamped(base)}")
+    _claim(out, folder, how)
+    if (out / MANIFEST).is_file():
+        say(f"{out} is packed already")
+        return Reader(out)
     _check_room(out, files, scheme)
     records: dict[str, Record] = {}
     told: dict[str, dict[str, str]] = {}
@@ -82,7 +129,7 @@ def pack(folder: Path, out: Path, scheme: str, say: Say) -> Reader:
                 writer = _next(writer)
                 writer = Writer(packed, list(file.tensors), file.header)
             if name not in writer.done:
-                _add(writer, file, name, scheme)
+                _add(writer, file, name, scheme, other)
             records[name] = writer.done[name]
             told[file.path.name] = {"packed": packed.name}
         _next(writer)
@@ -96,6 +143,10 @@ def pack(folder: Path, out: Path, scheme: str, say: Say) -> Reader:
     manifest = {
         "version": VERSION, "scheme": scheme, "files": told, "tensors": {n: vars(r) for n, r in records.items()},
     }  # fmt: skip
+    if base is not None:
+        manifest["against"] = str(base.resolve())
+    if cast:
+        manifest["cast"] = "bfloat16"
     part = out / f"{MANIFEST}.part"
     part.write_text(json.dumps(manifest))
     os.replace(part, out / MANIFEST)
@@ -109,16 +160,27 @@ def _next(writer: Writer | None) -> None:
         writer.finish()
 
 
-def _add(writer: Writer, file: Source, name: str, scheme: str) -> None:
+def _add(writer: Writer, file: Source, name: str, scheme: str, base: Weights | None) -> None:
     told, digest = file.tensors[name], hashlib.sha256()
-    packed = schemes.encode(file.data(name), told["dtype"], scheme, lambda part: digest.update(part.numpy()))
+    each = lambda part: digest.update(part.numpy())  # noqa: E731
+    dtype, data = told["dtype"], file.data(name)
+    if base is not None and base.kind(name) == (dtype, told["shape"]) and dtype in schemes.WIDTH and len(data):
+        packed = against.difference(data, base.data(name), dtype, each)
+    else:
+        packed = schemes.encode(data, dtype, scheme, each)
     writer.add(name, told["dtype"], told["shape"], packed, digest.hexdigest())
+
+
+def _stamped(folder: Path) -> str:
+    """A model in a folder: where it is, and what tells its files from later ones."""
+    files = [folder / MANIFEST] if (folder / MANIFEST).is_file() else sources(folder)
+    stamps = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    return f"{folder.resolve()}: {', '.join(stamps)}"
 
 
 def _claim(out: Path, folder: Path, scheme: str) -> None:
     """Make the folder ours, and see that what lies in it was begun with the same weights."""
-    stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sources(folder)]
-    own = {"of": str(folder.resolve()), "scheme": scheme, "files": stamps}
+    own = {"of": _stamped(folder), "scheme": scheme}
     begun = out / "packing.begun"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -160,28 +222,50 @@ def restored(reader: Reader, name: str) -> Any:
     """
     record = reader.records[name]
     packed = reader.read(name, check=True)
-    out = torch.empty(record.facts["count"] * 2 if "count" in record.facts else record.memory, dtype=torch.uint8)
-    schemes.decode(packed, out)
+    if record.form == "against":
+        assert reader.base is not None
+        out = torch.empty(record.count * schemes.WIDTH[record.dtype], dtype=torch.uint8)
+        against.applied(packed, _base_of(reader).data(name), out, f"{name} in {reader.folder} and {reader.base}")
+    else:
+        out = torch.empty(record.facts["count"] * 2 if "count" in record.facts else record.memory, dtype=torch.uint8)
+        schemes.decode(packed, out)
     if hashlib.sha256(out.numpy()).hexdigest() != record.sha256:
         raise MissingError(f"{name} in {reader.folder} does not come back as it was; pack the model again")
     return out
 
 
-def verify(folder: Path, say: Say) -> int:
+def _base_of(reader: Reader) -> Weights:
+    """Of a model that was packed against another one, that.
+
+    Raises:
+        MissingError: it is not where it was.
+    """
+    assert reader.base is not None
+    if not reader.base.is_dir():
+        raise MissingError(
+            f"{reader.folder} was packed against {reader.base}, which is not there; say where it is (base=FOLDER, or "
+            "--base FOLDER)"
+        )
+    if reader.other is None:
+        reader.other = Weights(reader.base)
+    return reader.other
+
+
+def verify(folder: Path, say: Say, base: Path | None = None) -> int:
     """Every tensor against the checksum of the original's. Returns how many there are.
 
     Raises:
         MissingError: a tensor does not come back as it was, which is named.
     """
-    reader = Reader(folder)
+    reader = Reader(folder, base)
     for name in progress.told(list(reader.records), "tensors", say):
         restored(reader, name)
     return len(reader.records)
 
 
-def unpack(folder: Path, out: Path, say: Say) -> list[Path]:
+def unpack(folder: Path, out: Path, say: Say, base: Path | None = None) -> list[Path]:
     """Give the files of the original back, byte for byte, with what lies beside them."""
-    reader = Reader(folder)
+    reader = Reader(folder, base)
     if out.exists() and any(out.iterdir()):
         raise SpecError(f"{out} is not empty; take another folder")
     made = []

@@ -109,14 +109,14 @@ def _suites() -> list[list[str]]:
 
 
 def _models() -> list[list[str]]:
-    plugins = [[n, "a plugin's loader"] for n in registry.names("model-loader")]
+    plugins = [[n, "a plugin's loader"] for n in models.loaders()]
     return [
         ["model", "where it comes from"],
         [embedded.NAME, "the default; fetched with pip once, no hub"],
         [models.STORIES, "llama2.c checkpoint: stories-260k[path=FOLDER]"],
         *[[name, f"hub: {hub}"] for name, hub in models.ALIASES.items()],
         *plugins,
-        ["ORG/NAME, FOLDER, FILE.gguf", "any hub id, folder with safetensors, GGUF file"],
+        ["ORG/NAME, FOLDER, FILE.gguf", "any hub id, folder with safetensors or packed, GGUF file"],
     ]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,16 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
         done.set()
         thread.join()
     return max(peak, anonymous_bytes())
+
+
+def peak_and_read(generate: Callable[[], Sequence[Any]], target: Any) -> tuple[int | None, float | None]:
+    """The most memory in use while it generates, and bytes of the target's weights that it reads by token; None where
+    this is not known."""
+    answers: list[Any] = []
+    before = target.weight_bytes_read
+    peak = peak_bytes(lambda: answers.extend(generate()), torch.device(target.device).type)
+    read = target.weight_bytes_read - before
+    return peak, read / sum(len(a.tokens) for a in answers) if read else None
 
 
 def anonymous_bytes() -> int:

@@ -148,6 +148,17 @@ class Target(ABC):
     revision: str = ""
     #: Parameters of the model, for FLOP estimates; 0 where it has none.
     parameters: int = 0
+    #: Bytes that a weight takes while the model runs, in bits and on average; 0 where that is not known.
+    bits_per_weight: float = 0.0
+
+    #: Whether `weight_bytes_read` has what drafters read that are made of the target's own weights.
+    counts_drafts: bool = False
+
+    @property
+    def weight_bytes_read(self) -> int:
+        """Bytes of weights that its passes have read so far; 0 where that is not known, as of what CUDA graphs
+        replay."""
+        return 0
 
     @cached_property
     def incidents(self) -> list[str]:

@@ -2,6 +2,9 @@
 
 Queries, keys and values come from one matrix product, gate and up from another; rotations are looked up. The Hugging
 Face modules are left holding views of the fused weights, so nothing is stored twice and `generate` still runs.
+
+A linear module that keeps its weight in a form of its own has a class method `joined`, which makes one product of
+several such modules; a table of embeddings of that kind is indexed like a tensor.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ class LeanForward:
         self.key_heads = config.num_key_value_heads
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.eps = config.rms_norm_eps
-        self.embedding = body.embed_tokens.weight
-        self.head: Linear = Dense(model.lm_head.weight)
+        table = body.embed_tokens
+        self.embedding: Any = table.weight if type(table) is torch.nn.Embedding else table
+        self.head: Linear = _product(model.lm_head)
         self.final_norm = body.norm.weight
         self.layers = [_layer(block) for block in body.layers]
         self.scale = body.layers[0].self_attn.scaling
@@ -53,7 +57,8 @@ class LeanForward:
             and not getattr(config, "mlp_bias", False)
             and rope.get("rope_type", "default") in STATIC_ROPE
             and not getattr(config, "pretraining_tp", 1) > 1
-            and all(type(m) is torch.nn.Linear for m in _projections(model))
+            and len(kinds := {type(m) for m in _projections(model)}) == 1
+            and all(kind is torch.nn.Linear or hasattr(kind, "joined") for kind in kinds)
         )
 
     def read_windows(self, model: Any) -> None:
@@ -66,7 +71,7 @@ class LeanForward:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         states: dict[int, Tensor] = {}
         cos, sin = self._rotation(layout, cache.capacity)
-        x = F.embedding(tokens, self.embedding)
+        x = F.embedding(tokens, self.embedding) if isinstance(self.embedding, Tensor) else self.embedding[tokens]
         for number, layer in enumerate(self.layers):
             if number in hidden:
                 states[number] = x
@@ -100,9 +105,7 @@ class LeanForward:
         mixed = attend(query.transpose(1, 2), keys, values, layout, scale=self.scale, window=self.windows[number])
         return layer.out(mixed.reshape(B, Q, H * D))
 
-    def replaced(
-        self, layers: Sequence[Layer], head: Linear | None = None, embedding: Tensor | None = None
-    ) -> LeanForward:
+    def replaced(self, layers: Sequence[Layer], head: Linear | None = None, embedding: Any = None) -> LeanForward:
         """The same model with other blocks, which may be smaller or lack parts, and perhaps another head or table of
         embeddings.
 
@@ -182,16 +185,12 @@ class Layer:
 def _layer(block: Any) -> Layer:
     """The weights of one block, fused; the block's own modules are pointed at views of them."""
     attention, mlp = block.self_attn, block.mlp
-    qkv = Dense(*_fuse(attention.q_proj, attention.k_proj, attention.v_proj))
+    qkv = _product(attention.q_proj, attention.k_proj, attention.v_proj)
     q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
     k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
     return Layer(
-        Attention(block.input_layernorm.weight, qkv, Dense(attention.o_proj.weight), q_norm, k_norm),
-        MLP(
-            block.post_attention_layernorm.weight,
-            Dense(*_fuse(mlp.gate_proj, mlp.up_proj)),
-            Dense(mlp.down_proj.weight),
-        ),
+        Attention(block.input_layernorm.weight, qkv, _product(attention.o_proj), q_norm, k_norm),
+        MLP(block.post_attention_layernorm.weight, _product(mlp.gate_proj, mlp.up_proj), _product(mlp.down_proj)),
     )
 
 
@@ -216,6 +215,14 @@ def _projections(model: Any) -> list[Any]:
     inputs = {id(getattr(b.self_attn, n)) for b in model.model.layers for n in ("q_proj", "k_proj", "v_proj")}
     # A bias elsewhere than on queries, keys and values is not repeated here.
     return [*found, model.lm_head, *[None for m in biased if id(m) not in inputs]]
+
+
+def _product(*modules: Any) -> Linear:
+    """One product with the weights of these modules, one above the other; they share their input."""
+    if type(modules[0]) is not torch.nn.Linear:
+        made: Linear = type(modules[0]).joined(modules)
+        return made
+    return Dense(modules[0].weight) if len(modules) == 1 else Dense(*_fuse(*modules))
 
 
 @torch.no_grad()

@@ -216,6 +216,8 @@ class TransformersTarget(Target):
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
         self.device, self.dtype = model.device, model.dtype
         self.parameters = sum(p.numel() for p in model.parameters())
+        weights = max(model.num_parameters(), 1)  # of quantised ones, which pack several into a number, the true count
+        self.bits_per_weight = 8 * sum(p.numel() * p.itemsize for p in model.parameters()) / weights
         self.stop_tokens = checks.stop_tokens(model, config)
         self.capabilities = frozenset(
             {"logits", "hidden", "gradient", "energy", "hf-model"} | ({"text"} if tokenizer is not None else set())
@@ -237,6 +239,18 @@ class TransformersTarget(Target):
     def release(self) -> None:
         super().release()
         self.static_loops.clear()
+
+    @property
+    def weight_bytes_read(self) -> int:
+        """Each pass reads all but the table of embeddings, of which it looks up rows. Which experts it reads is not
+        known, and on a GPU graphs are replayed that nobody counts."""
+        weights = list(self.model.parameters())
+        if any(w.dim() > 2 for w in weights) or self.device.type != "cpu":
+            return 0
+        table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        looked_up = [] if head is not None and head.weight is table else [table]
+        size = sum(w.numel() * w.itemsize for w in weights) - sum(w.numel() * w.itemsize for w in looked_up)
+        return int(self.spent.calls * size)
 
     @property
     def lean(self) -> LeanForward:

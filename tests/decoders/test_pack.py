@@ -168,14 +168,14 @@ def test_who_was_killed_goes_on_behind_the_last_tensor(model, tmp_path, at, monk
 
 
 def test_a_disk_that_is_full_keeps_what_is_done(model, tmp_path, monkeypatch):
-    out, put = tmp_path / "packed", container._pieces
+    out, put = tmp_path / "packed", container.pieces
 
     def full(raw, **more):
         if len(raw) == 100 * 50:
             raise OSError(28, "No space left on device")
         return put(raw, **more)
 
-    monkeypatch.setattr(container, "_pieces", full)
+    monkeypatch.setattr(container, "pieces", full)
     with pytest.raises(MissingError, match=r"No space left on device. What is done is kept"):
         pack.pack(model, out, "nested", SILENT)
     monkeypatch.undo()
@@ -232,3 +232,122 @@ def test_a_folder_with_something_else_is_left_alone(model, tmp_path):
         pack.pack(model, model.parent, "nested", SILENT)
     with pytest.raises(SpecError, match="not empty"):
         pack.unpack(out, model, SILENT)
+
+
+PEAK = """
+    import sys, threading
+    from pathlib import Path
+    from decodathlon.decoders.jit_delta import pack
+    from decodathlon.harness.measure.memory import anonymous_bytes
+    most, done = [0], threading.Event()
+    def watch():
+        while not done.wait(0.003):
+            most[0] = max(most[0], anonymous_bytes())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    pack.pack(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], lambda text: None)
+    done.set()
+    watcher.join()
+    print(most[0])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize(
+    ("dtype", "scheme"), [(torch.bfloat16, s) for s in schemes.SCHEMES] + [(torch.float32, "nested")]
+)
+def test_memory_is_that_of_the_largest_tensor(tmp_path, dtype, scheme):
+    """At most twice the largest tensor and 300 MB, of a model that is three times as large."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    count = 24_000_000 // dtype.itemsize
+    large = (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    save_file({f"{i}.weight": large.clone() for i in range(3)}, folder / "model.safetensors")
+    arguments = [sys.executable, "-c", textwrap.dedent(PEAK), str(folder), str(tmp_path / "packed"), scheme]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
+    assert int(done.stdout) < 2 * 24e6 + 300e6
+
+
+def test_a_tensor_in_two_files_is_refused_and_what_is_not_the_model_is_left(model, tmp_path):
+    (model / "model.safetensors.index.json").unlink()
+    save_file({"a.weight": torch.ones(70, 70)}, model / "other.safetensors")
+    with pytest.raises(SpecError, match=r"has a\.weight in two of its files"):
+        pack.pack(model, tmp_path / "packed", "nested", SILENT)
+    save_file({"a.weight": torch.zeros(70, 70)}, model / "model.safetensors")
+    reader = pack.pack(model, tmp_path / "one", "nested", SILENT)
+    assert list(reader.files) == ["model.safetensors"]
+
+
+def test_what_is_packed_already_is_left_as_it_is(model, tmp_path, monkeypatch):
+    said, out = [], tmp_path / "packed"
+    pack.pack(model, out, "nested", SILENT)
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    pack.pack(model, out, "nested", said.append)
+    assert said == [f"{out} is packed already"]
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_a_torn_line_of_the_journal_is_no_end(model, tmp_path, monkeypatch, cut):
+    """The disk was full, or somebody was killed, while a line was written; and once more later."""
+    out, add, count = tmp_path / "packed", container.Writer.add, [0]
+
+    def stumble(self, *given):
+        count[0] += 1
+        if count[0] in (3, 7):
+            raise KeyboardInterrupt
+        return add(self, *given)
+
+    monkeypatch.setattr(container.Writer, "add", stumble)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pack.pack(model, out, "nested", SILENT)
+        (journal,) = [j for j in out.glob("*.journal") if j.with_suffix(".part").exists()]
+        journal.write_bytes(journal.read_bytes()[:-cut] if cut == 1 else journal.read_bytes() + b'{"na')
+    monkeypatch.setattr(container.Writer, "add", add)
+    pack.pack(model, out, "nested", SILENT)
+    pack.unpack(out, tmp_path / "back", SILENT)
+    same(model, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda told: told["files"].update({"../outside": told["files"].popitem()[1]}), "names ../outside"),
+        (lambda told: told["tensors"]["a.weight"].update(file="/etc/hosts"), "names /etc/hosts"),
+        (lambda told: told["tensors"]["a.weight"]["facts"].update(count=10**9), "has 33153 numbers"),
+        (lambda told: told["tensors"]["a.weight"]["planes"]["first"].update(shape=[1, 32], bytes=32), "plane first of"),
+        (lambda told: told["tensors"]["a.weight"]["planes"]["spans"].update(shape=[0], bytes=0), "plane spans of"),
+        (lambda told: told.update(tensors=[]), "has no tensors"), (lambda told: told.pop("scheme"), "has no scheme"),
+        (lambda told: told["tensors"]["a.weight"].pop("form"), "is torn, or not made by"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_pack_would_not_write_is_refused(model, tmp_path, change, words):
+    out = tmp_path / "packed"
+    pack.pack(model, out, "nested", SILENT)
+    told = json.loads((out / container.MANIFEST).read_text())
+    change(told)
+    (out / container.MANIFEST).write_text(json.dumps(told))
+    with pytest.raises(MissingError, match=words):
+        Reader(out)
+    (out / container.MANIFEST).write_text("[1, 2]")
+    with pytest.raises(MissingError, match="has no version"):
+        Reader(out)
+
+
+def test_planes_that_count_escapes_which_are_not_there_are_refused():
+    from decodathlon.kernels.delta import native, reference
+
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    bits = (torch.randn(5000) * 0.02).bfloat16().view(torch.int16)
+    planes, out = reference.nested(bits), torch.zeros_like(bits)
+    for bad in (
+        planes._replace(escapes=planes.escapes[:-1]), planes._replace(spans=planes.spans + 10**9),
+        planes._replace(spans=planes.spans - 5),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="count more escapes than there are"):
+            native.nested_exact(native.library(), bad, out)
+        with pytest.raises(ValueError, match="count more escapes than there are"):
+            native.nested_draft(native.library(), bad, 5, out)

@@ -161,11 +161,11 @@ def test_a_plugin_brings_its_own_loader():
         assert (device, dtype) == ("cpu", "float32")
         return toy.Ising(4, 0.42)
 
-    registry.add("model-loader", "packed", loader, __file__)
+    registry.add("model-loader", "brought", loader, __file__)
     try:
-        assert load("packed[bits=3]").name == "ising-4"
+        assert load("brought[bits=3]").name == "ising-4"
     finally:
-        del registry.entries["model-loader", "packed"]
+        del registry.entries["model-loader", "brought"]
 
 
 def test_nf4_needs_cuda_and_says_so(tmp_path):
