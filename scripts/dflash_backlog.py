@@ -1,17 +1,19 @@
 """What became of the founding note's ideas on DFlash: the tables of docs/findings/dflash.md, out of results.duckdb.
 
+    python scripts/dflash_backlog.py --commands     # what has to be measured for them
     python scripts/dflash_backlog.py                # rewrites them, dflash.csv, and the numbers of the drafter's card
     python scripts/dflash_backlog.py --results FILE --out DIR --model NAME --scale quick --hardware NAME
 
-An idea is judged by its speed over plain `dflash`, both by turns in one process on the same prompts: rows that were
-measured with `--baseline dflash`. All are of one model, scale, type and machine (the one measured last, unless it is
-named). docs/findings/dflash.toml has the ideas, and what the note found.
+An idea is judged by its speed over plain `dflash` (or what it names as `beside`), both by turns in one process on the
+same prompts: rows that were measured with that `--baseline`. All are of one model, scale, type and machine (the one
+measured last, unless it is named). docs/findings/dflash.toml has the ideas, and what the note found.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 import tempfile
 import tomllib
@@ -26,13 +28,18 @@ from decodathlon.harness import embedded
 from decodathlon.harness.commands.command import say
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import environment, store
-from decodathlon.harness.results.table import DASH
+from decodathlon.harness.results import measured as measured_rows
+from decodathlon.harness.results.table import DASH, rewritten
 from decodathlon.leaderboard import draft_queries, queries
 
 PLACE = Path(__file__).parents[1] / "docs" / "findings"
 #: One folder for each model that a drafter ships for, with a card.
 DRAFTERS = Path(__file__).parents[1] / "decoders" / "dflash" / "drafters"
 PLAIN = "dflash"
+#: What plain `dflash` itself is measured beside: the same loop without a drafter.
+ALONE = "dflash[block=1]"
+#: Workloads of the throughput suite that have the prompts, with all slices or some.
+WORKLOADS = (("problems", "math500"), ("spec-bench", "mt_bench or math_reasoning"))
 #: Prompts, in the order of the columns; others are not looked at.
 SLICES = ("math500", "mt_bench", "math_reasoning", "aime25")
 #: What must be the same for rows to stand in one table.
@@ -78,15 +85,17 @@ def of_one_setting(rows: Sequence[Row], model: str, scale: str, hardware: str | 
 
 
 def costs(connection: duckdb.DuckDBPyConnection, setting: Row) -> list[tuple[str, str, float]]:
-    """Slice (how long the text is), metric and value of the newest verify-cost curves on the same machine."""
+    """Slice (how long the text is), metric and value of the newest verify-cost curves of the same setting."""
     return connection.execute(
         """
         SELECT c.slice, m.metric, arg_max(m.value, c.run_id) FROM metric m JOIN sound_cell c USING (run_id, cell_id)
         WHERE c.suite = 'verify_cost' AND m.metric LIKE 'verify_cost(%'
+        AND c.suite_version = (SELECT max(suite_version) FROM sound_cell WHERE suite = 'verify_cost')
         AND c.model = $model AND c.hardware = $hardware AND coalesce(c.dtype, $dtype) IN ($dtype, 'auto')
+        AND c.scale = $scale
         GROUP BY ALL ORDER BY c.slice, m.metric
         """,
-        {k: setting[k] for k in ("model", "hardware", "dtype")},
+        {k: setting[k] for k in ("model", "hardware", "dtype", "scale")},
     ).fetchall()
 
 
@@ -97,9 +106,23 @@ def shown(found: tuple[Any, ...] | None) -> str:
     return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")
 
 
-def verdict(ratios: Sequence[tuple[Any, ...]]) -> str:
-    """In a word, from speeds over plain `dflash` with their intervals, a slice each."""
-    told = [("faster" if low > 1 else "slower" if high < 1 else "") for _, low, high in ratios if low is not None]
+def word(ratio: tuple[Any, ...], noise: tuple[Any, ...] | None) -> str:
+    """Whether a speed is another one: by its interval, and by more than the decoder differed from itself in that row.
+    A row whose decoder is faster or slower than itself tells nothing."""
+    value, low, high = ratio
+    if noise is not None:
+        own, own_low, own_high = noise
+        if own_low is not None and not own_low <= 1 <= own_high and abs(math.log(own)) > measured_rows.BIAS:
+            return ""
+        if abs(math.log(value)) <= abs(math.log(own)):
+            return ""
+    return "faster" if low > 1 else "slower" if high < 1 else ""
+
+
+def verdict(found: Sequence[Mapping[str, tuple[Any, ...]]]) -> str:
+    """In a word, from the numbers of a slice each: speeds over plain `dflash`, their intervals and their noise."""
+    ratios = [(n["ratio_to_baseline"], n.get("ratio_to_self")) for n in found]
+    told = [word(ratio, noise) for ratio, noise in ratios if ratio[1] is not None]
     if not told:
         return "too few prompts" if ratios else "not measured"
     if len(set(told)) == 1:
@@ -110,18 +133,21 @@ def verdict(ratios: Sequence[tuple[Any, ...]]) -> str:
 
 def backlog(ideas: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
     """A line per idea and decoder: what the note found, and its speed over plain `dflash` by slice."""
-    having = [s for s in SLICES if any(r["slice"] == s and r["baseline"] == PLAIN for r in rows)]
+    besides = {idea.get("beside", PLAIN) for idea in ideas}
+    having = [s for s in SLICES if any(r["slice"] == s and r["baseline"] in besides for r in rows)]
     table = [["idea", "the note", "decoder", *having, "verdict", "why"]]
     for idea in ideas:
         for number, spec in enumerate(idea["decoders"]):
-            ratios = {
-                r["slice"]: r["numbers"]["ratio_to_baseline"]
+            beside = idea.get("beside", PLAIN)
+            found = {
+                r["slice"]: r["numbers"]
                 for r in rows
-                if r["decoder"] == spec and r["baseline"] == PLAIN and "ratio_to_baseline" in r["numbers"]
+                if r["decoder"] == spec and r["baseline"] == beside and "ratio_to_baseline" in r["numbers"]
             }
+            ratios = {slice_: numbers["ratio_to_baseline"] for slice_, numbers in found.items()}
             first = [idea["name"], idea["note"]] if number == 0 else ["", ""]
             table.append(
-                [*first, f"`{spec}`", *(shown(ratios.get(s)) for s in having), verdict(list(ratios.values())),
+                [*first, f"`{spec}`", *(shown(ratios.get(s)) for s in having), verdict(list(found.values())),
                  idea["why"] if number == 0 else ""]
             )  # fmt: skip
     return table
@@ -137,7 +163,8 @@ def speeds(rows: Sequence[Row]) -> list[list[str]]:
         decode = n.get("ratio_to_greedy(decode)")
         against = f"{shown(n.get('ratio_to_baseline'))} to `{row['baseline']}`" if row["baseline"] else DASH
         table.append(
-            [f"`{row['decoder']}`", row["slice"], shown(_plain(n.get("tau"))), shown(_plain(n.get("draft_acceptance"))),
+            [f"`{row['decoder']}`", row["slice"], shown(_plain(n.get("tau(to the stop token)", n.get("tau")))),
+             shown(_plain(n.get("draft_acceptance"))),
              shown(_plain(n.get("draft_share"))), shown(decode), shown(n.get("ratio_predicted")), against]
         )  # fmt: skip
     return table
@@ -145,7 +172,8 @@ def speeds(rows: Sequence[Row]) -> list[list[str]]:
 
 def card(rows: Sequence[Row]) -> list[list[str]]:
     """A line per slice: what the drafter as it comes is worth there."""
-    head = ["prompts", "tau", "without answers that loop", "to the stop token", "share that loops", "speed over greedy"]
+    head = ["prompts", "tau", "without answers that loop", "to the stop token", "by text", "share that loops",
+            "speed over greedy"]  # fmt: skip
     table = [head]
     plain = {r["slice"]: r for r in sorted(rows, key=lambda r: r["run_id"]) if r["decoder"] == PLAIN}
     for row in sorted(plain.values(), key=lambda r: SLICES.index(r["slice"])):
@@ -153,7 +181,7 @@ def card(rows: Sequence[Row]) -> list[list[str]]:
         tau = n.get("tau")
         straight = tau if n.get("looping_share", (None,))[0] == 0 else n.get("tau(without loops)")
         ended = n.get("tau(to the stop token)", tau)
-        numbers = (tau, straight, ended, _plain(n.get("looping_share")), n.get("ratio_to_greedy"))
+        numbers = (tau, straight, ended, n.get("tau_by_text"), _plain(n.get("looping_share")), n.get("ratio_to_greedy"))
         table.append([row["slice"], *map(shown, numbers)])
     return table
 
@@ -176,22 +204,20 @@ def _plain(found: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     return None if found is None else (found[0], None, None)
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    head, *body = ("| " + " | ".join(line) + " |" for line in table)
-    return "\n".join([head, "|" + "---|" * len(table[0]), *body])
-
-
-def rewritten(page: str, name: str, table: Sequence[Sequence[str]]) -> str:
-    """The page with another table between its two marks of that name.
-
-    Raises:
-        ValueError: it has none.
-    """
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    if begin not in page or end not in page:
-        raise ValueError(f"the page has no {begin} ... {end}")
-    before, rest = page.split(begin, 1)
-    return f"{before}{begin}\n{markdown(table)}\n{end}{rest.split(end, 1)[1]}"
+def commands(ideas: Sequence[Row]) -> list[str]:
+    """What has to be run for the tables: plain `dflash` and its loop alone, each idea beside what it is judged by, and
+    what wider passes cost."""
+    runs = [(ALONE, [PLAIN])]
+    for beside in dict.fromkeys(idea.get("beside", PLAIN) for idea in ideas):
+        specs = [spec for idea in ideas if idea.get("beside", PLAIN) == beside for spec in idea["decoders"]]
+        runs.append((beside, specs))
+    found = [
+        f"pytest suites/ --benchmark --suite throughput --workload {workload} -k '{slices}' --baseline '{beside}' "
+        + " ".join(f"--decoder '{spec}'" for spec in specs)
+        for workload, slices in WORKLOADS
+        for beside, specs in runs
+    ]
+    return [*found, "pytest suites/ --benchmark --suite verify_cost"]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -201,9 +227,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafters", type=Path, default=DRAFTERS, metavar="DIR", help="with a card for the model")
     parser.add_argument("--model", default=embedded.NAME)
     parser.add_argument("--scale", default="quick")
+    parser.add_argument("--commands", action="store_true", help="say what has to be measured, and do nothing")
     parser.add_argument("--hardware", default=None, help="as the board names it (default: what was measured on last)")
     options = parser.parse_args(words)
     load_builtins()
+    ideas = tomllib.loads((options.out / "dflash.toml").read_text())["idea"]
+    if options.commands:
+        say("\n".join(commands(ideas)))
+        return
     with snapshot(options.results) as connection:
         rows = of_one_setting(measured(connection), options.model, options.scale, options.hardware)
         widths = costs(connection, rows[0]) if rows else []
@@ -212,7 +243,6 @@ def main(words: Sequence[str] | None = None) -> None:
             f"{options.results} has no sound rows of decoders that draft by blocks, of {options.model} at "
             f"{options.scale}: see dflash.md"
         )
-    ideas = tomllib.loads((options.out / "dflash.toml").read_text())["idea"]
     page = (options.out / "dflash.md").read_text()
     tables = {
         "setting": [list(SETTING), [str(rows[0][k]) for k in SETTING]],

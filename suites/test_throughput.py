@@ -5,6 +5,7 @@ from decodathlon import Chain, Sampler, suite
 KINDS = ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"]
 ENDING = [f"{kind}-ending" for kind in KINDS]
 PROBLEMS = {"math500": "math-500", "aime25": "aime25"}
+MATCHED = {f"{kind}-matched": data for kind, data in PROBLEMS.items()}
 
 
 @suite(
@@ -16,6 +17,7 @@ PROBLEMS = {"math500": "math-500", "aime25": "aime25"}
         "batch-4": "wikitext-2-raw-v1",
         **dict.fromkeys([*KINDS, *ENDING], "spec-bench"),
         **PROBLEMS,
+        **MATCHED,
     },
     rivals=["greedy", "hf-generate"],
     table=[
@@ -56,6 +58,11 @@ PROBLEMS = {"math500": "math-500", "aime25": "aime25"}
             "quick": {"slices": list(PROBLEMS), "pairs": 10, "tokens": 128, "ending": True},
             "full": {"slices": list(PROBLEMS), "pairs": 128, "tokens": 2048, "ending": True},
         },
+        "problems-matched": {
+            "smoke": {"slices": ["aime25-matched"], "pairs": 1, "tokens": 12},
+            "quick": {"slices": list(MATCHED), "pairs": 10, "tokens": 128},
+            "full": {"slices": list(MATCHED), "pairs": 128, "tokens": 2048},
+        },
     },
 )
 def test_throughput(cell):
@@ -65,7 +72,8 @@ def test_throughput(cell):
 
     if isinstance(cell.decoder, Chain):
         raise UnsupportedError("answers that grow token by token", "a chain is as fast as it mixes")
-    sizes, kind, ending = cell.sizes, cell.slice.removesuffix("-ending"), cell.sizes.get("ending", False)
+    sizes, ending = cell.sizes, cell.sizes.get("ending", False)
+    kind = cell.slice.removesuffix("-ending").removesuffix("-matched")
     asked = kind in KINDS or kind in PROBLEMS
     rows = 1 if asked else int(cell.slice.removeprefix("batch-"))
     batches, row_ids, hashes = (
@@ -131,9 +139,13 @@ def test_throughput(cell):
         cell.report("profiled_slowdown", Estimate(found.profiled_seconds / found.seconds, n=1))
     cell.target.release()
     speed.generate(cell.decoder, cell.target, batches[0], 2, cell.seed)  # a drafter is made before, not while
-    peak = memory.peak_bytes(
+    peak, read = memory.peak_and_read(
         lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed, ending=ending),
-        cell.target.device.type,
+        cell.target,
     )
     if peak is not None:
         cell.report("peak_memory_bytes", Estimate(peak, n=1))
+    if read is not None and (cell.target.counts_drafts or not cell.decoder.drafts):
+        cell.report("weight_bytes_per_token", Estimate(read, n=1))
+    if cell.target.bits_per_weight:
+        cell.report("bits_per_weight", Estimate(cell.target.bits_per_weight, n=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,28 @@ def check_named(checkpoint: str, who: str) -> None:
     if folder.is_dir():
         configs.read(folder / "config.json")
         return
-    if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
+    if not _is_hub(checkpoint):
         raise SpecError(
-            f"{who}: checkpoint={checkpoint} is neither a folder nor a hub id; {AUTO} and {RANDOM} are known"
+            f"{who}: checkpoint={checkpoint} is neither a folder nor a hub id (ORG/NAME, or ORG/NAME@REVISION); {AUTO} "
+            f"and {RANDOM} are known"
         )
-    models.check(models.resolve(checkpoint), "cpu")
+    models.check(_hub(checkpoint), "cpu")
+
+
+def _is_hub(checkpoint: str) -> bool:
+    return checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/", "~"))
+
+
+@cache
+def _cached(checkpoint: str) -> str | None:
+    """The folder of a hub id in the local cache; asked once, for requests ask what their drafter consists of."""
+    return models.cached_snapshot(_hub(checkpoint))
+
+
+def _hub(checkpoint: str) -> models.Model:
+    """A hub id, perhaps with a revision behind it."""
+    name, _, revision = checkpoint.partition("@")
+    return models.resolve(f"{name}[revision={revision}]" if revision else name)
 
 
 def folder_for(checkpoint: str, target: Any) -> Path | None:
@@ -74,14 +92,18 @@ def folder_for(checkpoint: str, target: Any) -> Path | None:
                 "hub id, train one (decodathlon draft train), or take checkpoint=random to try the loop",
             )
     folder = Path(checkpoint).expanduser()
-    return folder if folder.is_dir() else Path(models.fetch(models.resolve(checkpoint), lambda text: None))
+    return folder if folder.is_dir() else Path(models.fetch(_hub(checkpoint), lambda text: None))
 
 
 def files(checkpoint: str) -> list[Path]:
-    """What the drafter consists of, where its folder is known without a model: of `auto`, all that ship."""
+    """What the drafter consists of, where its folder is known without a model: of `auto`, all that ship; of a hub id
+    what lies in the cache. (Which released one `auto` took, the row says.)"""
     if checkpoint == RANDOM:
         return []
     folders = SHIPPED.glob("*/") if checkpoint == AUTO else [Path(checkpoint).expanduser()]
+    if _is_hub(checkpoint) and not Path(checkpoint).expanduser().is_dir():
+        cached = _cached(checkpoint)
+        folders = [Path(cached)] if cached else []
     return [file for f in folders for name in ("config.json", "*.safetensors") for file in sorted(f.glob(name))]
 
 

@@ -14,6 +14,7 @@ from decodathlon.decoders.speculative.drafter import Draft, Drafter, Stopping
 from decodathlon.decoders.speculative.trees import without_replacement
 from decodathlon.harness import law
 from decodathlon.harness.decoder import decoder
+from decodathlon.harness.errors import SpecError
 from decodathlon.harness.lazy import torch
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     claim=claim,
     family="dflash",
     bounds={**BLOCK_BOUNDS, "rounds": "[1, 16]"},
-    sweep={"rounds": [2, 3], "diverse": [False, True]},
+    sweep={"rounds": [2, 3]},
     needs=NEEDS,
     paper="Miao et al. 2023, SpecInfer (arXiv 2305.09781); Chen et al. 2024, Sequoia (arXiv 2402.12374), for `diverse`",
 )
@@ -39,6 +40,14 @@ class MultiRound(BlockTree):
     rounds: int = 2
     diverse: bool = False
     proposal: Literal["sample", "guess"] = "sample"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.diverse and not self.draws:
+            raise SpecError(
+                f"{self.info.name}: diverse=true says how tokens are drawn, and none is at temperature="
+                f"{self.temperature:g} with proposal={self.proposal}: the likeliest of a place are different anyway"
+            )
 
     @property
     def draws(self) -> bool:

@@ -71,7 +71,7 @@ def _trained(options: argparse.Namespace, target: Any) -> int:
     except ValueError as error:
         raise SpecError(str(error)) from error
     save(network, folder)
-    texts = ready.report | {"about": options.about, "behind": options.behind}
+    texts = ready.report | {"about": options.about, "behind": options.behind, "held_out": len(ready.held_out)}
     told = {"recipe": vars(recipe), "texts": texts, "history": trainer.history, **made}
     (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n")
     what = "the drafter" if done else f"the drafter so far (step {trainer.step} of {recipe.steps}; run again to go on)"

@@ -2,7 +2,8 @@
 
 The turn of the user is drawn from the model too, behind an empty chat template (Xu et al. 2024, Magpie, arXiv
 2406.08464), so no data set is needed and none can leak; answers are greedy, as they are when speed is measured. What
-shares eight words in a row with the text of a suite is left out all the same, and counted.
+shares eight words in a row with the text of a suite, or a whole text of five to seven, is left out all the same, and
+counted.
 
 What turns are about can be steered by what the model is told before them, as Magpie does for its domains; the answer is
 to the turn alone, and to a line behind it where suites ask with one. Texts come in shards of their own random numbers.
@@ -35,8 +36,9 @@ Say = Callable[[str], None]
 ROWS, BESIDE = 32, 3
 #: How the user's turn is drawn, and the most tokens that it has.
 ASKING, ASKED = "top-p[p=0.95]", 96
-#: Words in a row that make two texts share something.
-WORDS = 8
+#: Words in a row that make two texts share something; what a suite has in fewer words is looked for as a whole, if it
+#: has so many.
+WORDS, WHOLE = 8, 5
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,20 @@ def empty_turn(target: Any, about: str = "") -> list[int]:
     return list(one[:same])
 
 
-def grams(text: str) -> set[tuple[str, ...]]:
-    """All runs of eight words; case and marks do not count."""
+def grams(text: str, lengths: Sequence[int] = range(WHOLE, WORDS + 1)) -> set[tuple[str, ...]]:
+    """All runs of so many words; case and marks do not count."""
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
+    return {tuple(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)}
+
+
+def looked_for(text: str) -> set[tuple[str, ...]]:
+    """What a text of a suite is known by: its runs of eight words, or all of it if it is shorter; nothing of what has
+    fewer than five."""
+    return grams(text, [min(WORDS, max(WHOLE, len(re.findall(r"\w+", text))))])
 
 
 def suite_grams(folder: str | None, say: Say) -> dict[str, set[tuple[str, ...]]]:
-    """By data set of the suites, the runs of words of its test split.
+    """By data set of the suites, what the texts of its test split are known by.
 
     Raises:
         MissingError: `folder` was given and lacks one.
@@ -154,7 +162,10 @@ def suite_grams(folder: str | None, say: Say) -> dict[str, set[tuple[str, ...]]]
         text = datasets.find(name, "test", folder)
         if text.source == "stand-in":
             say(f"{name} is not at hand (no --data, not in the hub cache, no hub): its stand-in is looked for instead")
-        found[text.name] = {gram for row in text.rows for words in _words(row) for gram in grams(words)}
+        rows = [{gram for words in _words(row) for gram in looked_for(words)} for row in text.rows]
+        if short := sum(not row for row in rows):
+            say(f"{name}: {short} of {len(rows)} rows have no text of {WHOLE} words, and cannot be looked for")
+        found[text.name] = set().union(*rows)
     return found
 
 
@@ -176,7 +187,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def overlaps(target: Any, texts: Sequence[Written], suites: Mapping[str, set[tuple[str, ...]]]) -> list[set[str]]:
-    """By text, the data sets with which it shares eight words in a row; those of the template do not count."""
+    """By text, the data sets with which it shares eight words in a row, or a whole shorter text; those of the template
+    do not count."""
     template = grams(target.decode(empty_turn(target)))
     shared = [grams(target.decode(w.prompt)) | grams(target.decode(w.answer)) for w in texts]
     return [{name for name, theirs in suites.items() if (some - template) & theirs} for some in shared]

@@ -101,7 +101,7 @@ class Trainer(ABC):
         try:
             self._to(until, state, say)
         finally:
-            if self.step > first and self._whole:
+            if self.step > first and self._whole and self._sound():
                 self.save(state)
         if self.step > first:
             self.note(say)
@@ -231,7 +231,19 @@ class Trainer(ABC):
 
     # -- keeping it ---------------------------------------------------------------------------------------------
 
+    def _sound(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.trained.parameters())
+
     def save(self, state: Path) -> None:
+        """
+        Raises:
+            ValueError: the last step has spoilt the parameters; what was kept before stays.
+        """
+        if not self._sound():
+            raise ValueError(
+                f"parameters are no numbers any more after step {self.step}; {state} is what was kept before, if it is "
+                "there. Take another folder and a lower --rate"
+            )
         work = state.with_suffix(".part")
         kept = {
             "recipe": asdict(self.recipe), "of": self.identity, "step": self.step, "shards": self.shards,
@@ -256,8 +268,8 @@ class Trainer(ABC):
             )
         if kept["of"].get("texts") != self.identity.get("texts"):
             raise ValueError(
-                f"{state} is of a training on other texts (the folder of --data decides which are left out); go on "
-                "with the same options, or take another folder"
+                f"{state} is of a training on other texts: their lines (--about, --behind) are others, or the folder "
+                "of --data leaves others out; go on with the same options, or take another folder"
             )
         own = {"recipe": asdict(self.recipe), "of": self.identity}
         for what, mine in own.items():

@@ -80,6 +80,9 @@ def _of(answers: Sequence[Traced], remark: str) -> dict[str, Observations]:
             names, [s / max(1, max(made[a.batch])) for s, a in zip(behind, batches, strict=True)]
         ),
         f"tau{remark}": Observations(rows, [sum(c["accepted"] + 1.0 for c in a.cycles) for a in some], cycles),
+        f"tau_by_text{remark}": Observations.each(
+            rows, [sum(c["accepted"] + 1.0 for c in a.cycles) / len(a.cycles) for a in some]
+        ),
         f"draft_share{remark}": share("draft_s"),
         f"keep_share{remark}": share("keep_s"),
     }

@@ -314,6 +314,13 @@ METRICS: dict[str, Metric] = {
         "Of a decoder that drafts, tokens that a cycle makes on average: those of the draft that stay, and one.",
         "context",
     ),
+    "tau_by_text": Metric(
+        "1",
+        "none",
+        "The mean over texts of each text's own tokens per cycle, as the papers on block drafts have it; `tau` has all "
+        "tokens over all cycles, so texts with many cycles weigh more, and it is smaller.",
+        "context",
+    ),
     "tau_per_target_s": Metric(
         "1/s",
         "none",
@@ -419,6 +426,19 @@ METRICS: dict[str, Metric] = {
         "lower",
         "Peak while the decoder generates: what torch allocated on a GPU; on a CPU anonymous memory of the process, in "
         "which weights that stay mapped from their file (float32 safetensors) do not count.",
+        "memory",
+    ),
+    "weight_bytes_per_token": Metric(
+        "B",
+        "lower",
+        "Bytes of weights that the model's passes read, the prompt's among them, over the tokens that came of it. Left "
+        "out where it is not known: on a GPU of plain models, of their drafts, and of their experts.",
+        "memory",
+    ),
+    "bits_per_weight": Metric(
+        "bit",
+        "lower",
+        "What the target's weights take in the form that they are read in, over their number.",
         "memory",
     ),
     "greedy_match": Metric(

@@ -41,6 +41,25 @@ def quantity(metric: dict[str, Any], *, interval: bool = False) -> str:
     return text + unit
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a page; the first row is its head."""
+    head, *body = ("| " + " | ".join(line) + " |" for line in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def rewritten(page: str, name: str, rows: Sequence[Sequence[str]]) -> str:
+    """The page with another table between its two marks of that name.
+
+    Raises:
+        ValueError: it has none.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no {begin} ... {end}")
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{markdown(rows)}\n{end}{rest.split(end, 1)[1]}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as lines with columns one under the other; what is beyond the last column of a short row does not count."""
     whole = max(map(len, rows))

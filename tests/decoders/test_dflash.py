@@ -26,7 +26,7 @@ VARIANTS = [
     "dflash[head=int8]", "ddtree", "ddtree[budget=6]", "ddtree[budget=1]", "dflash-tree[candidates=2]", "dflash-tree",
     "dflash-candidates", "dflash-candidates[branch_margin_threshold=0.02]", "dflash-candidates[mode=prefix-rank]",
     "dflash-candidates[mode=sparse-rank,branch_top_k=3]", "dflash-tree-lite", "dflash-tree-lite[refine=true,depth=6]",
-    "dflash-tree-lite[choices=3,refine=true]", "dflash-multiround", "dflash-multiround[diverse=true,rounds=3]",
+    "dflash-tree-lite[choices=3,refine=true]", "dflash-multiround", "dflash-multiround[rounds=3]",
 ]  # fmt: skip
 
 
@@ -157,13 +157,39 @@ def test_guesses_leave_the_very_text_that_the_target_draws_alone(target, good, s
 @pytest.mark.parametrize(
     "spec",
     ["dflash", "dflash[suffix_seed=dense]", "dflash[draft_steps=2]", "dflash[controller=confidence]",
-     "dflash[schedule=ewma]", "dflash-multiround", "dflash-multiround[rounds=3,diverse=true]"],
+     "dflash[block=3,schedule=ewma]", "dflash[block=3,schedule=break-even]", "dflash-multiround",
+     "dflash-multiround[rounds=3,diverse=true]", "dflash-multiround[top_p=0.7,rounds=3]",
+     "dflash[top_p=0.8,suffix_seed=dense]", "dflash[top_k=3]"],
 )  # fmt: skip
 def test_texts_that_are_drawn_have_the_law_of_the_target(spec):
-    """All texts of four tokens; the bound is five deviations of chi-square."""
-    target = toy.enumerable_lm(4)
-    found, cells = chi_square(target, decoders.build(with_parameter(spec, "temperature=1")), [0, 1], 4, 250, 8)
+    """All texts of four tokens (of seven, where a schedule has to learn in them); the bound is five deviations of
+    chi-square."""
+    vocabulary, tokens = (3, 7) if "schedule" in spec else (4, 4)
+    target = toy.enumerable_lm(vocabulary)
+    found, cells = chi_square(target, decoders.build(with_parameter(spec, "temperature=1")), [0, 1], tokens, 250, 8)
     assert abs(found - (cells - 1)) < 5 * math.sqrt(2 * (cells - 1))
+
+
+@pytest.mark.parametrize("schedule", ["ewma", "break-even"])
+def test_schedules_learn_in_so_short_texts_and_change_sizes(schedule, monkeypatch):
+    """What the law above is held to: else a schedule that looks at tokens would pass there."""
+    from decodathlon.decoders.dflash import schedules
+
+    kind, seen = {"ewma": schedules.Scheduler, "break-even": schedules.BreakEvenSize}[schedule], []
+    settle, width = kind.settle, kind.width
+    monkeypatch.setattr(kind, "settle", lambda self, *given: (seen.append("learnt"), settle(self, *given))[1])
+    monkeypatch.setattr(kind, "width", lambda self: seen.append(found := width(self)) or found)
+    made, target = decoders.build(f"dflash[block=3,schedule={schedule},temperature=1]"), toy.enumerable_lm(3)
+    for seed in range(8):  # as many calls as above; what is learnt is kept between them
+        made.generate(target, [[0, 1]] * 40, Limits(7, ignore_eos=True), RowRandom(seed, range(40)))
+    assert seen.count("learnt") > 20
+    assert {1, 2} <= set(seen)
+
+
+def test_a_setting_without_effect_is_refused():
+    for more in ("", ",temperature=1,proposal=guess"):
+        with pytest.raises(SpecError, match="diverse=true says how tokens are drawn"):
+            decoders.build(f"dflash-multiround[diverse=true{more}]")
 
 
 @pytest.mark.parametrize("controller", ["margin", "confidence"])

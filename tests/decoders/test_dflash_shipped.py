@@ -31,11 +31,23 @@ def test_it_is_small_and_tells_what_it_is():
         assert heading in card
     told = json.loads((FOLDER / "training.json").read_text())
     assert told["model"] == embedded.NAME
-    for name in ("steps", "rate", "seed", "classes", "soft"):
-        assert str(told["recipe"][name]) in card, f"the card names the recipe's {name}"
-    assert f"{told['texts']['texts']:,}" in card
-    assert f"{told['texts']['tokens']:,}" in card
-    assert sum(told["texts"]["left_out"].values()) >= 0
+    texts, recipe = told["texts"], told["recipe"]
+    command = card.partition("```bash")[2].partition("```")[0]
+    for name in ("steps", "rate", "classes", "soft", "short"):
+        assert f"--{name} {recipe[name]}" in command
+    assert f"--shards {texts['shards']} " in command
+    assert [f"--about '{count}:{about}'" in command for count, about in texts["about"]] == [True] * 3
+    assert f"--behind '{texts['behind']}'" in command
+    assert f"Seed {recipe['seed']};" in card
+    assert f"{texts['texts']:,} answers of {texts['tokens']:,} tokens" in card
+    whole, steered = texts["shards"] + sum(n for n, _ in texts["about"]), sum(n for n, _ in texts["about"])
+    assert f"Of {whole} shards {steered} were" in card
+    for name, count in texts["left_out"].items():
+        assert count == 0 or f"{count} of {name}" in card
+    series = ", ".join(f"{h['tau']:.2f} after {h['step']:,} steps" for h in told["history"])
+    assert series in card
+    assert f"took {told['history'][-1]['minutes']:.0f} minutes" in card.replace("\n", " ")
+    assert f"on {texts['held_out']} texts that were held out" in card
 
 
 def test_the_embedded_model_gets_it_and_drafts_better_than_by_chance():

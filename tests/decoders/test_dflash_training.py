@@ -242,9 +242,8 @@ def test_a_training_on_other_texts_is_not_taken_up(target, states, tmp_path):
         on("b").load(tmp_path / "state.pt")
 
 
-def test_what_is_no_number_is_not_kept(target, states, tmp_path, monkeypatch):
-    """Nor are parameters that a step of this run has spoilt."""
-    one = trainer(target, states, Recipe(steps=9))
+def spoil(one, monkeypatch):
+    """Have the third step leave parameters that are no numbers."""
     step = one.optimizer.step
 
     def spoilt(closure=None):
@@ -254,9 +253,28 @@ def test_what_is_no_number_is_not_kept(target, states, tmp_path, monkeypatch):
                 one.network.norm.weight.fill_(float("nan"))
 
     monkeypatch.setattr(one.optimizer, "step", spoilt)
+
+
+def test_what_is_no_number_is_not_kept(target, states, tmp_path, monkeypatch):
+    """Nor are parameters that a step of this run has spoilt."""
+    one = trainer(target, states, Recipe(steps=9))
+    spoil(one, monkeypatch)
     with pytest.raises(ValueError, match="the loss of step 3 is nan"):
         one.run(tmp_path / "state.pt", lambda text: None)
     assert not (tmp_path / "state.pt").exists()
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_a_state_is_not_replaced_by_parameters_that_are_no_numbers(target, states, tmp_path, monkeypatch, steps):
+    """Of the last step, whose loss nobody looks at any more, or of one behind which it is kept."""
+    from decodathlon.decoders.training import trainer as module
+
+    monkeypatch.setattr(module, "CHECK_EVERY", 0.0)
+    one = trainer(target, states, Recipe(steps=steps))
+    spoil(one, monkeypatch)
+    with pytest.raises(ValueError, match=r"no numbers any more after step 3"):
+        one.run(tmp_path / "state.pt", lambda text: None)
+    assert torch.load(tmp_path / "state.pt")["step"] == 2
 
 
 def test_an_interrupt_within_a_step_keeps_what_was_there(target, states, tmp_path, monkeypatch):

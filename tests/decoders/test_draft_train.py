@@ -39,19 +39,25 @@ def test_an_empty_turn_is_what_templates_have_in_common():
 
 
 def test_texts_of_the_suites_are_found_out():
-    suites = {"a": corpus.grams("w11 w12 w13 w14 w15 w16 w17 w18 w19"), "b": corpus.grams("x " * 20)}
+    suites = {
+        "a": corpus.looked_for("w11 w12 w13 w14 w15 w16 w17 w18 w19"), "b": corpus.looked_for("x " * 20),
+        "short": corpus.looked_for("w21 w22 w23 w24 w25 w26"),
+    }  # fmt: skip
     texts = [
         corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [11, 12, 13, 14, 15, 16, 17, 18]),
         corpus.Written([9, 9, 9, 9, 9, 9, 9, 9], [11, 12, 13, 14, 15, 16, 17, 17]),
         corpus.Written([12, 13, 14, 15, 16, 17, 18, 19], [7]),
+        corpus.Written([9, 9], [5, 21, 22, 23, 24, 25, 26, 8]),
+        corpus.Written([9, 9], [5, 21, 22, 23, 24, 25, 8]),
     ]
-    assert corpus.overlaps(Speaker(), texts, suites) == [{"a"}, set(), {"a"}]
+    assert corpus.overlaps(Speaker(), texts, suites) == [{"a"}, set(), {"a"}, {"short"}, set()]
 
 
 def test_rows_of_suites_are_read_as_the_texts_that_they_hold():
     row = json.dumps({"turns": ["one two three four\nfive six", {"more": "a b c d e f g h"}], "id": 7})
     assert corpus._words(row) == ["one two three four\nfive six", "a b c d e f g h"]
-    assert corpus.grams(corpus._words("plain words")[0]) == set()
+    assert corpus.looked_for(corpus._words("plain words of four")[0]) == set()
+    assert corpus.looked_for("Plain words, of five now") == {("plain", "words", "of", "five", "now")}
     with pytest.raises(MissingError, match=r"--data .*nowhere has no"):
         corpus.suite_grams("/nowhere", lambda text: None)
 
