@@ -27,10 +27,11 @@ ALLOWED = {
 }
 #: Modules that the controller imports: they must be light, so torch is imported inside functions or lazily.
 TORCH_AT_TOP = {"harness/targets", "harness/measure"}
-#: Files of decoders that are imported when a drafter is loaded or trained: a network is a class of torch's.
+#: Files of decoders that are imported when a model or a drafter is loaded, or trained: a network is a class of torch's.
 NETWORKS = {
     *(f"decoders/dflash/{name}.py" for name in ("network", "captured", "training")),
     *(f"decoders/training/{name}.py" for name in ("features", "trainer", "repair")),
+    *(f"decoders/jit_delta/{name}.py" for name in ("assembly", "modules", "persona", "target")),
 }
 #: What Streamlit runs, besides the pages of the board; nothing else may know it.
 STREAMLIT = {"leaderboard/app.py", "leaderboard/parts.py"}

@@ -42,10 +42,14 @@ def test_the_readmes_plugin_is_a_decoder(tmp_path):
 
 def test_the_readmes_options_exist(request):
     from decodathlon.harness.commands import board
+    from decodathlon.harness.registry import load_builtins, registry
 
-    parser = argparse.ArgumentParser()
-    board._arguments(parser)
-    help_text = request.config._parser.optparser.format_help() + parser.format_help()
+    load_builtins()
+    help_text = request.config._parser.optparser.format_help()
+    for arguments in (board._arguments, *(registry.get("command", n).arguments for n in registry.names("command"))):
+        parser = argparse.ArgumentParser()
+        arguments(parser)
+        help_text += parser.format_help()
     for option in sorted(set(re.findall(r"`(--[a-z-]+)", README)) - {"--no-deps"}):
         assert option in help_text, option
 

@@ -230,12 +230,19 @@ def drafting_row(decoder, slice_, ratio, baseline="dflash"):
 def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
     made = script("dflash_backlog")
     slow, fast, open_ = (0.8, 0.7, 0.9), (1.2, 1.1, 1.3), (1.0, 0.9, 1.1)
-    assert made.verdict([slow, slow]) == "slower"
-    assert made.verdict([fast]) == "faster"
-    assert made.verdict([open_, open_]) == "no difference seen"
-    assert made.verdict([slow, fast, open_]) == "faster on 1 of 3, slower on 1 of 3"
-    assert made.verdict([]) == "not measured"
-    assert made.verdict([(1.0, None, None)]) == "too few prompts"
+
+    def verdict(*ratios, **noise):
+        return made.verdict([{"ratio_to_baseline": ratio, **noise} for ratio in ratios])
+
+    assert verdict(slow, slow) == "slower"
+    assert verdict(fast) == "faster"
+    assert verdict(open_, open_) == "no difference seen"
+    assert verdict(slow, fast, open_) == "faster on 1 of 3, slower on 1 of 3"
+    assert verdict() == "not measured"
+    assert verdict((1.0, None, None)) == "too few prompts"
+    assert verdict(fast, ratio_to_self=(1.02, 0.97, 1.06)) == "faster"
+    assert verdict(fast, ratio_to_self=(0.9, 0.85, 0.94)) == "no difference seen", "it is slower than itself"
+    assert verdict((1.02, 1.01, 1.03), ratio_to_self=(0.97, 0.9, 1.1)) == "no difference seen", "less than the noise"
     rows = [
         drafting_row("ddtree", "math500", fast), drafting_row("ddtree", "mt_bench", slow, baseline="dflash[block=1]"),
         drafting_row("dflash[draft_steps=2]", "mt_bench", slow),
@@ -250,6 +257,11 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
         ["", "", "`dflash-tree`", made.DASH, made.DASH, "not measured", ""],
         ["steps", "1.2", "`dflash[draft_steps=2]`", made.DASH, "0.80 [0.70, 0.90]", "slower", "unseen"],
     ]
+    warm = [{"name": "rounds", "note": "", "decoders": ["ddtree"], "why": "", "beside": "dflash[block=1]"}]
+    assert made.backlog(warm, rows)[1][3:5] == ["0.80 [0.70, 0.90]", "slower"]
+    told = made.commands([*ideas, *warm])
+    assert len(told) == 2 * 3 + 1
+    assert "--workload problems -k 'math500' --baseline 'dflash' --decoder 'ddtree' --decoder 'dflash-tree'" in told[1]
     assert made.speeds(rows)[1][0] == "`ddtree`"
     assert made.speeds(rows)[1][-1] == "1.20 [1.10, 1.30] to `dflash`"
     found = made.curve([("context-64", f"verify_cost({n})", v) for n, v in ((8, 1.27), (16, 1.5))])
@@ -259,12 +271,14 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
     assert [r["run_id"] for r in made.of_one_setting(several, "m", "quick", None)] == ["3"]
     assert [r["run_id"] for r in made.of_one_setting(several, "m", "quick", "one")] == ["2", "1"]
     assert made.of_one_setting(several, "m", "full", None) == []
+    from decodathlon.harness.results import table
+
     page = "a\n<!-- backlog -->\nold\n<!-- end of backlog -->\nb"
-    assert made.rewritten(page, "backlog", [["x", "y"], ["1", "2"]]).splitlines() == [
+    assert table.rewritten(page, "backlog", [["x", "y"], ["1", "2"]]).splitlines() == [
         "a", "<!-- backlog -->", "| x | y |", "|---|---|", "| 1 | 2 |", "<!-- end of backlog -->", "b",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="has no <!-- curve -->"):
-        made.rewritten(page, "curve", [])
+        table.rewritten(page, "curve", [])
     numbers = {"tau": (1.9, 1.8, 2.0), "tau(without loops)": (1.7, 1.6, 1.8), "looping_share": (0.25, None, None)}
     straight = {"tau": (2.0, None, None), "looping_share": (0.0, None, None), "ratio_to_greedy": (1.2, 1.1, 1.3)}
     dash = made.DASH
@@ -275,8 +289,8 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
             {"decoder": "ddtree", "slice": "math500", "run_id": "1", "numbers": straight},
         ]
     )[1:] == [
-        ["math500", "1.90 [1.80, 2.00]", "1.70 [1.60, 1.80]", "1.90 [1.80, 2.00]", "0.25", dash],
-        ["mt_bench", "2.00", "2.00", "2.00", "0.00", "1.20 [1.10, 1.30]"],
+        ["math500", "1.90 [1.80, 2.00]", "1.70 [1.60, 1.80]", "1.90 [1.80, 2.00]", dash, "0.25", dash],
+        ["mt_bench", "2.00", "2.00", "2.00", dash, "0.00", "1.20 [1.10, 1.30]"],
     ]
 
 
@@ -301,6 +315,6 @@ def test_every_idea_of_the_backlog_names_decoders_that_there_are():
 
     ideas = tomllib.loads((SCRIPTS.parent / "docs" / "findings" / "dflash.toml").read_text())["idea"]
     for idea in ideas:
-        assert set(idea) == {"name", "note", "decoders", "why"}
-        for spec in idea["decoders"]:
+        assert set(idea) - {"beside"} == {"name", "note", "decoders", "why"}
+        for spec in (*idea["decoders"], idea.get("beside", "dflash")):
             assert decoders.build(spec).spec == spec

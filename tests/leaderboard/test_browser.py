@@ -154,11 +154,12 @@ def test_a_filter_is_clicked_and_stands_in_the_address(browser, board):
         page.goto(board)
         _ready(page)
         assert page.get_by_role("rowheader", name="turbo").count() > 0
-        page.get_by_test_id("stMultiSelect").filter(has_text="Family").locator("input").click()
-        page.get_by_role("option", name="top-p").click()
-        page.keyboard.press("Escape")  # an open list hides the rest from the roles
-        page.wait_for_function("location.search.includes('family=top-p')", timeout=10_000)
-        _ready(page)
+        for _ in range(10):  # what is clicked while the page is drawn again is lost
+            _choose(page, "Family", "top-p")
+            page.keyboard.press("Escape")  # an open list hides the rest from the roles
+            _ready(page)
+            if "family=top-p" in page.url:
+                break
         table = page.get_by_role("region", name="Decoders by suite")
         assert table.get_by_role("rowheader", name="top-p[p=0.5]").count() == 1
         assert table.get_by_role("rowheader", name="turbo").count() == 0
