@@ -25,7 +25,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from decodathlon.decoders.jit_delta import container, schemes
+from decodathlon.decoders.jit_delta import container, frames, schemes
 from decodathlon.harness import embedded, llama2c
 from decodathlon.harness.commands.command import say
 from decodathlon.harness.results.table import DASH, rewritten
@@ -114,9 +114,10 @@ def sizes(tensors: Iterator[Tensor]) -> dict[str, float]:
     return found | {"of them": count}
 
 
-def stored(name: str, plane: Tensor) -> int:
+def stored(name: str, plane: Tensor, *, compressed: bool = False) -> int:
+    """Bytes of a plane on disk; of those that are always compressed, or this one `compressed`."""
     raw = plane.contiguous().view(torch.uint8).flatten().numpy()
-    return sum(map(len, container.pieces(raw, compressed=name in schemes.COMPRESSED)))
+    return sum(map(len, frames.pieces(raw, compressed=compressed or name in schemes.COMPRESSED)))
 
 
 def squeezed(raw: bytes) -> int:

@@ -64,3 +64,54 @@ def test_reservoir(benchmark, form):
     kernels.check(works)
     # the plain form asks the host whether scores are equal, and so is no graph
     benchmark.pedantic(*(kernels.replayed if form == "fused" else kernels.plain)(works[form]), rounds=ROUNDS)
+
+
+#: (rows, columns) of what a step of an 8B-shaped model multiplies by.
+MATRICES = {"qkv": (6144, 4096), "gate-up": (28672, 4096), "down": (4096, 14336)}
+
+
+@kernels
+@pytest.mark.parametrize("form", ["bf16", "nested", "fixed12", "draft-5", "nested-read", "fixed12-read"])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_product(benchmark, matrix, rows, form):
+    """Rows of activations times a matrix: in bfloat16 by cuBLAS, decoded as it is read out of packed planes, and the
+    planes only read."""
+    from decodathlon.harness.measure import kernels
+    from decodathlon.kernels.delta import dispatch, triton
+
+    weights, x = kernels.matrix(*MATRICES[matrix]), kernels.matrix(rows, MATRICES[matrix][1], spread=1.0, seed=1)
+    if form == "bf16":
+        work = lambda: x @ weights.T  # noqa: E731
+    else:
+        planes = kernels.planes(weights, "fixed12" if form.startswith("fixed12") else "nested")
+        bits = 5 if form == "draft-5" else 0
+        work = triton.reading(planes) if form.endswith("-read") else lambda: dispatch.product(planes, x, bits)
+        if form in ("nested", "fixed12"):
+            kernels.check_product(work(), x, weights)
+    benchmark.pedantic(*kernels.replayed(work), rounds=ROUNDS)
+
+
+@kernels
+@pytest.mark.parametrize("form", ["copy", "nested", "fixed12", "draft-5"])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_rebuild(benchmark, matrix, form):
+    """A matrix out of its planes into memory; a copy of it in bfloat16 beside it."""
+    import torch
+
+    from decodathlon.harness.measure import kernels
+    from decodathlon.kernels.delta import dispatch
+
+    weights = kernels.matrix(*MATRICES[matrix])
+    out = torch.empty_like(weights).flatten()
+    if form == "copy":
+        work = lambda: out.copy_(weights.flatten())  # noqa: E731
+    else:
+        planes = kernels.planes(weights, "fixed12" if form == "fixed12" else "nested")
+        work = {
+            "draft-5": lambda: dispatch.draft(planes, 5, out),
+        }.get(form, lambda: dispatch.rebuild(planes, out.view(torch.int16)))
+        work()
+        if form != "draft-5":
+            assert torch.equal(out.view(torch.int16), weights.flatten().view(torch.int16)), "it is not the matrix"
+    benchmark.pedantic(*kernels.replayed(work), rounds=ROUNDS)

@@ -139,13 +139,6 @@ def test_throughput(cell):
         cell.report("profiled_slowdown", Estimate(found.profiled_seconds / found.seconds, n=1))
     cell.target.release()
     speed.generate(cell.decoder, cell.target, batches[0], 2, cell.seed)  # a drafter is made before, not while
-    peak, read = memory.peak_and_read(
-        lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed, ending=ending),
-        cell.target,
-    )
-    if peak is not None:
-        cell.report("peak_memory_bytes", Estimate(peak, n=1))
-    if read is not None and (cell.target.counts_drafts or not cell.decoder.drafts):
-        cell.report("weight_bytes_per_token", Estimate(read, n=1))
-    if cell.target.bits_per_weight:
-        cell.report("bits_per_weight", Estimate(cell.target.bits_per_weight, n=1))
+    call = lambda: speed.generate(cell.decoder, cell.target, batches[0], sizes["tokens"], cell.seed, ending=ending)  # noqa: E731
+    for metric, value in memory.of_a_call(call, cell.target, drafts=cell.decoder.drafts).items():
+        cell.report(metric, Estimate(value, n=1))

@@ -26,6 +26,7 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the packed model; an interrupted one goes on")
     parser.add_argument("--cast", choices=["bfloat16"], help="round what has more bits; what comes back is that")
     parser.add_argument("--against", metavar="BASE", help="store what it differs in from this model (folder or name)")
+    parser.add_argument("--q4", type=Path, metavar="GGUF", help="a Q4_0 file of the model as the base of int4-delta")
     parser.add_argument("--scheme", choices=schemes.SCHEMES, default="nested", help="of BF16 weights (default nested)")
 
 
@@ -33,7 +34,7 @@ def _pack(options: argparse.Namespace) -> int:
     folder = _folder(options.model)
     base = None if options.against is None else _folder(options.against, packed=True)
     begin = time.monotonic()
-    reader = pack.pack(folder, options.out, options.scheme, say, base, cast=options.cast is not None)
+    reader = pack.pack(folder, options.out, options.scheme, say, base, cast=options.cast is not None, q4=options.q4)
     seconds = time.monotonic() - begin
     for line in summary(list(reader.records.values())):
         say(line)
@@ -84,7 +85,11 @@ def _inspect(options: argparse.Namespace) -> int:
     groups: dict[str, list[Record]] = defaultdict(list)
     for name, record in reader.records.items():
         groups[name if options.every else re.sub(r"\d+", "*", name)].append(record)
-    say(f"{options.packed}: scheme {reader.scheme}" + (f", against {reader.base}" if reader.base else ""))
+    say(
+        f"{options.packed}: scheme {reader.scheme}"
+        + (f", against {reader.base}" if reader.base else "")
+        + (f", on {reader.q4}" if reader.q4 else "")
+    )
     for line in aligned(table(groups)):
         say(line)
     for line in summary(list(reader.records.values())):

@@ -15,28 +15,28 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from decodathlon.decoders.jit_delta import frames
 from decodathlon.decoders.jit_delta.schemes import COMPRESSED, Packed
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.lazy import torch
 
 VERSION = 1
 MANIFEST = "packing.json"
-#: Bytes that are compressed together, and how hard: the planes are nibbles of high entropy, and more brings nothing.
-FRAME, LEVEL = 1 << 20, 1
 #: Room in a header for one plane, and for anything.
 ENTRY, ROOM = 160, 4096
 KINDS = (
     ("uint8", "U8", 1), ("int16", "I16", 2), ("int32", "I32", 4), ("int64", "I64", 8), ("float32", "F32", 4),
 )  # fmt: skip
 TYPES = {name: kind for name, kind, _ in KINDS}
-#: Planes that have a row for each 256 numbers, by form: what kernels read without looking whether it is there.
+#: Planes that have a row for each 256 numbers, by form, and how long one may be: what kernels read without looking
+#: whether it is there.
 BY_BLOCK: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "nested": {
         "code": ("U8", (128,)), "first": ("U8", (32,)), "second": ("U8", (32,)), "middle": ("U8", (128,)),
@@ -44,7 +44,7 @@ BY_BLOCK: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     },
     "fixed12": {"code": ("U8", (128,)), "rest": ("U8", (256,))},
     "int4-delta": {
-        "code": ("U8", (128,)), "scales": ("I16", (4,)), "low": ("U8", (256,)), "before": ("I16", ()),
+        "code": ("U8", (128,)), "scales": ("I16", (4, 8)), "low": ("U8", (256,)), "before": ("I16", ()),
     },
 }  # fmt: skip
 #: What torch calls the types of safetensors that a model's tensors may have.
@@ -167,9 +167,10 @@ class Record:
         blocks = -(-self.count // 256)
         if "spans" in self.planes and self.planes["spans"]["shape"] != [-(-blocks // 256)]:
             raise ValueError(f"plane spans of {name} is {self.planes['spans']['shape']}, not {[-(-blocks // 256)]}")
-        for plane, (dtype, width) in BY_BLOCK[self.form].items():
-            if (self.planes[plane]["dtype"], self.planes[plane]["shape"]) != (dtype, [blocks, *width]):
-                raise ValueError(f"plane {plane} of {name} is {self.planes[plane]['shape']}, not {[blocks, *width]}")
+        for plane, (dtype, widths) in BY_BLOCK[self.form].items():
+            able = [[blocks, width] for width in widths] or [[blocks]]
+            if self.planes[plane]["dtype"] != dtype or self.planes[plane]["shape"] not in able:
+                raise ValueError(f"plane {plane} of {name} is {self.planes[plane]['shape']}, not {able[0]}")
 
 
 def _of(told: Any, key: str, kind: type, folder: Path) -> Any:
@@ -285,14 +286,14 @@ class Writer:
             "dtype": TYPES[str(tensor.dtype).removeprefix("torch.")], "shape": list(tensor.shape), "bytes": len(raw),
         }  # fmt: skip
         at, crc, stored = self._file.tell(), 0, 0
-        frames: list[int] = []
-        for piece in pieces(raw, compressed=name in COMPRESSED or name.startswith("byte")):
+        sizes: list[int] = []
+        for piece in frames.pieces(raw, compressed=name in COMPRESSED or name.startswith("byte")):
             crc, stored = zlib.crc32(piece, crc), stored + len(piece)
-            frames.append(len(piece))
+            sizes.append(len(piece))
             self._file.write(piece)
         told |= {"at": at, "stored": stored, "crc32": crc}
         if name in COMPRESSED or name.startswith("byte"):
-            told["frames"] = frames
+            told["frames"] = sizes
         return told
 
     def _put(self, data: bytes) -> tuple[int, int]:
@@ -303,15 +304,6 @@ class Writer:
     def _offsets(self, at: int, size: int) -> list[int]:
         begin = at - 8 - self.room
         return [begin, begin + size]
-
-
-def pieces(raw: Any, *, compressed: bool) -> Iterator[bytes]:
-    import zstandard
-
-    compressor = zstandard.ZstdCompressor(level=LEVEL)
-    for at in range(0, len(raw), FRAME):
-        piece = raw[at : at + FRAME].tobytes()
-        yield compressor.compress(piece) if compressed else piece
 
 
 class Reader:
@@ -341,6 +333,8 @@ class Reader:
         self.cast = bool(told.get("cast"))
         #: The folder of the model that it was packed against.
         self.base = base or (Path(told["against"]) if told.get("against") else None)
+        #: The name of the Q4 file whose numbers are the base.
+        self.q4 = str(told.get("q4") or "")
         #: By file of the original: its name here.
         self.files: dict[str, dict[str, str]] = _of(told, "files", dict, folder)
         try:
@@ -356,12 +350,15 @@ class Reader:
         self.other: Any = None
         self._open: dict[str, Source] = {}
 
-    def read(self, name: str, *, only: Container[str] | None = None, check: bool = False) -> Packed:
+    def read(
+        self, name: str, *, only: Container[str] | None = None, check: bool = False, device: str = "cpu"
+    ) -> Packed:
         """The planes of a tensor; those that are not compressed are mapped, not read.
 
         Args:
             only: the planes that are wanted; all of them where it is None.
             check: hold each plane against its checksum.
+            device: where they are wanted; large ones that are compressed are unpacked there, if it can.
 
         Raises:
             MissingError: a plane is not what was written.
@@ -375,11 +372,10 @@ class Reader:
             stored = file.data(f"{name}:{plane}")
             if len(stored) != told["stored"] or (check and zlib.crc32(stored.numpy()) != told["crc32"]):
                 raise MissingError(f"{file.path}: plane {plane} of {name} is damaged; pack the model again")
-            raw = (
-                stored
-                if "frames" not in told
-                else self._unpacked(stored, told, f"{file.path}: plane {plane} of {name}")
-            )
+            raw = stored
+            if "frames" in told:
+                where = f"{file.path}: plane {plane} of {name}"
+                raw = frames.unpacked(stored, told["frames"], told["bytes"], device, where)
             kind = {kind: dtype for dtype, kind in TYPES.items()}[told["dtype"]]
             planes[plane] = raw.view(getattr(torch, kind)).view(told["shape"])
         return Packed(record.form, planes, record.facts, record.floor)
@@ -393,21 +389,3 @@ class Reader:
         if name not in self._open:
             self._open[name] = Source(self.folder / name)
         return self._open[name]
-
-    def _unpacked(self, stored: Any, told: Mapping[str, Any], where: str) -> Any:
-        import zstandard
-
-        out, at, begin = torch.empty(told["bytes"], dtype=torch.uint8), 0, 0
-        view = memoryview(out.numpy()) if len(out) else memoryview(b"")
-        data = memoryview(stored.numpy())
-        decompressor = zstandard.ZstdDecompressor()
-        for size in told["frames"]:
-            try:
-                piece = decompressor.decompress(data[begin : begin + size], max_output_size=FRAME)
-            except zstandard.ZstdError as error:
-                raise MissingError(f"{where} is damaged ({error}); pack the model again") from error
-            view[at : at + len(piece)] = piece
-            at, begin = at + len(piece), begin + size
-        if at != len(out):
-            raise MissingError(f"{where} is damaged; pack the model again")
-        return out

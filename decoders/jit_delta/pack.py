@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 from decodathlon.decoders.jit_delta import against, schemes
 from decodathlon.decoders.jit_delta.container import MANIFEST, VERSION, Cast, Reader, Record, Source, Writer
+from decodathlon.decoders.jit_delta.q4 import BLOCK, GROUP, Q4File
 from decodathlon.harness import progress
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.lazy import torch
@@ -97,22 +99,42 @@ class Weights:
         return restored(self._packed, name) if self._packed is not None else self._where[name].data(name)
 
 
-def pack(folder: Path, out: Path, scheme: str, say: Say, base: Path | None = None, *, cast: bool = False) -> Reader:
+def pack(
+    folder: Path,
+    out: Path,
+    scheme: str,
+    say: Say,
+    base: Path | None = None,
+    *,
+    cast: bool = False,
+    q4: Path | None = None,
+) -> Reader:
     """Pack the weights in `folder` into `out`; goes on where an earlier run was interrupted.
 
     Args:
         base: a model of which only differences are to be stored.
         cast: round to bfloat16 what has more bits; what comes back is that.
+        q4: a GGUF file whose numbers in Q4_0 are the base of `int4-delta`.
 
     Raises:
-        SpecError, MissingError: as `sources`; `out` holds something else, or has no room.
+        SpecError, MissingError: as `sources`; `out` holds something else, or has no room; `q4` is of another model, or
+            has nothing in Q4_0.
     """
+    if q4 is not None and (scheme != "int4-delta" or base is not None):
+        raise SpecError(
+            f"{q4} can be the base of int4-delta alone; pack with --scheme int4-delta, and without --against"
+        )
     files = [Cast(path) if cast else Source(path) for path in sources(folder)]
     twice = [name for name, count in Counter(n for file in files for n in file.tensors).items() if count > 1]
     if twice:
         raise SpecError(f"{folder} has {twice[0]} in two of its files; leave those of one model there")
     other = None if base is None else Weights(base)
+    given = None if q4 is None else Q4File(q4)
+    if given is not None:
+        large = ((n, f) for f in files for n in f.tensors if _form(f, n, scheme) == "int4-delta")
+        given.compare((n, f.tensors[n]["shape"], f.data(n)) for n, f in large)
     how = scheme + (", cast" if cast else "") + ("" if base is None else f", against {_stamped(base)}")
+    how += "" if q4 is None else f", on {_stamp(q4)}"
     _claim(out, folder, how)
     if (out / MANIFEST).is_file():
         say(f"{out} is packed already")
@@ -129,7 +151,7 @@ def pack(folder: Path, out: Path, scheme: str, say: Say, base: Path | None = Non
                 writer = _next(writer)
                 writer = Writer(packed, list(file.tensors), file.header)
             if name not in writer.done:
-                _add(writer, file, name, scheme, other)
+                _add(writer, file, name, scheme, other, given)
             records[name] = writer.done[name]
             told[file.path.name] = {"packed": packed.name}
         _next(writer)
@@ -147,6 +169,9 @@ def pack(folder: Path, out: Path, scheme: str, say: Say, base: Path | None = Non
         manifest["against"] = str(base.resolve())
     if cast:
         manifest["cast"] = "bfloat16"
+    if given is not None:
+        manifest["q4"] = given.path.name
+        say(_stood(given, records))
     part = out / f"{MANIFEST}.part"
     part.write_text(json.dumps(manifest))
     os.replace(part, out / MANIFEST)
@@ -160,22 +185,40 @@ def _next(writer: Writer | None) -> None:
         writer.finish()
 
 
-def _add(writer: Writer, file: Source, name: str, scheme: str, base: Weights | None) -> None:
+def _add(writer: Writer, file: Source, name: str, scheme: str, base: Weights | None, q4: Q4File | None) -> None:
     told, digest = file.tensors[name], hashlib.sha256()
     each = lambda part: digest.update(part.numpy())  # noqa: E731
     dtype, data = told["dtype"], file.data(name)
     if base is not None and base.kind(name) == (dtype, told["shape"]) and dtype in schemes.WIDTH and len(data):
         packed = against.difference(data, base.data(name), dtype, each)
     else:
-        packed = schemes.encode(data, dtype, scheme, each)
+        packed = schemes.encode(data, dtype, scheme, each, None if q4 is None else q4.bases.get(name))
     writer.add(name, told["dtype"], told["shape"], packed, digest.hexdigest())
+
+
+def _stood(q4: Q4File, records: dict[str, Record]) -> str:
+    """How much of a model stands on the numbers of a Q4 file, and what that lacks."""
+    of = [r for r in records.values() if r.form == "int4-delta"]
+    on = [r for r in of if r.planes["scales"]["shape"][-1] * GROUP == BLOCK]
+    rest = sum(told["stored"] for r in on for plane, told in r.planes.items() if plane not in ("code", "scales"))
+    others = "".join(f"; {n} have their own ({why})" for why, n in q4.others.most_common())
+    lacks = f", which lacks {8 * rest / sum(r.count for r in on):.2f} bits per weight of them" if on else ""
+    return f"{len(on)} of {len(of)} matrices stand on the numbers of {q4.path.name}{lacks}{others}"
+
+
+def _form(file: Source, name: str, scheme: str) -> str:
+    told = file.tensors[name]
+    return schemes.form_of(told["dtype"], math.prod(told["shape"]), scheme)
 
 
 def _stamped(folder: Path) -> str:
     """A model in a folder: where it is, and what tells its files from later ones."""
     files = [folder / MANIFEST] if (folder / MANIFEST).is_file() else sources(folder)
-    stamps = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    return f"{folder.resolve()}: {', '.join(stamps)}"
+    return f"{folder.resolve()}: {', '.join(map(_stamp, files))}"
+
+
+def _stamp(path: Path) -> str:
+    return f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
 
 
 def _claim(out: Path, folder: Path, scheme: str) -> None:

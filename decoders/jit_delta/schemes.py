@@ -15,6 +15,8 @@ from decodathlon.harness.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from decodathlon.decoders.jit_delta.q4 import Base
+
 #: What `--scheme` may be.
 SCHEMES = ("nested", "fixed12", "int4-delta")
 #: How many first bits of a weight may be read alone, by scheme; the first of them unless another is asked for.
@@ -55,13 +57,16 @@ def form_of(dtype: str, count: int, scheme: str) -> str:
     return "bytes" if dtype in WIDTH and count >= SMALL else "raw"
 
 
-def encode(data: Tensor, dtype: str, scheme: str, each: Callable[[Tensor], None] = lambda part: None) -> Packed:
+def encode(
+    data: Tensor, dtype: str, scheme: str, each: Callable[[Tensor], None] = lambda part: None, base: Base | None = None
+) -> Packed:
     """Pack the bytes of a tensor.
 
     Args:
         data: (bytes,) uint8, which may lie in a file that is mapped.
         dtype: as safetensors calls it.
         each: is shown every part of the bytes once, in order.
+        base: of `int4-delta`, where there is one already.
     """
     form = form_of(dtype, _count(data, dtype), scheme)
     if form == "raw":
@@ -69,7 +74,7 @@ def encode(data: Tensor, dtype: str, scheme: str, each: Callable[[Tensor], None]
         return Packed("raw", {"raw": data})
     if form == "bytes":
         return _bytes(data, WIDTH[dtype], each)
-    return _weights(data, form, each)
+    return _weights(data, form, each, base)
 
 
 def decode(packed: Packed, out: Tensor, bits: int = 0) -> str:
@@ -153,17 +158,18 @@ def kernel_planes(packed: Packed) -> Any:
 
 
 def _forms() -> dict[str, tuple[Any, Callable[..., Any]]]:
-    """Of each scheme, what its planes are and who makes them of bit patterns, given the plan of the whole."""
+    """Of each scheme, what its planes are and who makes them of bit patterns, given the plan of the whole and a base of
+    them."""
     from decodathlon.kernels.delta import int4, reference
 
     return {
-        "nested": (reference.Nested, reference.nested),
-        "fixed12": (reference.Fixed12, reference.fixed12),
-        "int4-delta": (int4.Int4Delta, lambda bits, known: int4.int4_delta(bits)),
+        "nested": (reference.Nested, lambda bits, known, base: reference.nested(bits, known)),
+        "fixed12": (reference.Fixed12, lambda bits, known, base: reference.fixed12(bits, known)),
+        "int4-delta": (int4.Int4Delta, lambda bits, known, base: int4.int4_delta(bits, base)),
     }
 
 
-def _weights(data: Tensor, form: str, each: Callable[[Tensor], None]) -> Packed:
+def _weights(data: Tensor, form: str, each: Callable[[Tensor], None], base: Base | None) -> Packed:
     from decodathlon.kernels.delta import reference
 
     bits = data.view(torch.int16)
@@ -172,8 +178,10 @@ def _weights(data: Tensor, form: str, each: Callable[[Tensor], None]) -> Packed:
         each(part.view(torch.uint8))
         counts += reference.patterns(part)
     known = reference.plan(counts)
-    make = _forms()[form][1]
-    planes = _joined((make(part, known)._asdict() for part in bits.split(PART)), -(-len(bits) // reference.BLOCK))
+    make, blocks = _forms()[form][1], -(-len(bits) // reference.BLOCK)
+    parts = ((at, bits[at : at + PART]) for at in range(0, len(bits), PART))
+    bases = lambda at, part: base and base(at, -(-len(part) // reference.BLOCK))  # noqa: E731
+    planes = _joined((make(part, known, bases(at, part))._asdict() for at, part in parts), blocks)
     if form == "nested":
         planes["means"] = known.means
     start = {"nested": known.nested, "fixed12": known.fixed12}.get(form)

@@ -74,6 +74,9 @@ class Storage(ABC):
         self.names = list(names)
         #: Bytes of planes that were handed out so far: what rebuilding had to read.
         self.handed = 0
+        #: Units that were there or on their way when they were asked for, units that were not, and bytes that were
+        #: brought here, in vain or not; of planes that are here for good, none.
+        self.hits = self.misses = self.fetched = 0
         self._checked: set[tuple[str, int]] = set()
 
     @contextmanager
@@ -106,7 +109,7 @@ class Storage(ABC):
         """From disk to memory of our own; the first time, planes are held against their checksums."""
         record = self.reader.records[name]
         check = (name, bits) not in self._checked
-        found = self.reader.read(name, only=wanted(record.form, bits), check=check)
+        found = self.reader.read(name, only=wanted(record.form, bits), check=check, device=self.device)
         self._checked.add((name, bits))
         own = {  # what was compressed is ours already; the others are mapped
             plane: tensor.to(self.device, copy="frames" not in record.planes[plane])
@@ -162,8 +165,6 @@ class OnDisk(Storage):
         #: What was asked for behind each unit the last time; the experts that a draft was routed to, by layer.
         self._behind: dict[Asked, Asked] = {}
         self._routed: dict[str, list[str]] = defaultdict(list)
-        #: Units that were there or on their way when they were asked for, units that were not, and bytes read.
-        self.hits = self.misses = self.read = 0
 
     def _planes(self, name: str, bits: int) -> Packed:
         asked = Asked(unit(name), bits)
@@ -212,13 +213,21 @@ class OnDisk(Storage):
                 break
             self._kept.pop(old).result()  # one on its way fills its memory before that is free
             used -= self._size(old)
-        self.read += size
+        self.fetched += self._brought(asked)
         self._kept[asked] = self._thread.submit(self._whole, asked)
 
     def _size(self, asked: Asked) -> int:
         if asked not in self._sizes:
             self._sizes[asked] = sum(size(self.reader.records[name], asked.bits) for name in self.units[asked.unit])
         return self._sizes[asked]
+
+    def _brought(self, asked: Asked) -> int:
+        """Bytes that come from the disk when it is read."""
+        records = (self.reader.records[name] for name in self.units[asked.unit])
+        return sum(
+            told["stored"] for record in records for plane, told in record.planes.items()
+            if plane in (wanted(record.form, asked.bits) or record.planes)
+        )  # fmt: skip
 
     def _staying(self, spare: int) -> set[Asked]:
         """Units that stay: layers in their order, without their experts."""
@@ -253,6 +262,9 @@ class OnHost(OnDisk):
         for name in self.names:
             found = reader.read(name, only=wanted(reader.records[name].form, bits), check=True)
             self._all[name] = replace(found, planes={p: tensor.pin_memory() for p, tensor in found.planes.items()})
+
+    def _brought(self, asked: Asked) -> int:
+        return self._size(asked)
 
     def _whole(self, asked: Asked) -> dict[str, Packed]:
         found = {}

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from decodathlon.decoders.jit_delta import contextual, schemes, storage
+from decodathlon.decoders.jit_delta import contextual, frames, schemes, storage
 from decodathlon.decoders.jit_delta.assembly import placed, restored_tensor, skeleton
 from decodathlon.decoders.jit_delta.container import Reader, Record
 from decodathlon.decoders.jit_delta.modules import TYPES, Room
 from decodathlon.decoders.jit_delta.persona import PersonaTarget
 from decodathlon.harness.errors import MissingError, SpecError, UnsupportedError
+from decodathlon.harness.targets.base import WeightReads
 from decodathlon.harness.targets.transformers import TransformersTarget
 
 #: Matrices that are read in one product, one above the other.
@@ -39,10 +40,11 @@ class PackedTarget(TransformersTarget):
         packing.room.told = self.happened
 
     @property
-    def weight_bytes_read(self) -> int:
+    def weight_reads(self) -> WeightReads:
         """What matrices were put together of, drafts among them, and in each pass what stays as it is."""
-        left = self.packing.need("disk")["weights that stay as they are"]
-        return self.packing.storage.handed + self.spent.calls * left
+        left, storage = self.packing.need("disk")["weights that stay as they are"], self.packing.storage
+        read = storage.handed + self.spent.calls * left
+        return WeightReads(read, storage.fetched, storage.hits, storage.misses)
 
     def first_bits(self, bits: int) -> Any:
         """A forward by so many first bits of each weight (0: the usual number), for a context to be read on by
@@ -122,6 +124,7 @@ class Packing:
             "packed weights": kind.need(self.reader, self.packed, self.bits),
             "weights that stay as they are": sum(records[n].count for n in self.plain) * wide,
             "rebuilt at a time": max(together.values(), default=0) * wide + native + scratch,
+            **({"unpacked at a time": unpacked} if (unpacked := frames.scratch(self.room.device)) else {}),
             **({"to find out what matters": 24 * max(together.values(), default=0)} if self.contextual else {}),
         }
 
@@ -134,6 +137,7 @@ class Packing:
 
     def told(self) -> tuple[str, ...]:
         what = f"the first {self.bits} bits of {self.reader.scheme}" if self.bits else self.reader.scheme
+        what += f" on {self.reader.q4}" if self.reader.q4 else ""
         what += ", of weights that were rounded to bfloat16 before" if self.reader.cast else ""
         return (
             f"packed: {what}, {self.bits_per_weight:.2f} bits per weight, {self.where}; "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROWS, VOCABULARY = 4, 151_936
+DEVICE = "cuda"
 #: More than the cache of any GPU holds.
 FLUSHED_BYTES = 256 << 20
 #: What pytest-benchmark's `pedantic` takes: the work, its arguments, and what comes before each round.
@@ -25,6 +26,23 @@ def uniforms(count: int = 1, rows: int = ROWS) -> Tensor:
     return torch.rand(rows, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cuda()
 
 
+def matrix(rows: int, columns: int, spread: float = 0.02, seed: int = 0) -> Tensor:
+    """(rows, columns) normal numbers in bfloat16."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (spread * torch.randn(rows, columns, generator=generator, device=DEVICE)).to(torch.bfloat16)
+
+
+def planes(weights: Tensor, scheme: str) -> Any:
+    """A matrix in the planes of a scheme of packed weights, where the matrix is."""
+    from decodathlon.kernels.delta import reference
+
+    bits = weights.flatten().view(torch.int16)
+    known = reference.plan(reference.patterns(bits).cpu())
+    if scheme == "fixed12":
+        return reference.fixed12(bits, known)
+    return reference.nested(bits, known)._replace(means=known.means.to(bits.device))
+
+
 def nothing() -> Timed:
     """The least that a launch takes."""
     one = torch.zeros(1, device="cuda")
@@ -38,6 +56,16 @@ def check(works: Mapping[str, Callable[[], Tensor]]) -> None:
     """
     found = {name: work().tolist() for name, work in works.items()}
     assert len(set(map(tuple, found.values()))) == 1, f"the forms draw different tokens: {found}"
+
+
+def check_product(found: Tensor, x: Tensor, weights: Tensor) -> None:
+    """
+    Raises:
+        AssertionError: x W^T differs from its sum in float64 by more than sums in float32 may.
+    """
+    exact, size = x.double() @ weights.double().T, x.double().abs() @ weights.double().abs().T
+    wrong = int(((found.double() - exact).abs() > 1e-5 * size).sum())
+    assert wrong == 0, f"{wrong} of {exact.numel()} products are wrong"
 
 
 def replayed(work: Callable[[], Any]) -> Timed:

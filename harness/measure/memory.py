@@ -69,14 +69,25 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
     return max(peak, anonymous_bytes())
 
 
-def peak_and_read(generate: Callable[[], Sequence[Any]], target: Any) -> tuple[int | None, float | None]:
-    """The most memory in use while it generates, and bytes of the target's weights that it reads by token; None where
-    this is not known."""
+def of_a_call(generate: Callable[[], Sequence[Any]], target: Any, *, drafts: bool = False) -> dict[str, float]:
+    """By metric, what is known: the most memory in use while it generates, and what it reads of the target's weights.
+
+    Args:
+        drafts: whether there is a drafter, whose reads not every target counts.
+    """
     answers: list[Any] = []
-    before = target.weight_bytes_read
+    before = target.weight_reads
     peak = peak_bytes(lambda: answers.extend(generate()), torch.device(target.device).type)
-    read = target.weight_bytes_read - before
-    return peak, read / sum(len(a.tokens) for a in answers) if read else None
+    read, fetched, hits, misses = (now - then for now, then in zip(target.weight_reads, before, strict=True))
+    tokens = sum(len(answer.tokens) for answer in answers)
+    known: dict[str, float | None] = {
+        "peak_memory_bytes": peak,
+        "weight_bytes_per_token": read / tokens if read and (target.counts_drafts or not drafts) else None,
+        "fetched_bytes_per_token": fetched / tokens if hits + misses else None,
+        "weight_hit_share": hits / (hits + misses) if hits + misses else None,
+        "bits_per_weight": target.bits_per_weight or None,
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def anonymous_bytes() -> int:

@@ -435,6 +435,19 @@ METRICS: dict[str, Metric] = {
         "out where it is not known: on a GPU of plain models, of their drafts, and of their experts.",
         "memory",
     ),
+    "fetched_bytes_per_token": Metric(
+        "B",
+        "lower",
+        "Bytes of weights that were brought from disk, or from the host's memory, over the tokens that came of it; "
+        "those that were brought in vain among them.",
+        "memory",
+    ),
+    "weight_hit_share": Metric(
+        "1",
+        "higher",
+        "Of the layers and experts that were asked for, those that were in memory or on their way there.",
+        "memory",
+    ),
     "bits_per_weight": Metric(
         "bit",
         "lower",

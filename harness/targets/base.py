@@ -22,6 +22,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class WeightReads(NamedTuple):
+    """What a target has read of its weights so far."""
+
+    #: Bytes that its passes have read; 0 where that is not known, as of what CUDA graphs replay.
+    read: int = 0
+    #: Of weights that lie on disk or with the host: bytes that were brought from there, and how often what was asked
+    #: for (a layer, an expert) was there or on its way, and how often not.
+    fetched: int = 0
+    hits: int = 0
+    misses: int = 0
+
+
 @dataclass
 class Spent:
     """What a target has computed so far; not what CUDA graphs replay."""
@@ -151,14 +163,13 @@ class Target(ABC):
     #: Bytes that a weight takes while the model runs, in bits and on average; 0 where that is not known.
     bits_per_weight: float = 0.0
 
-    #: Whether `weight_bytes_read` has what drafters read that are made of the target's own weights.
+    #: Whether `weight_reads` has what drafters read that are made of the target's own weights.
     counts_drafts: bool = False
 
     @property
-    def weight_bytes_read(self) -> int:
-        """Bytes of weights that its passes have read so far; 0 where that is not known, as of what CUDA graphs
-        replay."""
-        return 0
+    def weight_reads(self) -> WeightReads:
+        """As far as it is known."""
+        return WeightReads()
 
     @cached_property
     def incidents(self) -> list[str]:

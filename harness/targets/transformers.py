@@ -18,7 +18,7 @@ from torch import Tensor
 from decodathlon.harness.errors import ContextOverflowError, UnsupportedError
 from decodathlon.harness.targets import checks
 from decodathlon.harness.targets.attention import ATTENTION_NAME, Layout, RowCache
-from decodathlon.harness.targets.base import Context, Step, Target
+from decodathlon.harness.targets.base import Context, Step, Target, WeightReads
 from decodathlon.harness.targets.lean import LeanForward
 
 #: Logits that `score` holds at once.
@@ -241,16 +241,16 @@ class TransformersTarget(Target):
         self.static_loops.clear()
 
     @property
-    def weight_bytes_read(self) -> int:
+    def weight_reads(self) -> WeightReads:
         """Each pass reads all but the table of embeddings, of which it looks up rows. Which experts it reads is not
         known, and on a GPU graphs are replayed that nobody counts."""
         weights = list(self.model.parameters())
         if any(w.dim() > 2 for w in weights) or self.device.type != "cpu":
-            return 0
+            return WeightReads()
         table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
         looked_up = [] if head is not None and head.weight is table else [table]
         size = sum(w.numel() * w.itemsize for w in weights) - sum(w.numel() * w.itemsize for w in looked_up)
-        return int(self.spent.calls * size)
+        return WeightReads(self.spent.calls * size)
 
     @property
     def lean(self) -> LeanForward:

@@ -1,6 +1,7 @@
 """A 4-bit model and what it lacks: the definition of `int4-delta`, in plain torch.
 
-The base is whole numbers -8 to 7 in groups of 64 with a scale; the delta is the difference of the weight and the
+The base is whole numbers -8 to 7 in groups with a scale: of 64 with one in bfloat16, or, as Q4_0 files have them
+already, of 32 with one in half precision. The delta is the difference of the weight and the
 rounded product of both, counted in the bfloat16 numbers that lie between them. Where the base is not 0, what is rounded
 to it lies within a byte of it; where it is 0 the delta is all 16 bits. What does not fit, of a base that clips much, is
 a patch.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .reference import BLOCK, SPAN, low16, nibbles, padded, ranks, spans_of, unnibbled
 
-#: Weights that share a scale.
+#: Weights that share a scale, in a base that is made here.
 GROUP = 64
 #: How far the range of a group is drawn in, at most, for the sake of the mean squared error.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -29,7 +30,7 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)
 class Int4Delta(NamedTuple):
     """Planes of `int4-delta`."""
 
-    #: (B, 128) uint8 the whole number plus 8, and (B, 4) int16 the pattern of each group's scale in bfloat16.
+    #: (B, 128) uint8 the whole number plus 8, and (B, 4 or 8) int16 the pattern of each group's scale (see `groups`).
     code: Tensor
     scales: Tensor
     #: (B, 256) uint8 low byte of the delta.
@@ -50,7 +51,7 @@ def int4_delta(bits: Tensor, base: tuple[Tensor, Tensor] | None = None) -> Int4D
     """Encode bit patterns (N,) int16; parts of `SPAN` blocks can be put one behind the other, as those of `nested`.
 
     Args:
-        base: whole numbers (B, 256) int32 and patterns of finite scales (B, 4) int16, where there are some already.
+        base: whole numbers (B, 256) int32 and patterns of finite scales (B, 4 or 8) int16, where there are some.
     """
     u = padded(bits, 0)
     q, scales = base or _base(low16(u).view(torch.bfloat16))
@@ -107,9 +108,16 @@ def _base(weights: Tensor) -> tuple[Tensor, Tensor]:
     return q.int().view(-1, BLOCK), best[2][..., 0].to(torch.bfloat16).view(torch.int16)
 
 
+def groups(scales: Tensor) -> tuple[int, torch.dtype]:
+    """Of scales (B, 4) or (B, 8): how many weights have one, and what its pattern is of."""
+    per = scales.shape[1]
+    return BLOCK // per, torch.bfloat16 if per == BLOCK // GROUP else torch.float16
+
+
 def _values(q: Tensor, scales: Tensor) -> Tensor:
     """(B, 256) bfloat16: the product is exact in float32, and rounded once."""
-    wide = scales.view(torch.bfloat16).float().repeat_interleave(GROUP, 1)
+    group, dtype = groups(scales)
+    wide = scales.view(dtype).float().repeat_interleave(group, 1)
     return (q.float() * wide).to(torch.bfloat16)
 
 

@@ -106,11 +106,20 @@ void fixed12_exact(const uint8_t *code, const uint8_t *rest, int start, int64_t 
     }
 }
 
-/* The patterns of q * scale for the 16 codes of a group, in bfloat16, rounded to even; scales are finite. */
-static void values(uint16_t scale, uint16_t *table) {
-    uint32_t wide = (uint32_t)scale << 16;
+/* A scale of bfloat16, or of half precision; it is finite. */
+static float scale_of(uint16_t scale, int half) {
+    uint32_t wide = (uint32_t)scale << 16, exponent = scale >> 10 & 31, mantissa = scale & 1023;
     float s;
+    if (half) {
+        if (exponent == 0) return (float)mantissa * (scale & 0x8000 ? -0x1p-24f : 0x1p-24f);
+        wide = (wide & 0x80000000u) | (exponent + 112) << 23 | mantissa << 13;
+    }
     memcpy(&s, &wide, sizeof s);
+    return s;
+}
+
+/* The patterns of q * scale for the 16 codes of a group, in bfloat16, rounded to even. */
+static void values(float s, uint16_t *table) {
     for (int code = 0; code < 16; code++) {
         float product = (float)(code - 8) * s;
         uint32_t u;
@@ -122,12 +131,10 @@ static void values(uint16_t scale, uint16_t *table) {
 /* Its number in the order of the values, so that neighbours differ by 1. */
 static inline int ordinal(uint16_t u) { return u < 0x8000 ? u : 0x7FFF - (int)u; }
 
-enum { GROUP = 64 };
-
-/* Patches are put in by the caller, who knows their places. */
+/* `group` weights have a scale. Patches are put in by the caller, who knows their places. */
 int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t *low, const uint8_t *escapes,
-                     const uint16_t *before, const int64_t *spans, int64_t room, int64_t begin, int64_t end,
-                     int64_t count, uint16_t *out) {
+                     const uint16_t *before, const int64_t *spans, int64_t room, int group, int half, int64_t begin,
+                     int64_t end, int64_t count, uint16_t *out) {
     for (int64_t b = begin; b < end; b++) {
         uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
         uint8_t q[BLOCK], none[BLOCK];
@@ -136,10 +143,10 @@ int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t 
         int count_none = 0;
         for (int i = 0; i < HALF; i++) q[i] = c[i] & 15;
         for (int i = 0; i < HALF; i++) q[HALF + i] = c[i] >> 4;
-        for (int g = 0; g < BLOCK / GROUP; g++) {
-            values(scales[b * (BLOCK / GROUP) + g], table);
+        for (int g = 0; g < BLOCK / group; g++) {
+            values(scale_of(scales[b * (BLOCK / group) + g], half), table);
             for (int k = 0; k < 16; k++) table[k] = (uint16_t)ordinal(table[k]);
-            for (int i = g * GROUP; i < (g + 1) * GROUP; i++) o[i] = (uint16_t)(table[q[i]] + (int8_t)l[i]);
+            for (int i = g * group; i < (g + 1) * group; i++) o[i] = (uint16_t)(table[q[i]] + (int8_t)l[i]);
         }
         for (int i = 0; i < BLOCK; i++) { /* without a branch that nobody could foresee */
             none[count_none] = (uint8_t)i;
@@ -153,13 +160,14 @@ int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t 
     return 0;
 }
 
-void int4_draft(const uint8_t *code, const uint16_t *scales, int64_t begin, int64_t end, int64_t count, uint16_t *out) {
+void int4_draft(const uint8_t *code, const uint16_t *scales, int group, int half, int64_t begin, int64_t end,
+                int64_t count, uint16_t *out) {
     for (int64_t b = begin; b < end; b++) {
         uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
         const uint8_t *c = code + b * HALF;
-        for (int g = 0; g < BLOCK / GROUP; g++) {
-            values(scales[b * (BLOCK / GROUP) + g], table);
-            for (int i = g * GROUP; i < (g + 1) * GROUP; i++) o[i] = table[i < HALF ? c[i] & 15 : c[i - HALF] >> 4];
+        for (int g = 0; g < BLOCK / group; g++) {
+            values(scale_of(scales[b * (BLOCK / group) + g], half), table);
+            for (int i = g * group; i < (g + 1) * group; i++) o[i] = table[i < HALF ? c[i] & 15 : c[i - HALF] >> 4];
         }
         finish(out, o, b, count);
     }

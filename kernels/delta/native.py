@@ -115,11 +115,11 @@ def fixed12_exact(c: ctypes.CDLL, planes: reference.Fixed12, out: Tensor) -> Non
 def int4_delta_exact(c: ctypes.CDLL, planes: int4.Int4Delta, out: Tensor) -> None:
     """Into out (N,) int16."""
     used = (planes.code, planes.scales, planes.low, planes.escapes, planes.before, planes.spans)
-    tensors = [_at(p) for p in used]
+    tensors, room, groups = [_at(p) for p in used], ctypes.c_int64(len(planes.escapes)), _groups(planes)
 
     def part(begin: int, end: int) -> None:
-        numbers = [ctypes.c_int64(n) for n in (len(planes.escapes), begin, end, planes.count)]
-        if c.int4_delta_exact(*tensors, *numbers, _at(out)):
+        places = [ctypes.c_int64(n) for n in (begin, end, planes.count)]
+        if c.int4_delta_exact(*tensors, room, *groups, *places, _at(out)):
             raise ValueError(ESCAPED)
 
     _in_threads(len(planes.code), part)
@@ -130,9 +130,15 @@ def int4_delta_exact(c: ctypes.CDLL, planes: int4.Int4Delta, out: Tensor) -> Non
 
 def int4_draft(c: ctypes.CDLL, planes: int4.Int4Delta, out: Tensor) -> None:
     """Into out (N,) int16, the patterns of the base."""
-    code, scales = _at(planes.code), _at(planes.scales)
+    code, scales, groups = _at(planes.code), _at(planes.scales), _groups(planes)
 
     def part(begin: int, end: int) -> None:
-        c.int4_draft(code, scales, *[ctypes.c_int64(n) for n in (begin, end, planes.count)], _at(out))
+        c.int4_draft(code, scales, *groups, *[ctypes.c_int64(n) for n in (begin, end, planes.count)], _at(out))
 
     _in_threads(len(planes.code), part)
+
+
+def _groups(planes: int4.Int4Delta) -> list[ctypes.c_int]:
+    """How many weights have a scale, and whether it is of half precision."""
+    group, dtype = int4.groups(planes.scales)
+    return [ctypes.c_int(group), ctypes.c_int(dtype == torch.float16)]

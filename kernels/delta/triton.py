@@ -11,6 +11,8 @@ Dimensions: M rows of x, N rows of the matrix, K columns, a multiple of 256.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -164,6 +166,27 @@ def _fixed12_product(
             part = tl.sum(tl.where(own, products[None, :], 0.0), 1)
             sums += tl.where(numbers == m, part[None, :], 0.0)
     tl.store(y + numbers * N + rows[None, :], sums, mask=rows[None, :] < N)
+
+
+@triton.jit
+def _read(words, sums, W, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.load(words + place, mask=place < W, other=0), 0))
+
+
+def reading(planes: reference.Nested | reference.Fixed12) -> Callable[[], Tensor]:
+    """Work that reads every byte of the planes, 4,096 words at a time, and returns the sum of each part's words, int32
+    (parts,): the least that any product with them can take."""
+    held = [p.contiguous().view(torch.uint8).flatten() for p in planes if isinstance(p, Tensor)]
+    every = torch.cat(held)
+    words = torch.cat([every, every.new_zeros(-len(every) % 4)]).view(torch.int32)
+    sums = torch.empty(triton.cdiv(len(words), 4096), dtype=torch.int32, device=words.device)
+
+    def work() -> Tensor:
+        _read[(len(sums),)](words, sums, len(words), BLOCK=4096)
+        return sums
+
+    return work
 
 
 def table(planes: reference.Nested, kept: int) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from decodathlon.decoders.jit_delta import container, pack, schemes
+from decodathlon.decoders.jit_delta import container, frames, pack, schemes
 from decodathlon.decoders.jit_delta.container import Reader
 from decodathlon.harness.errors import MissingError, SpecError
 
@@ -168,14 +168,14 @@ def test_who_was_killed_goes_on_behind_the_last_tensor(model, tmp_path, at, monk
 
 
 def test_a_disk_that_is_full_keeps_what_is_done(model, tmp_path, monkeypatch):
-    out, put = tmp_path / "packed", container.pieces
+    out, put = tmp_path / "packed", frames.pieces
 
     def full(raw, **more):
         if len(raw) == 100 * 50:
             raise OSError(28, "No space left on device")
         return put(raw, **more)
 
-    monkeypatch.setattr(container, "pieces", full)
+    monkeypatch.setattr(frames, "pieces", full)
     with pytest.raises(MissingError, match=r"No space left on device. What is done is kept"):
         pack.pack(model, out, "nested", SILENT)
     monkeypatch.undo()

@@ -221,9 +221,20 @@ def test_whatever_room_experts_have_the_text_is_the_same(kind, share, tmp_path, 
     assert sum(map(store._size, store._kept)) <= store.room
     assert store.hits + store.misses > len(store.units)
     if share > 1:
-        store.hits = store.misses = 0
+        before = target.weight_reads
         target.logits(TEXT, AT)
-        assert store.misses == 0, "everything has room"
+        after = target.weight_reads
+        assert (after.misses, after.fetched) == (before.misses, before.fetched), "everything has room"
+        assert after.hits > before.hits
+    elif share == 0:
+        answers = [types.SimpleNamespace(tokens=[0] * 5)]
+        before = target.weight_reads
+        told = memory.of_a_call(lambda: [target.logits(TEXT, AT), *answers][1:], target)
+        after = target.weight_reads
+        assert told["fetched_bytes_per_token"] == (after.fetched - before.fetched) / 5 > 0
+        assert told["weight_hit_share"] == (after.hits - before.hits) / (sum(after[2:]) - sum(before[2:]))
+        for one in store._kept:
+            assert store._brought(one) == sum(store.reader.records[name].disk for name in store.units[one.unit])
 
 
 class Reading(storage.OnDisk):
@@ -240,6 +251,8 @@ class Reading(storage.OnDisk):
 
     def _size(self, asked):
         return self._told[f"{asked.unit}w"] // (1 if asked.bits == 0 else 4)
+
+    _brought = _size
 
     def _whole(self, asked):
         return {name: (name, asked.bits) for name in self.units[asked.unit]}
@@ -340,10 +353,12 @@ def test_bytes_that_are_read_by_token(tied, tmp_path):
     for where in (folder, packed(folder)):
         target = load(where, "bfloat16")
         before = target.spent.calls
-        _, read = memory.peak_and_read(
+        told = memory.of_a_call(
             lambda target=target: greedy.generate(target, [[3, 4]], Limits(8, ignore_eos=True), RowRandom(0, [0])),
             target,
         )
+        read = told["weight_bytes_per_token"]
+        assert "weight_hit_share" not in told, "all of it is there"
         passes = target.spent.calls - before
         sizes = {n: p.numel() for n, p in load(folder).model.named_parameters()}
         if not tied:

@@ -133,13 +133,14 @@ def test_a_base_of_four_bits_takes_more_and_drafts_as_well_as_five():
     assert -10 * math.log10(error) > 20
 
 
+@pytest.mark.parametrize("per", [4, 8])
 @pytest.mark.parametrize("case", [c for c in CASES if c != "nothing"])
-def test_whatever_the_base_is_the_delta_brings_it_back(case):
+def test_whatever_the_base_is_the_delta_brings_it_back(case, per):
     bits = CASES[case]
     blocks, source = -(-len(bits) // reference.BLOCK), torch.Generator().manual_seed(0)
     q = torch.randint(-8, 8, (blocks, reference.BLOCK), generator=source, dtype=torch.int32)
-    finite = EVERY[EVERY.view(torch.bfloat16).isfinite()]
-    scales = finite[torch.randint(0, len(finite), (blocks, 4), generator=source)]
+    finite = EVERY[EVERY.view({4: torch.bfloat16, 8: torch.float16}[per]).isfinite()]
+    scales = finite[torch.randint(0, len(finite), (blocks, per), generator=source)]
     planes = int4.int4_delta(bits, (q, scales))
     assert torch.equal(int4.int4_delta_exact(planes), bits)
     if len(bits) > 1:
@@ -148,3 +149,5 @@ def test_whatever_the_base_is_the_delta_brings_it_back(case):
         out = torch.zeros_like(bits)
         native.int4_delta_exact(native.library(), planes, out)
         assert torch.equal(out, bits)
+        native.int4_draft(native.library(), planes, out)
+        assert torch.equal(out, int4.int4_draft(planes).view(torch.int16))

@@ -76,3 +76,15 @@ def test_what_a_product_cannot_read_is_told():
 
     assert not gpu.fits(576, 1)
     assert not gpu.fits(512, 9)
+
+
+def test_reading_reads_every_byte():
+    """By hand: the sums of all words, which wrap."""
+    from decodathlon.kernels.delta import triton as gpu
+
+    planes = reference.fixed12(CASES["every pattern, shuffled"])
+    raw = b"".join(bytes(p.contiguous().view(torch.uint8).flatten().tolist()) for p in planes if torch.is_tensor(p))
+    raw += bytes(-len(raw) % 4)
+    words = [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
+    expected = [sum(words[i : i + 4096]) % 2**32 for i in range(0, len(words), 4096)]
+    assert (gpu.reading(there(planes))().long() % 2**32).tolist() == expected
