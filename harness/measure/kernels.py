@@ -32,17 +32,6 @@ def matrix(rows: int, columns: int, spread: float = 0.02, seed: int = 0) -> Tens
     return (spread * torch.randn(rows, columns, generator=generator, device=DEVICE)).to(torch.bfloat16)
 
 
-def planes(weights: Tensor, scheme: str) -> Any:
-    """A matrix in the planes of a scheme of packed weights, where the matrix is."""
-    from decodathlon.kernels.delta import reference
-
-    bits = weights.flatten().view(torch.int16)
-    known = reference.plan(reference.patterns(bits).cpu())
-    if scheme == "fixed12":
-        return reference.fixed12(bits, known)
-    return reference.nested(bits, known)._replace(means=known.means.to(bits.device))
-
-
 def nothing() -> Timed:
     """The least that a launch takes."""
     one = torch.zeros(1, device="cuda")
