@@ -90,6 +90,7 @@ def main() -> None:
     if options.steps <= EARLIER:
         parser.error(f"--steps {options.steps}: take more than {EARLIER}, for the last column")
     load_builtins()
+    torch.set_num_threads(1)  # for so small a model a second thread costs more than it brings
     text = find("wikitext-2-raw-v1", "validation", options.data, say).joined[:400_000]
     lines = []
     for rate in progress.told(list(options.rates), "learning rates", say):
