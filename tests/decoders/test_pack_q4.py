@@ -1,10 +1,14 @@
 """A 4-bit file that is there already as the base of `int4-delta`: `pack --q4`."""
 
+import importlib
+from pathlib import Path
+
 import gguf
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from decodathlon.decoders.jit_delta import container, pack, schemes
 from decodathlon.decoders.jit_delta.container import Reader
@@ -12,6 +16,7 @@ from decodathlon.harness import models
 from decodathlon.harness.commands.command import main
 from decodathlon.harness.errors import MissingError, SpecError
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAYERS, HEADS, KEY_HEADS = 2, 4, 2
 Q4, Q8 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 #: As the file calls them: written down here, for the code under test asks gguf.
@@ -187,3 +192,34 @@ def test_what_can_be_no_base_is_told(model, tmp_path):
         with pytest.raises(error, match=said):
             pack.pack(folder, tmp_path / "packed", scheme, print, q4=tmp_path / name)
         assert not (tmp_path / "packed").exists(), "nothing is written before it is known that it can be"
+
+
+def test_the_script_writes_such_a_file(model, tmp_path, monkeypatch):
+    """scripts/as_q4.py: sizes out of another file, numbers of the model; the same bytes as those written by hand."""
+    folder, tensors = model
+    nothing = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    write(tmp_path / "like.gguf", nothing)
+    write(tmp_path / "by-hand.gguf", tensors)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    as_q4 = importlib.import_module("as_q4")
+    monkeypatch.setattr("sys.argv", ["as_q4", str(folder), str(tmp_path / "like.gguf"), str(tmp_path / "out.gguf")])
+    as_q4.main()
+    made, by_hand = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("out", "by-hand"))
+    assert [t.name for t in made.tensors] == [t.name for t in by_hand.tensors]
+    for ours, theirs in zip(made.tensors, by_hand.tensors, strict=True):
+        assert ours.tensor_type == theirs.tensor_type
+        assert (ours.data == theirs.data).all(), ours.name
+
+
+def test_what_a_fine_tune_takes(model, monkeypatch):
+    """scripts/persona_sizes.py: nothing where nothing was learnt, and what changed comes back."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = importlib.import_module("persona_sizes")
+    own = AutoModelForCausalLM.from_pretrained(model[0], dtype=torch.float32)
+    tokens = torch.randint(2, 250, (400,), generator=torch.Generator().manual_seed(0))
+    before = script.loss(own, tokens)
+    states = list(script.trained(own, tokens, 1e-3, 3))
+    assert len(states) == 4
+    assert script.differing(states[0], states[0]) == 0
+    assert 1 < script.differing(states[3], states[2]) < 16
+    assert script.loss(own, tokens) < before
