@@ -119,9 +119,14 @@ def word(ratio: tuple[Any, ...], noise: tuple[Any, ...] | None) -> str:
     return "faster" if low > 1 else "slower" if high < 1 else ""
 
 
+def speed(numbers: Mapping[str, tuple[Any, ...]], over: str) -> tuple[Any, ...] | None:
+    """Over `greedy` or the `baseline`: by token where texts end by themselves, for there a shorter text is no speed."""
+    return numbers.get(f"ratio_to_{over}(per token)", numbers.get(f"ratio_to_{over}"))
+
+
 def verdict(found: Sequence[Mapping[str, tuple[Any, ...]]]) -> str:
     """In a word, from the numbers of a slice each: speeds over plain `dflash`, their intervals and their noise."""
-    ratios = [(n["ratio_to_baseline"], n.get("ratio_to_self")) for n in found]
+    ratios = [(ratio, n.get("ratio_to_self")) for n in found if (ratio := speed(n, "baseline"))]
     told = [word(ratio, noise) for ratio, noise in ratios if ratio[1] is not None]
     if not told:
         return "too few prompts" if ratios else "not measured"
@@ -144,7 +149,7 @@ def backlog(ideas: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
                 for r in rows
                 if r["decoder"] == spec and r["baseline"] == beside and "ratio_to_baseline" in r["numbers"]
             }
-            ratios = {slice_: numbers["ratio_to_baseline"] for slice_, numbers in found.items()}
+            ratios = {slice_: speed(numbers, "baseline") for slice_, numbers in found.items()}
             first = [idea["name"], idea["note"]] if number == 0 else ["", ""]
             table.append(
                 [*first, f"`{spec}`", *(shown(ratios.get(s)) for s in having), verdict(list(found.values())),
@@ -155,17 +160,17 @@ def backlog(ideas: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
 
 def speeds(rows: Sequence[Row]) -> list[list[str]]:
     """A line per decoder and slice: tokens per cycle, measured speeds, and what the cycles predict."""
-    table = [["decoder", "prompts", "tau", "acceptance", "drafting", "over greedy", "predicted", "over the baseline"]]
-    for row in sorted(
-        rows, key=lambda r: (SLICES.index(r["slice"]), -(r["numbers"].get("ratio_to_greedy", (0,))[0] or 0))
-    ):
+    table = [["decoder", "prompts", "tau", "acceptance", "drafting", "over greedy", "predicted", "over the baseline",
+              "as greedy search has it"]]  # fmt: skip
+    over_greedy = lambda n: n.get("ratio_to_greedy(per token)") or n.get("ratio_to_greedy(decode)")  # noqa: E731
+    for row in sorted(rows, key=lambda r: (SLICES.index(r["slice"]), -((over_greedy(r["numbers"]) or (0,))[0] or 0))):
         n = row["numbers"]
-        decode = n.get("ratio_to_greedy(decode)")
-        against = f"{shown(n.get('ratio_to_baseline'))} to `{row['baseline']}`" if row["baseline"] else DASH
+        against = f"{shown(speed(n, 'baseline'))} to `{row['baseline']}`" if row["baseline"] else DASH
         table.append(
-            [f"`{row['decoder']}`", row["slice"], shown(_plain(n.get("tau(to the stop token)", n.get("tau")))),
+            [f"`{row['decoder']}`", row["slice"], shown(_plain(n.get("tau"))),
              shown(_plain(n.get("draft_acceptance"))),
-             shown(_plain(n.get("draft_share"))), shown(decode), shown(n.get("ratio_predicted")), against]
+             shown(_plain(n.get("draft_share"))), shown(over_greedy(n)), shown(n.get("ratio_predicted")), against,
+             _share(n.get("greedy_match"))]
         )  # fmt: skip
     return table
 
@@ -173,7 +178,7 @@ def speeds(rows: Sequence[Row]) -> list[list[str]]:
 def card(rows: Sequence[Row]) -> list[list[str]]:
     """A line per slice: what the drafter as it comes is worth there."""
     head = ["prompts", "tau", "without answers that loop", "to the stop token", "by text", "share that loops",
-            "speed over greedy"]  # fmt: skip
+            "speed over greedy, by token"]  # fmt: skip
     table = [head]
     plain = {r["slice"]: r for r in sorted(rows, key=lambda r: r["run_id"]) if r["decoder"] == PLAIN}
     for row in sorted(plain.values(), key=lambda r: SLICES.index(r["slice"])):
@@ -181,7 +186,7 @@ def card(rows: Sequence[Row]) -> list[list[str]]:
         tau = n.get("tau")
         straight = tau if n.get("looping_share", (None,))[0] == 0 else n.get("tau(without loops)")
         ended = n.get("tau(to the stop token)", tau)
-        numbers = (tau, straight, ended, n.get("tau_by_text"), _plain(n.get("looping_share")), n.get("ratio_to_greedy"))
+        numbers = (tau, straight, ended, n.get("tau_by_text"), _plain(n.get("looping_share")), speed(n, "greedy"))
         table.append([row["slice"], *map(shown, numbers)])
     return table
 
@@ -198,6 +203,10 @@ def curve(found: Sequence[tuple[str, str, float]]) -> list[list[str]]:
 
 def _width(metric: str) -> int:
     return int((re.findall(r"\d+", metric) or [0])[0])
+
+
+def _share(found: tuple[Any, ...] | None) -> str:
+    return DASH if found is None else f"{found[0]:.0%}"
 
 
 def _plain(found: tuple[Any, ...] | None) -> tuple[Any, ...] | None:

@@ -38,6 +38,8 @@ def _pack(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - begin
     for line in summary(list(reader.records.values())):
         say(line)
+    if reader.scheme != "fixed12" and any(r.form == "bytes" for r in reader.records.values()):
+        say("numbers of more bits than BF16 have gained little: --cast bfloat16 rounds them first, to another model")
     say(f"packed in {seconds:.0f} s into {options.out}; decodathlon verify {options.out} proves that it comes back")
     return 0
 
@@ -65,7 +67,8 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     count = pack.verify(options.packed, say, options.base)
-    say(f"all {count} tensors come back bit for bit")
+    rounded = ", as they were rounded to bfloat16" if Reader(options.packed, options.base).cast else ""
+    say(f"all {count} tensors come back bit for bit{rounded}")
     return 0
 
 

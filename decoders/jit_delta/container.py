@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from decodathlon.decoders.jit_delta import frames
-from decodathlon.decoders.jit_delta.schemes import COMPRESSED, Packed
+from decodathlon.decoders.jit_delta.schemes import COMPRESSED, FIRST_BITS, Packed
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.lazy import torch
 
@@ -379,6 +379,28 @@ class Reader:
             kind = {kind: dtype for dtype, kind in TYPES.items()}[told["dtype"]]
             planes[plane] = raw.view(getattr(torch, kind)).view(told["shape"])
         return Packed(record.form, planes, record.facts, record.floor)
+
+    def first_bits(self, asked: int) -> int:
+        """How many first bits of each weight are read, of those that the scheme has; 0 asks for the usual number.
+
+        Raises:
+            SpecError: it has no such, or most weights are of a type that no scheme is for.
+        """
+        have = FIRST_BITS[self.scheme]
+        if asked not in (0, *have) or not have:
+            remedy = f"take bits={' or '.join(map(str, sorted(have)))}" if have else "pack it by nested"
+            raise SpecError(
+                f"{self.folder} is packed by {self.scheme}, in which the first {asked or 'few'} bits of a weight say "
+                f"nothing alone; {remedy}"
+            )
+        large = [r for r in self.records.values() if r.form != "raw"]
+        other = [r for r in large if r.form != self.scheme]
+        if other and 2 * sum(r.count for r in other) > sum(r.count for r in large):
+            raise SpecError(
+                f"{self.folder} has its weights in {other[0].dtype}, whose bytes are packed as they are and have no "
+                "first bits; pack it with --cast bfloat16"
+            )
+        return asked or have[0]
 
     def header(self, original: str) -> bytes:
         """That of a file of the original."""

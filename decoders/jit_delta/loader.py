@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from decodathlon.decoders.jit_delta.container import MANIFEST
+from decodathlon.decoders.jit_delta.container import MANIFEST, Reader
 from decodathlon.harness import models, spec
 from decodathlon.harness.errors import SpecError
 from decodathlon.harness.registry import registry
@@ -73,10 +73,13 @@ class PackedModels:
         """What rows call the model: its folder's name, and how it runs; not where things lie.
 
         Raises:
-            SpecError: a parameter that there is not, or that is no such value.
+            SpecError: a parameter that there is not, or that is no such value; first bits of weights that have none.
         """
         asked: Options = spec.fill(Options, parsed, "model", {})
-        return spec.render(Path(parsed.name).expanduser().resolve().name, replace(asked, base=""))
+        folder = Path(parsed.name).expanduser()
+        if asked.weights in ("base", "contextual"):
+            Reader(folder).first_bits(asked.bits)
+        return spec.render(folder.resolve().name, replace(asked, base=""))
 
     def __call__(self, text: str, *, device: str, dtype: str) -> Any:
         from decodathlon.decoders.jit_delta.target import load

@@ -145,7 +145,7 @@ def pack(
     work = [(file, name) for file in files for name in file.tensors]
     writer: Writer | None = None
     try:
-        for file, name in progress.told(work, "tensors", say):
+        for file, name in progress.told(work, "tensors", say, lambda one: math.prod(one[0].tensors[one[1]]["shape"])):
             packed = out / f"{file.path.stem}.packed.safetensors"
             if writer is None or writer.path != packed:
                 writer = _next(writer)

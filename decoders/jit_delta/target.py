@@ -70,7 +70,10 @@ class PackedTarget(TransformersTarget):
         packing = self.packing
         if packing.bits:
             raise UnsupportedError("weights that have more than their first bits", f"{self.name} has no others")
-        return first_bits(packing, bits, self.name)
+        try:
+            return packing.reader.first_bits(bits)
+        except SpecError as error:
+            raise UnsupportedError("first bits of the model's weights", str(error)) from error
 
     def narrow(self, share: float, bits: int) -> None:
         """From now on be the model that reads this share of each MLP exactly, for each token those chunks that matter
@@ -179,7 +182,7 @@ def load(
     packing.packed = sorted({n for place in places for n in place.names if place.made})
     packing.plain = sorted({n for place in places for n in place.names if not place.made})
     if where == "base":
-        packing.bits = bits = first_bits(packing, bits, str(folder))
+        packing.bits = bits = reader.first_bits(bits)
     packing.where = within(packing, budget)
     need = packing.need(packing.where)
     room = None if budget is None else budget - sum(need.values()) + need["packed weights"]
@@ -234,30 +237,6 @@ def _whole_model(
     target.revision = _revision(reader)
     target.notes += (f"packed: put together as a whole when loaded, for {why}",)
     return target
-
-
-def first_bits(packing: Packing, asked: int, who: str) -> int:
-    """How many first bits of each weight are read, of those that the scheme has; 0 asks for the usual number.
-
-    Raises:
-        SpecError: it has no such, or most weights are of a type that no scheme is for.
-    """
-    scheme, records = packing.reader.scheme, packing.reader.records
-    have = schemes.FIRST_BITS[scheme]
-    if asked not in (0, *have) or not have:
-        remedy = f"take bits={' or '.join(map(str, sorted(have)))}" if have else "pack it by nested"
-        raise SpecError(
-            f"{who} is packed by {scheme}, in which the first {asked or 'few'} bits of a weight say nothing alone; "
-            f"{remedy}"
-        )
-    large = [records[n] for n in packing.packed if records[n].form != "raw"]
-    other = [r for r in large if r.form != scheme]
-    if 2 * sum(r.count for r in other) > sum(r.count for r in large):
-        raise SpecError(
-            f"{who} has its weights in {other[0].dtype}, whose bytes are packed as they are and have no first bits; "
-            "pack it with --cast bfloat16"
-        )
-    return asked or have[0]
 
 
 def within(packing: Packing, budget: int | None, *, other: bool = True) -> str:

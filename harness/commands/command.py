@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from decodathlon.harness.errors import DecodathlonError
@@ -57,6 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
         load_builtins()
         registry.load_entry_points()
         parser = argparse.ArgumentParser(prog="decodathlon", description="A decathlon for LLM decoders.")
+        parser.add_argument("--version", action="version", version=f"decodathlon {metadata.version('decodathlon')}")
         subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         for name in registry.names("command"):
             command: Command = registry.get("command", name)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Answers of a set of which an audit takes one.
 SET = 4
+#: Answers whose cycles are looked at, and what says where a cycle is, not what it did.
+TRACED, PLACES = 50, {"position", "context", "nodes"}
 #: Laws, and tokens of each, on which a shape is compared with its definition.
 LAWS, TOKENS = 200, 64
 
@@ -186,6 +188,20 @@ def answers(decoder: Decoder, target: Target, draws: int, length: int, seed: int
         one = RowRandom(seed, [f"draw-{i}-{place}" for place in range(SET)])
         found.append(tuple(decoder.generate(target, [prompt] * SET, limits, one)[i % SET].tokens))
     return found
+
+
+def untouched(decoder: Decoder, target: Target, length: int, seed: int) -> list[str]:
+    """What a decoder that drafts counts in its cycles and was 0 in all of some answers: of that their law says nothing.
+
+    `seeded` in texts too short for a second draft, say.
+    """
+    if not decoder.drafts:
+        return []
+    rng = RowRandom(seed, [f"draw-{i}" for i in range(TRACED)])
+    found = decoder.generate(target, [beginning(target)] * TRACED, Limits(length, trace=True), rng)
+    cycles = [cycle for answer in found for cycle in answer.trace]
+    counts = {name for cycle in cycles for name, value in cycle.items() if isinstance(value, int)} - PLACES
+    return sorted(name for name in counts if not any(cycle.get(name) for cycle in cycles))
 
 
 def trials(

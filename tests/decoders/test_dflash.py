@@ -170,6 +170,31 @@ def test_texts_that_are_drawn_have_the_law_of_the_target(spec):
     assert abs(found - (cells - 1)) < 5 * math.sqrt(2 * (cells - 1))
 
 
+@pytest.mark.parametrize("more", ["", "top_p=0.8,"])
+def test_seeds_are_put_into_so_short_texts(more):
+    """What the law above is held to: else `suffix_seed` would pass there without being asked."""
+    made, target = decoders.build(f"dflash[{more}suffix_seed=dense,temperature=1]"), toy.enumerable_lm(4)
+    found = made.generate(target, [[0, 1]] * 40, Limits(4, ignore_eos=True, trace=True), RowRandom(0, range(40)))
+    assert sum(cycle["seeded"] for one in found for cycle in one.trace) > 20
+
+
+def test_seeds_that_the_drafter_was_sure_of_leave_the_law(tmp_path, monkeypatch):
+    """With a drafter whose laws differ from place to place, and a bar that some of its guesses pass."""
+    from decodathlon.decoders.dflash import hints
+
+    monkeypatch.setattr(hints, "SURE", 0.3)
+    target = toy.enumerable_lm(4)
+    for more in ("", ",seed_aligned=true"):
+        made = decoders.build(
+            f"dflash[temperature=1,suffix_seed=confident{more},checkpoint={trained(target, tmp_path, 4)}]"
+        )
+        found, cells = chi_square(target, made, [0, 1], 4, 250, 8)
+        assert abs(found - (cells - 1)) < 5 * math.sqrt(2 * (cells - 1))
+        some = made.generate(target, [[0, 1]] * 50, Limits(4, ignore_eos=True, trace=True), RowRandom(0, range(50)))
+        seeded = [cycle["seeded"] for one in some for cycle in one.trace]
+        assert 0 < sum(n > 0 for n in seeded) < len(seeded)
+
+
 @pytest.mark.parametrize("schedule", ["ewma", "break-even"])
 def test_schedules_learn_in_so_short_texts_and_change_sizes(schedule, monkeypatch):
     """What the law above is held to: else a schedule that looks at tokens would pass there."""

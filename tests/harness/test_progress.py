@@ -17,3 +17,12 @@ def test_short_work_says_nothing(monkeypatch):
     said = []
     assert list(progress.told([1, 2, 3], "work", said.append)) == [1, 2, 3]
     assert said == []
+
+
+def test_units_may_count_for_more(monkeypatch):
+    """By hand: after the first, 100 of 200 are done in 50 s."""
+    now, said = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for unit in progress.told([100, 60, 40], "tensors", said.append, size=float):
+        now[0] += unit / 2
+    assert said[0] == "  tensors: 1 of 3, about 50 s left"

@@ -126,3 +126,13 @@ def test_a_law_that_the_decoder_states_falsely_is_not_its_law(ring):
     finally:
         registry.entries.pop(("decoder", "careless-of-its-law"))
     assert torch.allclose(ring.log_law.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_what_a_drafter_counts_and_never_did_is_told():
+    """Texts of three tokens leave no room for a second draft, so nothing that was refused is ever put into one."""
+    target = toy.enumerable_lm(4)
+    seeded = decoders.build("dflash[suffix_seed=dense,temperature=1]")
+    assert draws.untouched(seeded, target, 3, 0) == ["seeded"]
+    assert draws.untouched(seeded, target, 8, 0) == []
+    for spec in ("dflash[temperature=1]", "temperature"):
+        assert draws.untouched(decoders.build(spec), target, 3, 0) == []
