@@ -263,7 +263,12 @@ def test_the_backlog_of_dflash_says_who_is_faster(tmp_path):
     assert len(told) == 2 * 3 + 1
     assert "--workload problems -k 'math500' --baseline 'dflash' --decoder 'ddtree' --decoder 'dflash-tree'" in told[1]
     assert made.speeds(rows)[1][0] == "`ddtree`"
-    assert made.speeds(rows)[1][-1] == "1.20 [1.10, 1.30] to `dflash`"
+    assert made.speeds(rows)[1][-2:] == ["1.20 [1.10, 1.30] to `dflash`", made.DASH]
+    by_token = {"ratio_to_baseline(per token)": open_, "ratio_to_greedy(per token)": slow, "greedy_match": (0.3,)}
+    rows[0]["numbers"] |= by_token  # its texts were shorter, and that is no speed
+    assert made.backlog(ideas, rows)[1][3:6] == ["1.00 [0.90, 1.10]", made.DASH, "no difference seen"]
+    assert made.speeds(rows)[1][5::2] == ["0.80 [0.70, 0.90]", "1.00 [0.90, 1.10] to `dflash`"]
+    assert made.speeds(rows)[1][-1] == "30%"
     found = made.curve([("context-64", f"verify_cost({n})", v) for n, v in ((8, 1.27), (16, 1.5))])
     assert found == [["text before", "8", "16"], ["context-64", "1.27", "1.50"]]
     here = {"model": "m", "dtype": "bfloat16", "hardware": "one", "scale": "quick", "seed": 0}
