@@ -251,8 +251,9 @@ class Run:
             return
         try:
             found = store.ingest(self.settings.results, [self.folder])
-        except DecodathlonError as error:
-            self.closing.append(f"NOT INGESTED, the shards are safe: {error}. Then: {self._ingest_command}")
+        except (DecodathlonError, KeyboardInterrupt) as error:
+            why = str(error) or "interrupted"
+            self.closing.append(f"NOT INGESTED, the shards are safe: {why}. Then: {self._ingest_command}")
             self.failed_to_ingest = True
             return
         again = f", {found.replaced} replaced" if found.replaced else ""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import tiny_models
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.errors import SpecError, StoreError
 from decodathlon.harness.results import journal, shards, store
-from decodathlon.harness.run import find
+from decodathlon.harness.run import Run, find
 from decodathlon.harness.workers import local
 
 ROOT = Path(__file__).parents[2]
@@ -536,3 +537,17 @@ def test_a_later_attempt_remembers_the_earlier_ones(tmp_path):
     outcome = Outcome(CellSpec("wikitext2", 1, "all", "greedy", "m", "smoke", 0), "r", status="timeout", reason="late")
     assert outcome.as_attempt()["reason"] == "late"
     assert "metrics" not in outcome.as_attempt()
+
+
+def test_who_interrupts_the_storing_hears_how_to_go_on(tmp_path, monkeypatch):
+    def ingest(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "ingest", ingest)
+    ending = types.SimpleNamespace(
+        _began=0.0, run_id="r", outcomes=[], folder=tmp_path, closing=[], failed_to_ingest=False,
+        settings=types.SimpleNamespace(results=tmp_path / "r.duckdb"), _ingest_command="decodathlon ingest r",
+    )  # fmt: skip
+    Run._ingest(ending)
+    assert ending.failed_to_ingest
+    assert ending.closing[-1] == "NOT INGESTED, the shards are safe: interrupted. Then: decodathlon ingest r"
