@@ -128,6 +128,8 @@ def test_a_base_of_four_bits_takes_more_and_drafts_as_well_as_five():
     none = len(planes.escapes) / len(weights)
     assert 0.1 < none < 0.16
     assert len(planes.patches) == 0
+    met = planes.low[reference.unnibbled(planes.code) != 8] == 0
+    assert 0.01 < met.float().mean() < 0.02, "hardly one in fifty is its base: the delta is not sparse"
     assert stored(planes) / len(weights) == pytest.approx(4.25 + 8 + 8 * none + 16 / 256, abs=0.002)
     error = (int4.int4_draft(planes).double() - weights.double()).square().sum() / weights.double().square().sum()
     assert -10 * math.log10(error) > 20
