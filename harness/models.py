@@ -26,6 +26,8 @@ ALIASES = {
     "qwen3-4b": "Qwen/Qwen3-4B",
     "qwen3-8b": "Qwen/Qwen3-8B",
 }
+#: What may stand in the brackets of packed models (decoders/jit_delta/loader.py) and on the command line.
+OF_PACKED = ("weights", "memory")
 #: How long a hub may take to answer before a run gives it up.
 HUB_TIMEOUT_S = 8.0
 
@@ -72,6 +74,11 @@ def resolve(text: str) -> Model:
         return Model(text.strip(), "plugin", name, Options(), text.strip())
     if (loader := _of_folder(Path(name).expanduser())) is not None:
         return Model(registry.get("model-loader", loader).named(parsed), "plugin", loader, Options(), text)
+    if others := [key for key in OF_PACKED if key in parsed.params]:
+        raise SpecError(
+            f"model {name!r} has no parameter {others[0]!r}, which is of packed models; "
+            f"`decodathlon pack {name} OUT` makes one"
+        )
     options: Options = spec.fill(Options, parsed, "model", {})
     shown = spec.render(name, options)
     if name == embedded.NAME:
@@ -198,11 +205,13 @@ def fetch(model: Model, say: Callable[[str], None]) -> str:
     return model.location
 
 
-def check(model: Model, device: str) -> None:
-    """What can be known to fail before a run begins. Imports torch only where CUDA is asked for.
+def check(model: Model, device: str, dtype: str = "auto") -> None:
+    """What can be known to fail before a run begins. Imports torch only where CUDA is asked for, or by a plugin's
+    loader that has a `check`.
 
     Raises:
         MissingError: no CUDA, no bitsandbytes, or a hub model that is neither cached nor reachable.
+        DecodathlonError: what the plugin's loader says.
     """
     if device == "cuda":
         pick_device(device)
@@ -210,6 +219,9 @@ def check(model: Model, device: str) -> None:
         _quantisation(model, pick_device(device))
     if model.kind == "hub" and cached_snapshot(model) is None:
         check_hub(f"model {model.location}")
+    loader = registry.get("model-loader", model.location) if model.kind == "plugin" else None
+    if loader is not None and hasattr(loader, "check"):
+        loader.check(model.text, device=pick_device(device), dtype=dtype)
 
 
 def _from_pretrained(source: str, dtype: Any, extra: dict[str, Any], name: str) -> tuple[Any, Any]:

@@ -70,7 +70,7 @@ def cells(options: Options) -> list[CellSpec]:
     if not -(2**63) <= options.seed < 2**63:
         raise SpecError(f"--seed {options.seed} does not fit into 64 bits")
     model = models.resolve(options.model)
-    models.check(model, options.device)
+    models.check(model, options.device, options.dtype)
     judges.check(options.judge, options.judge_url)
     if options.data is not None:
         if not Path(options.data).is_dir():

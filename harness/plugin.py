@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from decodathlon.harness import decoder_config
+from decodathlon.harness import decoder_config, spec
 from decodathlon.harness.cells import CellSpec
 from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError
 from decodathlon.harness.measure.conditions import Conditions
@@ -57,6 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(
         "--model", default=default.model, metavar="SPEC", help=f"name, hub id, folder or GGUF (default {default.model})"
     )
+    add("--weights", default=None, metavar="WHERE", help="of a packed model: as weights=WHERE in its brackets")
+    add("--memory", default=None, metavar="SIZE", help="of a packed model, such as 8GB: as memory=SIZE in its brackets")
     add("--baseline", default=default.baseline, metavar="SPEC", help="one more decoder to compare with, side by side")
     add("--data", default=None, metavar="DIR", help="folder with the data sets (or set DECODATHLON_DATA)")
     add("--results", default=None, metavar="PATH", help="results file (default results.duckdb of the project)")
@@ -145,14 +147,16 @@ def _run(config: pytest.Config) -> Run:
     own = [f.name for f in fields(Options) if hasattr(option, "decodathlon_" + f.name)]
     given = {name: getattr(option, "decodathlon_" + name) for name in own}
     resume = option.decodathlon_resume
+    packed = {"weights": option.decodathlon_weights, "memory": option.decodathlon_memory}
     if resume is not None:
         if option.decodathlon_decoder_config:
             raise SpecError("--resume takes what it measures from the run; leave --decoder-config out")
-        for name, value in given.items():
-            usual = getattr(Options(), name)
+        for name, value in (given | packed).items():
+            usual: Any = getattr(Options(), name, None)
             if value != (list(usual) if isinstance(value, list) else usual):
                 raise SpecError(f"--resume takes what it measures from the run; leave --{name.replace('_', '-')} out")
         return Run(settings, None, resume, _sayer(config))
+    given["model"] = spec.also(given["model"], "model", packed)
     given["data"] = given["data"] or environment.data_folder()
     given["decoder_file"] = [*given["decoder_file"], *_suite_files(config.args)]
     say = _sayer(config)

@@ -43,6 +43,19 @@ def parse(text: str, what: str = "decoder") -> Spec:
     return Spec(match["name"].strip(), params)
 
 
+def also(text: str, what: str, more: Mapping[str, str | None]) -> str:
+    """The spec string with more parameters in its brackets; those that are None are left out.
+
+    Raises:
+        SpecError: one of them is there already, or makes the string malformed.
+    """
+    spec, added = parse(text, what), {key: value for key, value in more.items() if value is not None}
+    pairs = ",".join(f"{key}={value}" for key, value in [*spec.params.items(), *added.items()])
+    made = f"{spec.name}[{pairs}]" if pairs else text
+    parse(made, what)
+    return made
+
+
 def by_layout(spec: Spec, what: str, layout: Mapping[str, str | None]) -> Spec:
     """The spec with its dotted keys replaced by the parameters that they stand for.
 

@@ -81,6 +81,23 @@ class PackedModels:
             Reader(folder).first_bits(asked.bits)
         return spec.render(folder.resolve().name, replace(asked, base=""))
 
+    def check(self, text: str, *, device: str, dtype: str) -> None:
+        """What can be told before anything is loaded; of models that are to keep within bounds, all of it.
+
+        Raises:
+            MissingError, SpecError, UnsupportedError: as `target.planned`.
+        """
+        parsed = spec.parse(text, "model")
+        asked: Options = spec.fill(Options, parsed, "model", {})
+        if asked.budget is None and asked.weights in ("auto", "resident"):
+            return
+        from decodathlon.decoders.jit_delta.target import planned
+
+        planned(
+            Path(parsed.name).expanduser(), self.named(parsed), device=device, dtype=models.pick_dtype(dtype, device),
+            where=asked.weights, bits=asked.bits, budget=asked.budget, base=_folder(asked.base),
+        )  # fmt: skip
+
     def __call__(self, text: str, *, device: str, dtype: str) -> Any:
         from decodathlon.decoders.jit_delta.target import load
 
@@ -89,8 +106,12 @@ class PackedModels:
         return load(
             Path(parsed.name).expanduser(), self.named(parsed), device=device, dtype=models.pick_dtype(dtype, device),
             where=asked.weights, bits=asked.bits, budget=asked.budget,
-            base=Path(asked.base).expanduser() if asked.base else None, share=asked.share,
+            base=_folder(asked.base), share=asked.share,
         )  # fmt: skip
+
+
+def _folder(text: str) -> Path | None:
+    return Path(text).expanduser() if text else None
 
 
 registry.add("model-loader", "packed", PackedModels(), __file__)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from decodathlon.decoders.jit_delta import contextual, frames, schemes, storage
-from decodathlon.decoders.jit_delta.assembly import placed, restored_tensor, skeleton
+from decodathlon.decoders.jit_delta.assembly import Place, placed, restored_tensor, skeleton
 from decodathlon.decoders.jit_delta.container import Reader, Record
 from decodathlon.decoders.jit_delta.modules import TYPES, Room
 from decodathlon.decoders.jit_delta.persona import PersonaTarget
@@ -159,6 +159,40 @@ def _group(found: re.Match[str]) -> str:
     return "qkv" if found.group(1) else "gate_up"
 
 
+def planned(
+    folder: Path, name: str, *, device: str, dtype: str, where: str, bits: int, budget: int | None, base: Path | None
+) -> tuple[Packing, Any, list[Place] | str]:  # fmt: skip
+    """How a packed folder would run: its weights, the model without them, and where they go; or, of weights that can
+    only be put together as a whole, why. Nothing but headers is read.
+
+    Raises:
+        MissingError: files are missing or torn.
+        SpecError: its weights take more memory than `budget`; or `bits` of weights that have no such.
+        UnsupportedError: weights that can only be put together as a whole are to lie elsewhere.
+    """
+    reader = Reader(folder, base)
+    packing = Packing(reader, Room(getattr(torch, dtype), device), where, 0, where == "contextual")
+    model = skeleton(reader, packing.room.dtype)
+    places: list[Place] | str
+    try:
+        places = f"its weights differ from {reader.base}" if reader.base is not None else placed(model, reader)
+    except LookupError as error:
+        places = f"the model has {error}"
+    if isinstance(places, str):
+        packing.plain = sorted(reader.records)
+        if where not in ("auto", "resident"):
+            raise UnsupportedError(f"weights={where}", f"{name} can be put together as a whole only: {places}")
+        packing.where = "resident"
+        within(packing, budget, other=False)
+        return packing, model, places
+    packing.packed = sorted({n for place in places for n in place.names if place.made})
+    packing.plain = sorted({n for place in places for n in place.names if not place.made})
+    if where == "base":
+        packing.bits = reader.first_bits(bits)
+    packing.where = within(packing, budget)
+    return packing, model, places
+
+
 def load(
     folder: Path, name: str, *, device: str, dtype: str, where: str = "auto", bits: int = 0, budget: int | None = None,
     base: Path | None = None, share: float = 0.0,
@@ -166,31 +200,20 @@ def load(
     """The target in a packed folder.
 
     Raises:
-        MissingError: files are missing or torn.
-        SpecError: its weights take more memory than `budget`; or `bits` of weights that are not `nested`.
+        MissingError, SpecError, UnsupportedError: as `planned`.
     """
-    reader = Reader(folder, base)
-    packing = Packing(reader, Room(getattr(torch, dtype), device), where, 0, where == "contextual")
-    model = skeleton(reader, packing.room.dtype)
+    packing, model, places = planned(folder, name, device=device, dtype=dtype, where=where, bits=bits, budget=budget,
+                                     base=base)  # fmt: skip
     tokenizer = _tokenizer(folder)
-    if reader.base is not None:
-        return _whole_model(model, tokenizer, name, packing, f"its weights differ from {reader.base}", budget)
-    try:
-        places = placed(model, reader)
-    except LookupError as error:
-        return _whole_model(model, tokenizer, name, packing, f"the model has {error}", budget)
-    packing.packed = sorted({n for place in places for n in place.names if place.made})
-    packing.plain = sorted({n for place in places for n in place.names if not place.made})
-    if where == "base":
-        packing.bits = bits = reader.first_bits(bits)
-    packing.where = within(packing, budget)
+    if isinstance(places, str):
+        return _whole_model(model, tokenizer, name, packing, places)
     need = packing.need(packing.where)
     room = None if budget is None else budget - sum(need.values()) + need["packed weights"]
-    packing.storage = storage.kind(packing.where, device)(reader, packing.packed, packing.bits, device, room)
+    packing.storage = storage.kind(packing.where, device)(packing.reader, packing.packed, packing.bits, device, room)
     for place in places:
         place.fill(packing)
     target = PackedTarget(model, tokenizer, name=name, packing=packing)
-    target.revision = _revision(reader)
+    target.revision = _revision(packing.reader)
     if where == "contextual":
         target.narrow(share, bits)
     return target
@@ -210,16 +233,9 @@ def _tokenizer(folder: Path) -> Any:
         raise MissingError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _whole_model(
-    model: Any, tokenizer: Any, name: str, packing: Packing, why: str, budget: int | None
-) -> TransformersTarget:
+def _whole_model(model: Any, tokenizer: Any, name: str, packing: Packing, why: str) -> TransformersTarget:
     """The model put together once, when it is loaded: its tensors are not called as its parameters are."""
     reader = packing.reader
-    packing.plain = sorted(reader.records)
-    if packing.where not in ("auto", "resident"):
-        raise UnsupportedError(f"weights={packing.where}", f"{name} can be put together as a whole only: {why}")
-    packing.where = "resident"
-    within(packing, budget, other=False)
     state = {n: restored_tensor(reader, n) for n in packing.plain}
     made, loaded = type(model).from_pretrained(
         None, config=model.config, state_dict=state, dtype=packing.room.dtype, output_loading_info=True
@@ -260,8 +276,8 @@ def within(packing: Packing, budget: int | None, *, other: bool = True) -> str:
     parts = " + ".join(f"{what} {size / 1e6:.1f} MB" for what, size in need.items())
     less = sum(packing.need("disk").values())
     able = other and asked[-1] != "disk" and not packing.bits and not packing.contextual
-    remedy = f"; weights=disk takes {less / 1e6:.1f} MB" if able else ""
+    remedy = f"; weights=disk needs {-(-less // 10**5) / 10:.1f}MB" if able else ""
     raise SpecError(
         f"memory={budget / 1e6:.1f} MB is too little for {packing.reader.folder} with weights={asked[-1]}: {parts}, "
-        f"{sum(need.values()) / 1e6:.1f} MB in all{remedy}"
+        f"which needs memory={-(-sum(need.values()) // 10**5) / 10:.1f}MB{remedy}"
     )

@@ -1,5 +1,7 @@
-/* The CPU form of reference.py: planes to BF16 bit patterns, bit for bit. Blocks [begin, end) of 256 weights each, of which the
-   tensor has `count`; each call is one thread's part. Compiled by native.py. */
+/* The CPU form of reference.py: planes to BF16 bit patterns, bit for bit; blocks of 256 weights, of which the tensor has
+   `count`. Compiled by native.py, with OpenMP where it can be had: then `threads` share the blocks, and they are the ones that
+   torch multiplies with. (Threads of our own would have to wait for those, which go on spinning after each product.) Each
+   function returns 1 where the planes cannot be those of an encoder, and 0 otherwise. */
 #include <stdint.h>
 #include <string.h>
 
@@ -12,6 +14,14 @@ enum { BLOCK = 256, HALF = 128, BITS = 32, SPAN = 256 };
 static inline uint16_t framed(int nibble, int start) {
     return (uint16_t)((nibble & 8) << 12 | ((start + (nibble & 7)) << 7 & 0x7F80));
 }
+
+/* A loop over blocks, in as many threads as it pays for. */
+#ifdef _OPENMP
+#define DO(text) _Pragma(#text)
+#define BLOCKS(threads) DO(omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(| : bad))
+#else
+#define BLOCKS(threads)
+#endif
 
 /* Where a block is written: the last one may not be whole. */
 static inline uint16_t *place(uint16_t *out, uint16_t *scratch, int64_t b, int64_t count) {
@@ -47,8 +57,10 @@ static inline int64_t rank_of(const uint16_t *before, const int64_t *spans, int6
 
 int nested_exact(const uint8_t *code, const uint8_t *first, const uint8_t *second, const uint8_t *middle,
                  const uint8_t *last, const uint8_t *escapes, const uint16_t *before, const int64_t *spans, int64_t room,
-                 int start, int64_t begin, int64_t end, int64_t count, uint16_t *out) {
-    for (int64_t b = begin; b < end; b++) {
+                 int start, int threads, int64_t blocks, int64_t count, uint16_t *out) {
+    int bad = 0;
+    BLOCKS(threads)
+    for (int64_t b = 0; b < blocks; b++) {
         uint16_t scratch[BLOCK], *o = place(out, scratch, b, count);
         const uint8_t *c = code + b * HALF, *m = middle + b * HALF;
         for (int i = 0; i < HALF; i++) {
@@ -59,43 +71,52 @@ int nested_exact(const uint8_t *code, const uint8_t *first, const uint8_t *secon
         for (int k = 0; k < 8; k++)
             for (int i = 0; i < BITS; i++)
                 o[k * BITS + i] |= (uint16_t)((f[i] >> k & 1) << 6 | (s[i] >> k & 1) << 5 | (l[i] >> k & 1));
-        if (escaped(o, c, escapes, rank_of(before, spans, b), room)) return 1;
+        bad |= escaped(o, c, escapes, rank_of(before, spans, b), room);
         finish(out, o, b, count);
     }
-    return 0;
+    return bad;
 }
 
-/* `table` has the mantissa of each prefix, in 1/128; 128 is the next power of two. `kept` bits of mantissa are read. */
+/* `table` has the mantissa of each prefix, in 1/128; 128 is the next power of two. `kept` bits of mantissa are read. The table
+   is looked up by what each bit changes in it, which is the same few steps for all weights at a time. */
 int nested_draft(const uint8_t *code, const uint8_t *first, const uint8_t *second, const uint8_t *escapes,
                  const uint16_t *before, const int64_t *spans, const uint16_t *table, int64_t room, int kept, int start,
-                 int64_t begin, int64_t end, int64_t count, uint16_t *out) {
-    for (int64_t b = begin; b < end; b++) {
+                 int threads, int64_t blocks, int64_t count, uint16_t *out) {
+    int bad = 0;
+    uint16_t none = table[0], high = 0, low = 0, both = 0;
+    if (kept == 1) high = none ^ table[1];
+    if (kept == 2) high = none ^ table[2], low = none ^ table[1], both = none ^ table[1] ^ table[2] ^ table[3];
+    BLOCKS(threads)
+    for (int64_t b = 0; b < blocks; b++) {
         uint16_t scratch[BLOCK], add[BLOCK], *o = place(out, scratch, b, count);
         const uint8_t *c = code + b * HALF;
         for (int i = 0; i < HALF; i++) {
             o[i] = framed(c[i] & 15, start);
             o[HALF + i] = framed(c[i] >> 4, start);
         }
-        if (escaped(o, c, escapes, rank_of(before, spans, b), room)) return 1;
+        bad |= escaped(o, c, escapes, rank_of(before, spans, b), room);
         const uint8_t *f = first + b * BITS, *s = second + b * BITS;
-        for (int k = 0; k < 8; k++)
-            for (int i = 0; i < BITS; i++) {
-                int prefix = kept == 0 ? 0 : kept == 1 ? f[i] >> k & 1 : (f[i] >> k & 1) << 1 | (s[i] >> k & 1);
-                add[k * BITS + i] = table[prefix];
-            }
+        for (int i = 0; i < BLOCK; i++) add[i] = none;
+        for (int k = 0; k < 8 && kept > 0; k++)
+            for (int i = 0; i < BITS; i++) add[k * BITS + i] ^= (uint16_t)(-(f[i] >> k & 1) & high);
+        for (int k = 0; k < 8 && kept > 1; k++)
+            for (int i = 0; i < BITS; i++)
+                add[k * BITS + i] ^= (uint16_t)((-(s[i] >> k & 1) & low) ^ (-((f[i] & s[i]) >> k & 1) & both));
         for (int i = 0; i < BLOCK; i++) {
             int exponent = o[i] & 0x7F80;
             o[i] = (uint16_t)(o[i] + (exponent == 0 || exponent == 0x7F80 ? 0 : add[i]));
         }
         finish(out, o, b, count);
     }
-    return 0;
+    return bad;
 }
 
 /* Escapes are put right by the caller, who knows their places. */
-void fixed12_exact(const uint8_t *code, const uint8_t *rest, int start, int64_t begin, int64_t end, int64_t count,
-                   uint16_t *out) {
-    for (int64_t b = begin; b < end; b++) {
+int fixed12_exact(const uint8_t *code, const uint8_t *rest, int start, int threads, int64_t blocks, int64_t count,
+                  uint16_t *out) {
+    int bad = 0;
+    BLOCKS(threads)
+    for (int64_t b = 0; b < blocks; b++) {
         uint16_t scratch[BLOCK], *o = place(out, scratch, b, count);
         const uint8_t *c = code + b * HALF, *r = rest + b * BLOCK;
         for (int i = 0; i < HALF; i++) {
@@ -104,6 +125,7 @@ void fixed12_exact(const uint8_t *code, const uint8_t *rest, int start, int64_t 
         }
         finish(out, o, b, count);
     }
+    return bad;
 }
 
 /* A scale of bfloat16, or of half precision; it is finite. */
@@ -133,9 +155,11 @@ static inline int ordinal(uint16_t u) { return u < 0x8000 ? u : 0x7FFF - (int)u;
 
 /* `group` weights have a scale. Patches are put in by the caller, who knows their places. */
 int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t *low, const uint8_t *escapes,
-                     const uint16_t *before, const int64_t *spans, int64_t room, int group, int half, int64_t begin,
-                     int64_t end, int64_t count, uint16_t *out) {
-    for (int64_t b = begin; b < end; b++) {
+                     const uint16_t *before, const int64_t *spans, int64_t room, int group, int half, int threads,
+                     int64_t blocks, int64_t count, uint16_t *out) {
+    int bad = 0;
+    BLOCKS(threads)
+    for (int64_t b = 0; b < blocks; b++) {
         uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
         uint8_t q[BLOCK], none[BLOCK];
         const uint8_t *c = code + b * HALF, *l = low + b * BLOCK;
@@ -152,17 +176,22 @@ int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t 
             none[count_none] = (uint8_t)i;
             count_none += q[i] == 8;
         }
-        if (rank < 0 || rank + count_none > room) return 1;
+        if (rank < 0 || rank + count_none > room) {
+            bad = 1;
+            continue;
+        }
         for (int k = 0; k < count_none; k++) o[none[k]] = (uint16_t)(escapes[rank + k] << 8 | l[none[k]]);
         for (int i = 0; i < BLOCK; i++) o[i] = (uint16_t)((int16_t)o[i] >= 0 ? o[i] : 0x7FFF - o[i]);
         finish(out, o, b, count);
     }
-    return 0;
+    return bad;
 }
 
-void int4_draft(const uint8_t *code, const uint16_t *scales, int group, int half, int64_t begin, int64_t end,
-                int64_t count, uint16_t *out) {
-    for (int64_t b = begin; b < end; b++) {
+int int4_draft(const uint8_t *code, const uint16_t *scales, int group, int half, int threads, int64_t blocks,
+               int64_t count, uint16_t *out) {
+    int bad = 0;
+    BLOCKS(threads)
+    for (int64_t b = 0; b < blocks; b++) {
         uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
         const uint8_t *c = code + b * HALF;
         for (int g = 0; g < BLOCK / group; g++) {
@@ -171,4 +200,5 @@ void int4_draft(const uint8_t *code, const uint16_t *scales, int group, int half
         }
         finish(out, o, b, count);
     }
+    return bad;
 }
