@@ -167,7 +167,16 @@ def load(model: Model, *, device: str, dtype: str, say: Callable[[str], None]) -
     weights = weights.to(place) if model.options.load == "full" else weights
     target = TransformersTarget(weights, tokenizer, name=model.name)
     target.revision = revision
+    target.file_bytes = file_bytes(Path(fetch(model, say)))
     return target
+
+
+def file_bytes(source: Path) -> int:
+    """Of a file of weights, or of those in a folder."""
+    from decodathlon.harness.llama2c import CHECKPOINT
+
+    files = [source] if source.is_file() else [*source.glob("*.safetensors"), *source.glob(CHECKPOINT)]
+    return sum(p.stat().st_size for p in files)
 
 
 def _read(model: Model, dtype: Any, device: str, say: Callable[[str], None]) -> tuple[Any, Any, str]:

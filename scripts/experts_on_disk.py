@@ -29,7 +29,8 @@ from decodathlon.harness.datasets.base import find
 from decodathlon.harness.decoder import Limits
 from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins
-from decodathlon.harness.results.table import rewritten
+from decodathlon.harness.results import environment
+from decodathlon.harness.results.table import DASH, rewritten
 
 EXPERTS, ROUTED, VOCABULARY = 16, 2, 1024
 DECODERS = ("greedy", "self-delta[k=1]", "self-delta[k=3]")
@@ -75,7 +76,7 @@ def reading(out: Path, prompts: list[list[int]]) -> list[list[str]]:
     need = models.load(models.resolve(str(out)), device="cpu", dtype="bfloat16", say=say).packing.need
     least, most = (sum(need(where).values()) for where in ("disk", "resident"))
     lines, texts = [], set[str]()
-    for share in SHARES:
+    for share in progress.told(list(SHARES), "amounts of room", say):
         budget = least + share * (most - least)
         line = [f"{budget / 1e6:.1f} MB"]
         for spec in DECODERS:
@@ -98,8 +99,12 @@ def dropping(folder: Path, work: Path, calibration: Tensor, held: Tensor) -> lis
     target = models.load(models.resolve(str(folder)), device="cpu", dtype="float32", say=say)
     found = reap.saliency(target, calibration.split(LENGTH))
     counts = {name: len(one.tokens) for name, one in found.items()}
-    lines = [["none", f"{loss(target.model, held):.3f}", "", ""]]
-    for share in PRUNED:
+
+    def of(model: Path) -> float:
+        return loss(hf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), held)
+
+    lines = [["none", f"{of(folder):.3f}", DASH, DASH]]
+    for share in progress.told(list(PRUNED), "shares dropped", say):
         stay = reap.kept(found, share)
         left = len(next(iter(stay.values())))
         ways = {"reap": stay}
@@ -114,7 +119,7 @@ def dropping(folder: Path, work: Path, calibration: Tensor, held: Tensor) -> lis
         for way, some in ways.items():
             out = work / f"{way}-{share}"
             reap.prune(folder, out, some)
-            losses[way] = loss(hf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), held)
+            losses[way] = of(out)
         drawn = [value for way, value in losses.items() if way.startswith("any")]
         lines.append(
             [f"{EXPERTS - left} of {EXPERTS}", f"{losses['reap']:.3f}", f"{min(drawn):.3f} to {max(drawn):.3f}",
@@ -126,7 +131,7 @@ def dropping(folder: Path, work: Path, calibration: Tensor, held: Tensor) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--data", help="folder with the data sets (or set DECODATHLON_DATA)")
+    parser.add_argument("--data", default=environment.data_folder(), help="folder with the data sets")
     parser.add_argument("--out", type=Path, required=True, help="docs/findings, whose page jit-delta.md has the tables")
     options = parser.parse_args()
     load_builtins()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from decodathlon.decoders.jit_delta.container import Reader, Record
 from decodathlon.decoders.jit_delta.schemes import Packed, drafts
@@ -31,10 +31,10 @@ def wanted(form: str, bits: int) -> tuple[str, ...] | None:
     return FIRST[form][bits] if drafts(form, bits) else None
 
 
-def size(record: Record, bits: int = 0) -> int:
-    """Bytes in memory of what is read of a tensor."""
+def size(record: Record, bits: int = 0, where: Literal["bytes", "stored"] = "bytes") -> int:
+    """Bytes of what is read of a tensor: in memory, or as they are stored on disk."""
     only = wanted(record.form, bits)
-    return sum(told["bytes"] for plane, told in record.planes.items() if only is None or plane in only)
+    return sum(told[where] for plane, told in record.planes.items() if only is None or plane in only)
 
 
 def unit(name: str) -> str:
@@ -223,11 +223,7 @@ class OnDisk(Storage):
 
     def _brought(self, asked: Asked) -> int:
         """Bytes that come from the disk when it is read."""
-        records = (self.reader.records[name] for name in self.units[asked.unit])
-        return sum(
-            told["stored"] for record in records for plane, told in record.planes.items()
-            if plane in (wanted(record.form, asked.bits) or record.planes)
-        )  # fmt: skip
+        return sum(size(self.reader.records[name], asked.bits, "stored") for name in self.units[asked.unit])
 
     def _staying(self, spare: int) -> set[Asked]:
         """Units that stay: layers in their order, without their experts."""

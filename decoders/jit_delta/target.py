@@ -16,6 +16,7 @@ from decodathlon.decoders.jit_delta.assembly import Place, placed, restored_tens
 from decodathlon.decoders.jit_delta.container import Reader, Record
 from decodathlon.decoders.jit_delta.modules import TYPES, Room
 from decodathlon.decoders.jit_delta.persona import PersonaTarget
+from decodathlon.harness import models
 from decodathlon.harness.errors import MissingError, SpecError, UnsupportedError
 from decodathlon.harness.targets.base import WeightReads
 from decodathlon.harness.targets.transformers import TransformersTarget
@@ -213,7 +214,7 @@ def load(
     for place in places:
         place.fill(packing)
     target = PackedTarget(model, tokenizer, name=name, packing=packing)
-    target.revision = _revision(packing.reader)
+    target.revision, target.file_bytes = _revision(packing.reader), models.file_bytes(folder)
     if where == "contextual":
         target.narrow(share, bits)
     return target
@@ -250,7 +251,8 @@ def _whole_model(model: Any, tokenizer: Any, name: str, packing: Packing, why: s
         if reader.base is not None
         else TransformersTarget(made, tokenizer, name=name)
     )
-    target.revision = _revision(reader)
+    folders = [reader.folder, *([reader.base] if reader.base is not None else [])]
+    target.revision, target.file_bytes = _revision(reader), sum(map(models.file_bytes, folders))
     target.notes += (f"packed: put together as a whole when loaded, for {why}",)
     return target
 

@@ -86,6 +86,7 @@ def of_a_call(generate: Callable[[], Sequence[Any]], target: Any, *, drafts: boo
         "fetched_bytes_per_token": fetched / tokens if hits + misses else None,
         "weight_hit_share": hits / (hits + misses) if hits + misses else None,
         "bits_per_weight": target.bits_per_weight or None,
+        "weights_on_disk_bytes": target.file_bytes or None,
     }
     return {name: value for name, value in known.items() if value is not None}
 

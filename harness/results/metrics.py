@@ -454,6 +454,7 @@ METRICS: dict[str, Metric] = {
         "What the target's weights take in the form that they are read in, over their number.",
         "memory",
     ),
+    "weights_on_disk_bytes": Metric("B", "lower", "The files that the target's weights were loaded from.", "memory"),
     "greedy_match": Metric(
         "1",
         "higher",

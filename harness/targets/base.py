@@ -163,6 +163,9 @@ class Target(ABC):
     #: Bytes that a weight takes while the model runs, in bits and on average; 0 where that is not known.
     bits_per_weight: float = 0.0
 
+    #: Bytes of the files that the weights were loaded from; 0 where there are none, or they are not known.
+    file_bytes: int = 0
+
     #: Whether `weight_reads` has what drafters read that are made of the target's own weights.
     counts_drafts: bool = False
 

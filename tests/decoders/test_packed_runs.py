@@ -70,6 +70,9 @@ def test_a_packed_model_has_the_numbers_of_the_plain_one_and_stays_within_its_me
     assert {"fetched_bytes_per_token", "weight_bytes_per_token", "weight_hit_share", "bits_per_weight"} <= {
         metric for decoder, metric in speeds if decoder == "self-delta[k=2]"
     }
+    for results, folder in ((whole, plain), (disk, packed)):
+        size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        assert metrics(results, "throughput")[0]["self-delta[k=2]", "weights_on_disk_bytes"] == size > 0
     run_file = next(iter(disk.with_suffix(".shards").glob("*/run.json")))
     assert json.loads(run_file.read_text())["options"]["model"].endswith("[weights=disk,memory=0.5MB]")
 
