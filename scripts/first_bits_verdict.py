@@ -1,4 +1,4 @@
-"""What the first bits of a model are worth: a packed model, its bases, a Q4_0 file of it and the plain model, side by side.
+"""What the first bits of a model are worth: a packed model, its bases, a Q4_0 file of it and the plain one in a table.
 
     python scripts/first_bits_verdict.py MODEL                 # prints the table
     python scripts/first_bits_verdict.py MODEL --out docs/findings    # and writes it into jit-delta.md
@@ -66,7 +66,9 @@ def main() -> None:
     options = parser.parse_args()
     table = lines(options.results, options.model)
     if len(table) == 1:
-        raise SystemExit(f"{options.results} has no sound row of {options.model}: measure wikitext2 and throughput of it")
+        raise SystemExit(
+            f"{options.results} has no sound row of {options.model}: measure wikitext2 and throughput of it"
+        )
     for line in aligned(table):
         say(line)
     if options.out:

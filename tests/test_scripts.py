@@ -3,8 +3,10 @@
 import csv
 import importlib.util
 import re
+import types
 from pathlib import Path
 
+import made_results
 import numpy as np
 import pytest
 import torch
@@ -323,3 +325,47 @@ def test_every_idea_of_the_backlog_names_decoders_that_there_are():
         assert set(idea) - {"beside"} == {"name", "note", "decoders", "why"}
         for spec in (*idea["decoders"], idea.get("beside", "dflash")):
             assert decoders.build(spec).spec == spec
+
+
+def test_what_parts_predict_of_a_packed_model(monkeypatch):
+    """Ten tokens behind the first: a tenth of the plain time for that, 0.09 s for each of the others."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    made = script("packed_speed")
+    beside = made.Beside.__new__(made.Beside)
+    beside.tokens, beside.first, beside.wide = 11, 0.1, 1.5
+    turn = made.Turn(plain=1.0, other=0.0, all_bits=0.2, first_bits=0.05)
+    greedy, drafted = (types.SimpleNamespace(target_calls=n, draft_calls=d) for n, d in ((11, 0), (5, 8)))
+    assert beside.predicted(turn, greedy) == pytest.approx(1 / (1 + 11 * 0.2))
+    first, wide, draft = 0.1 + 0.2, 0.09 * 1.5 + 0.2, 0.09 + 0.05
+    assert beside.predicted(turn, drafted) == pytest.approx(1 / (first + 4 * wide + 8 * draft))
+
+
+def test_first_bits_stand_beside_the_plain_model(tmp_path):
+    results = made_results.demo(tmp_path / "r.duckdb")
+    made = script("first_bits_verdict")
+    head, line = made.lines(results, "tiny")
+    assert line[0] == "tiny"
+    assert line[head.index("tokens/s")] == "50.0 [50.0, 50.0]"
+    assert line[head.index("perplexity")] == "–", "greedy search is no law to have one by"
+    assert made.lines(results, "tin") == [head], "another model, which is called so"
+
+
+def test_experts_are_read_or_dropped(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    made = script("experts_on_disk")
+    small = {"SHARES": (0.0, 1.0), "DECODERS": ("greedy", "self-delta[k=1]"), "PRUNED": (0.5,), "TOKENS": 8}
+    for name, value in small.items():
+        monkeypatch.setattr(made, name, value)
+    text = " ".join(f"word{i % 97} and {i % 13}" for i in range(4000))
+    tokenizer = made.tokenizer_of(text)
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    made.trained(tokens, 30).save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    made.pack.pack(tmp_path / "mixture", tmp_path / "packed", "nested", [].append)
+    little, all_of_it = made.reading(tmp_path / "packed", [tokens[:16].tolist(), tokens[100:116].tolist()])
+    fetched = [[int(cell.split(" kB")[0]) for cell in line[1:]] for line in (little, all_of_it)]
+    assert fetched[0][0] > fetched[1][0]
+    whole, half = made.dropping(tmp_path / "mixture", tmp_path, tokens[:512], tokens[:1024])
+    assert half[0] == "8 of 16"
+    assert float(half[3]) > float(whole[1])
+    assert float(half[3]) > float(half[1])

@@ -140,27 +140,27 @@ static float scale_of(uint16_t scale, int half) {
     return s;
 }
 
-/* The patterns of q * scale for the 16 codes of a group, in bfloat16, rounded to even. */
-static void values(float s, uint16_t *table) {
-    for (int code = 0; code < 16; code++) {
-        float product = (float)(code - 8) * s;
-        uint32_t u;
-        memcpy(&u, &product, sizeof u);
-        table[code] = (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
-    }
+/* The pattern of q * scale in bfloat16, rounded to even. A table of the 16 would be looked up weight by weight; this is done for
+   many at a time. */
+static inline uint16_t value(int code, float s) {
+    float product = (float)(code - 8) * s;
+    uint32_t u;
+    memcpy(&u, &product, sizeof u);
+    return (uint16_t)((u + 0x7FFF + (u >> 16 & 1)) >> 16);
 }
 
 /* Its number in the order of the values, so that neighbours differ by 1. */
-static inline int ordinal(uint16_t u) { return u < 0x8000 ? u : 0x7FFF - (int)u; }
+static inline uint16_t ordinal(uint16_t u) { return (uint16_t)(u < 0x8000 ? u : 0x7FFF - u); }
 
-/* `group` weights have a scale. Patches are put in by the caller, who knows their places. */
+/* `group` weights have a scale, a multiple of BITS: so many are done at a time. Patches are put in by the caller, who knows
+   their places. */
 int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t *low, const uint8_t *escapes,
                      const uint16_t *before, const int64_t *spans, int64_t room, int group, int half, int threads,
                      int64_t blocks, int64_t count, uint16_t *out) {
     int bad = 0;
     BLOCKS(threads)
     for (int64_t b = 0; b < blocks; b++) {
-        uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
+        uint16_t scratch[BLOCK], *o = place(out, scratch, b, count);
         uint8_t q[BLOCK], none[BLOCK];
         const uint8_t *c = code + b * HALF, *l = low + b * BLOCK;
         int64_t rank = rank_of(before, spans, b);
@@ -168,9 +168,9 @@ int int4_delta_exact(const uint8_t *code, const uint16_t *scales, const uint8_t 
         for (int i = 0; i < HALF; i++) q[i] = c[i] & 15;
         for (int i = 0; i < HALF; i++) q[HALF + i] = c[i] >> 4;
         for (int g = 0; g < BLOCK / group; g++) {
-            values(scale_of(scales[b * (BLOCK / group) + g], half), table);
-            for (int k = 0; k < 16; k++) table[k] = (uint16_t)ordinal(table[k]);
-            for (int i = g * group; i < (g + 1) * group; i++) o[i] = (uint16_t)(table[q[i]] + (int8_t)l[i]);
+            float s = scale_of(scales[b * (BLOCK / group) + g], half);
+            for (int i = g * group; i < (g + 1) * group; i += BITS)
+                for (int j = i; j < i + BITS; j++) o[j] = (uint16_t)(ordinal(value(q[j], s)) + (int8_t)l[j]);
         }
         for (int i = 0; i < BLOCK; i++) { /* without a branch that nobody could foresee */
             none[count_none] = (uint8_t)i;
@@ -192,11 +192,14 @@ int int4_draft(const uint8_t *code, const uint16_t *scales, int group, int half,
     int bad = 0;
     BLOCKS(threads)
     for (int64_t b = 0; b < blocks; b++) {
-        uint16_t scratch[BLOCK], *o = place(out, scratch, b, count), table[16];
+        uint16_t scratch[BLOCK], *o = place(out, scratch, b, count);
+        uint8_t q[BLOCK];
         const uint8_t *c = code + b * HALF;
+        for (int i = 0; i < HALF; i++) q[i] = c[i] & 15, q[HALF + i] = c[i] >> 4;
         for (int g = 0; g < BLOCK / group; g++) {
-            values(scale_of(scales[b * (BLOCK / group) + g], half), table);
-            for (int i = g * group; i < (g + 1) * group; i++) o[i] = table[i < HALF ? c[i] & 15 : c[i - HALF] >> 4];
+            float s = scale_of(scales[b * (BLOCK / group) + g], half);
+            for (int i = g * group; i < (g + 1) * group; i += BITS)
+                for (int j = i; j < i + BITS; j++) o[j] = value(q[j], s);
         }
         finish(out, o, b, count);
     }
