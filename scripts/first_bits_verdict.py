@@ -4,16 +4,17 @@
     python scripts/first_bits_verdict.py MODEL --out docs/findings    # and writes it into jit-delta.md
     ... --results FILE
 
-MODEL is what the plain one is called; the others are called after it (MODEL-nested[weights=base], MODEL-Q4_0.gguf). One
-line for each: perplexity on WikiText-2 by `temperature`, what `greedy` takes in `throughput`, newest sound row of each.
+MODEL is what the plain one is called; the others are called after it (MODEL-nested[weights=base], MODEL-Q4_0). One
+line for each: perplexity on WikiText-2 by `temperature`, what `greedy` takes in `throughput`; the newest sound row of
+each, in the setting (scale, type, machine, text) that the plain model was measured in last.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping
 from pathlib import Path
-
-import duckdb
 
 from decodathlon.harness.commands.command import say
 from decodathlon.harness.results import environment, store
@@ -32,29 +33,44 @@ COLUMNS = {
     },
 }
 QUERY = """
-    SELECT c.model, c.suite, c.slice, c.decoder, m.metric, m.value, m.ci_low, m.ci_high
+    SELECT c.model, c.suite, c.slice, c.decoder, [c.scale, c.dtype, c.hardware, c.dataset] AS setting,
+           map_from_entries(list((m.metric, (m.value, m.ci_low, m.ci_high))))
     FROM newest_of('sound_cell') c JOIN metric m USING (run_id, cell_id)
-    WHERE c.model = $model OR starts_with(c.model, $model || '-')
-    ORDER BY c.started
+    WHERE (c.model = $model OR starts_with(c.model, $model || '-')) AND list_contains($metrics, m.metric)
+    GROUP BY ALL ORDER BY max(c.started)
 """
+#: What the others are called behind the plain model's name.
+OTHER = r"-(nested|fixed12|int4-delta)(\[.*\])?|-Q4_0"
+Numbers = dict[str, tuple[float, float | None, float | None]]
 
 
 def lines(results: Path, model: str) -> list[list[str]]:
+    """A line per model; of each suite by the setting that the plain model was measured in last."""
+    wanted = [metric for metrics in COLUMNS.values() for metric, _, _ in metrics.values()]
     with store.connect(results) as connection:
-        found = _numbers(connection, model)
-    names = [name for metrics in COLUMNS.values() for name in metrics]
-    by_size = sorted(found, key=lambda m: (-found[m].get("bits per weight", (0.0, ""))[0], m))
-    return [["model", *names], *([m, *(found[m].get(n, (0.0, DASH))[1] for n in names)] for m in by_size)]
+        rows = connection.execute(QUERY, {"model": model, "metrics": wanted}).fetchall()
+    of = {name for name, *_ in rows if name == model or re.fullmatch(OTHER, name[len(model) :])}
+    plain = {tuple(place): setting for name, *place, setting, _ in rows if name == model}
+    found: dict[str, dict[str, str]] = {name: {} for name in sorted(of)}
+    for name, *place, setting, numbers in rows:
+        if name in of and setting == plain.get(tuple(place)):
+            found[name] |= _shown(COLUMNS.get(tuple(place), {}), numbers)
+    columns = [column for metrics in COLUMNS.values() for column in metrics]
+    shown = sorted(((name, cells) for name, cells in found.items() if cells), key=lambda one: _size(one[1]))
+    return [["model", *columns], *([name, *(cells.get(c, DASH) for c in columns)] for name, cells in shown)]
 
 
-def _numbers(connection: duckdb.DuckDBPyConnection, model: str) -> dict[str, dict[str, tuple[float, str]]]:
-    """By model and column; of several rows the newest."""
-    found: dict[str, dict[str, tuple[float, str]]] = {}
-    for name, *place, metric, value, low, high in connection.execute(QUERY, {"model": model}).fetchall():
-        for column, (wanted, unit, digits) in COLUMNS.get(tuple(place), {}).items():
-            if metric == wanted and value is not None:
-                interval = f" [{low / unit:.{digits}f}, {high / unit:.{digits}f}]" if low is not None else ""
-                found.setdefault(name, {})[column] = (value, f"{value / unit:.{digits}f}{interval}")
+def _size(cells: Mapping[str, str]) -> float:
+    return -float(cells.get("bits per weight", "0"))
+
+
+def _shown(columns: Mapping[str, tuple[str, float, int]], numbers: Numbers) -> dict[str, str]:
+    found = {}
+    for column, (metric, unit, digits) in columns.items():
+        value, low, high = numbers.get(metric, (None, None, None))
+        if value is not None:
+            interval = "" if low is None or high is None else f" [{low / unit:.{digits}f}, {high / unit:.{digits}f}]"
+            found[column] = f"{value / unit:.{digits}f}{interval}"
     return found
 
 

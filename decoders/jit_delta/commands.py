@@ -48,6 +48,8 @@ def _folder(text: str, *, packed: bool = False) -> Path:
     """Where the safetensors of a model are, or the folder of a packed one."""
     if packed and (Path(text).expanduser() / MANIFEST).is_file():
         return Path(text).expanduser()
+    if (Path(text).expanduser() / MANIFEST).is_file():
+        raise SpecError(f"{text} is packed already")
     model = models.resolve(text)
     if model.kind not in ("folder", "hub", "embedded"):
         raise SpecError(f"{text} has no safetensors to pack; give a folder, a hub id or a name that has")
@@ -129,7 +131,9 @@ def summary(records: Sequence[Record]) -> list[str]:
         disk, memory = (8 * sum(getattr(r, what) for r in some) / count for what in ("disk", "memory"))
         bits = BITS.get(dtype)
         saved = f", {1 - disk / bits:.1%} less than {bits}" if bits else ""
-        found.append(f"{dtype}: {count:,} numbers, {disk:.2f} bits each on disk{saved}; {memory:.2f} in memory")
+        against = any(r.form == "against" for r in some)
+        rest = "beside the base, which is needed too" if against else f"{memory:.2f} in memory"
+        found.append(f"{dtype}: {count:,} numbers, {disk:.2f} bits each on disk{saved}; {rest}")
     return found
 
 

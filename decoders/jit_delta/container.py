@@ -10,6 +10,7 @@ done; who is interrupted goes on behind the last of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -27,7 +28,9 @@ from decodathlon.decoders.jit_delta.schemes import COMPRESSED, FIRST_BITS, Packe
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.lazy import torch
 
-VERSION = 1
+VERSION = 2
+#: Says of a folder what is being packed into it.
+BEGUN = "packing.begun"
 MANIFEST = "packing.json"
 #: Room in a header for one plane, and for anything.
 ENTRY, ROOM = 160, 4096
@@ -171,6 +174,12 @@ class Record:
             able = [[blocks, width] for width in widths] or [[blocks]]
             if self.planes[plane]["dtype"] != dtype or self.planes[plane]["shape"] not in able:
                 raise ValueError(f"plane {plane} of {name} is {self.planes[plane]['shape']}, not {able[0]}")
+
+
+def checksum(told: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, but this."""
+    rest = {key: value for key, value in told.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _of(told: Any, key: str, kind: type, folder: Path) -> Any:
@@ -323,11 +332,19 @@ class Reader:
         try:
             told = json.loads((folder / MANIFEST).read_text())
         except OSError as error:
+            if (folder / BEGUN).is_file():
+                raise MissingError(
+                    f"{folder} is not packed to the end; run the same `decodathlon pack` again"
+                ) from error
             raise MissingError(f"{folder} is no packed model: it has no {MANIFEST}") from error
         except ValueError as error:
             raise MissingError(f"{folder / MANIFEST} is torn") from error
         if _of(told, "version", int, folder) != VERSION:
-            raise SpecError(f"{folder} was packed in version {told.get('version')}; this one reads {VERSION}")
+            raise SpecError(
+                f"{folder} was packed in version {told.get('version')}; this one reads {VERSION}: pack the model again"
+            )
+        if base is not None and not told.get("against"):
+            raise SpecError(f"{folder} was not packed against another model, so it takes no base={base}")
         self.scheme: str = _of(told, "scheme", str, folder)
         #: Whether numbers were rounded to bfloat16 before.
         self.cast = bool(told.get("cast"))
@@ -344,6 +361,8 @@ class Reader:
             names = [*self.files, *(f["packed"] for f in self.files.values()), *(r.file for r in self.records.values())]
             if bad := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
                 raise ValueError(f"it names {bad[0]}, which is no file in it")
+            if told.get("sha256") != checksum(told):
+                raise ValueError("it is not what was written; remove the folder and pack the model again")
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise MissingError(f"{folder / MANIFEST} is torn, or not made by decodathlon pack: {error}") from error
         #: Its tensors, once they were asked for (`pack.Weights`).
@@ -371,7 +390,9 @@ class Reader:
                 continue
             stored = file.data(f"{name}:{plane}")
             if len(stored) != told["stored"] or (check and zlib.crc32(stored.numpy()) != told["crc32"]):
-                raise MissingError(f"{file.path}: plane {plane} of {name} is damaged; pack the model again")
+                raise MissingError(
+                    f"{file.path}: plane {plane} of {name} is damaged; remove {self.folder} and pack the model again"
+                )
             raw = stored
             if "frames" in told:
                 where = f"{file.path}: plane {plane} of {name}"
@@ -386,6 +407,11 @@ class Reader:
         Raises:
             SpecError: it has no such, or most weights are of a type that no scheme is for.
         """
+        if self.base is not None:
+            raise SpecError(
+                f"{self.folder} is stored as what it differs in from {self.base}, which has no first bits; pack it "
+                "without --against"
+            )
         have = FIRST_BITS[self.scheme]
         if asked not in (0, *have) or not have:
             remedy = f"take bits={' or '.join(map(str, sorted(have)))}" if have else "pack it by nested"
@@ -403,9 +429,23 @@ class Reader:
         return asked or have[0]
 
     def header(self, original: str) -> bytes:
-        """That of a file of the original."""
+        """That of a file of the original.
+
+        Raises:
+            MissingError: it is not what it was.
+        """
         found: bytes = self._file(self.files[original]["packed"]).data(":header").numpy().tobytes()
+        if hashlib.sha256(found).hexdigest() != self.files[original].get("header"):
+            raise MissingError(
+                f"{self.folder}: the header of {original} is damaged; remove {self.folder} and pack the model again"
+            )
         return found
+
+    @property
+    def revision(self) -> str:
+        """What tells its weights from others."""
+        shas = sorted((n, record.sha256) for n, record in self.records.items())
+        return f"packed-sha256-{hashlib.sha256(repr(shas).encode()).hexdigest()[:16]}"
 
     def _file(self, name: str) -> Source:
         if name not in self._open:

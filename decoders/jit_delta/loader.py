@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from decodathlon.decoders.jit_delta import pack
 from decodathlon.decoders.jit_delta.container import MANIFEST, Reader
 from decodathlon.harness import models, spec
 from decodathlon.harness.errors import SpecError
@@ -89,6 +90,9 @@ class PackedModels:
         """
         parsed = spec.parse(text, "model")
         asked: Options = spec.fill(Options, parsed, "model", {})
+        reader = Reader(Path(parsed.name).expanduser(), _folder(asked.base))
+        if reader.base is not None:
+            pack.base_of(reader)
         if asked.budget is None and asked.weights in ("auto", "resident"):
             return
         from decodathlon.decoders.jit_delta.target import planned

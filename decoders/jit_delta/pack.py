@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from decodathlon.decoders.jit_delta import against, schemes
-from decodathlon.decoders.jit_delta.container import MANIFEST, VERSION, Cast, Reader, Record, Source, Writer
+from decodathlon.decoders.jit_delta.container import (
+    BEGUN,
+    MANIFEST,
+    VERSION,
+    Cast,
+    Reader,
+    Record,
+    Source,
+    Writer,
+    checksum,
+)
 from decodathlon.decoders.jit_delta.q4 import BLOCK, GROUP, Q4File
 from decodathlon.harness import progress
 from decodathlon.harness.errors import MissingError, SpecError
@@ -40,7 +50,7 @@ def sources(folder: Path) -> list[Path]:
         told = json.loads(config.read_text())
     except ValueError as error:
         raise MissingError(f"{config} is torn") from error
-    if "quantization_config" in told:
+    if told.get("quantization_config"):
         method = told["quantization_config"].get("quant_method", "some method")
         raise SpecError(f"{folder} is quantised already ({method}); pack the weights that it was made of")
     index = folder / "model.safetensors.index.json"
@@ -129,6 +139,10 @@ def pack(
     if twice:
         raise SpecError(f"{folder} has {twice[0]} in two of its files; leave those of one model there")
     other = None if base is None else Weights(base)
+    if other is not None and not any(
+        other.kind(n) == (told["dtype"], told["shape"]) for file in files for n, told in file.tensors.items()
+    ):
+        raise SpecError(f"{base} has no tensor of the name, type and shape of one of {folder}: it is no base of it")
     given = None if q4 is None else Q4File(q4)
     if given is not None:
         large = ((n, f) for f in files for n in f.tensors if _form(f, n, scheme) == "int4-delta")
@@ -137,8 +151,13 @@ def pack(
     how += "" if q4 is None else f", on {_stamp(q4)}"
     _claim(out, folder, how)
     if (out / MANIFEST).is_file():
+        found = Reader(out)
+        for original in found.files:
+            found.header(original)
+        for name in progress.told(list(found.records), "tensors checked", say):
+            found.read(name, check=True)
         say(f"{out} is packed already")
-        return Reader(out)
+        return found
     _check_room(out, files, scheme)
     records: dict[str, Record] = {}
     told: dict[str, dict[str, str]] = {}
@@ -153,30 +172,30 @@ def pack(
             if name not in writer.done:
                 _add(writer, file, name, scheme, other, given)
             records[name] = writer.done[name]
-            told[file.path.name] = {"packed": packed.name}
+            told[file.path.name] = {"packed": packed.name, "header": hashlib.sha256(file.header).hexdigest()}
         _next(writer)
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.endswith(WEIGHTS):
+                shutil.copy2(path, out / path.name)
+        manifest = {
+            "version": VERSION, "scheme": scheme, "files": told, "tensors": {n: vars(r) for n, r in records.items()},
+        }  # fmt: skip
+        if base is not None:
+            manifest["against"] = str(base.resolve())
+        if cast:
+            manifest["cast"] = "bfloat16"
+        if given is not None:
+            manifest["q4"] = given.path.name
+            say(_stood(given, records))
+        part = out / f"{MANIFEST}.part"
+        part.write_text(json.dumps(manifest | {"sha256": checksum(manifest)}))
+        os.replace(part, out / MANIFEST)
+        for journal in out.glob("*.journal"):
+            journal.unlink()
     except OSError as error:
         raise MissingError(
             f"{out} cannot be written: {error.strerror}. What is done is kept; run again to go on"
         ) from error
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHTS):
-            shutil.copy2(path, out / path.name)
-    manifest = {
-        "version": VERSION, "scheme": scheme, "files": told, "tensors": {n: vars(r) for n, r in records.items()},
-    }  # fmt: skip
-    if base is not None:
-        manifest["against"] = str(base.resolve())
-    if cast:
-        manifest["cast"] = "bfloat16"
-    if given is not None:
-        manifest["q4"] = given.path.name
-        say(_stood(given, records))
-    part = out / f"{MANIFEST}.part"
-    part.write_text(json.dumps(manifest))
-    os.replace(part, out / MANIFEST)
-    for journal in out.glob("*.journal"):
-        journal.unlink()
     return Reader(out)
 
 
@@ -224,12 +243,15 @@ def _stamp(path: Path) -> str:
 def _claim(out: Path, folder: Path, scheme: str) -> None:
     """Make the folder ours, and see that what lies in it was begun with the same weights."""
     own = {"of": _stamped(folder), "scheme": scheme}
-    begun = out / "packing.begun"
+    begun = out / BEGUN
     try:
         out.mkdir(parents=True, exist_ok=True)
         if begun.exists():
-            if json.loads(begun.read_text()) != own:
-                raise SpecError(f"{out} holds what was packed of other weights, or otherwise; take another folder")
+            if (there := json.loads(begun.read_text())) != own:
+                raise SpecError(
+                    f"{out} was begun with {there.get('of')}, {there.get('scheme')}, and this is {own['of']}, "
+                    f"{own['scheme']}: other weights, or packed otherwise; take another folder"
+                )
         elif any(out.iterdir()):
             raise SpecError(f"{out} is not empty; take another folder")
         else:
@@ -268,16 +290,18 @@ def restored(reader: Reader, name: str) -> Any:
     if record.form == "against":
         assert reader.base is not None
         out = torch.empty(record.count * schemes.WIDTH[record.dtype], dtype=torch.uint8)
-        against.applied(packed, _base_of(reader).data(name), out, f"{name} in {reader.folder} and {reader.base}")
+        against.applied(packed, base_of(reader).data(name), out, f"{name} in {reader.folder} and {reader.base}")
     else:
         out = torch.empty(record.facts["count"] * 2 if "count" in record.facts else record.memory, dtype=torch.uint8)
         schemes.decode(packed, out)
     if hashlib.sha256(out.numpy()).hexdigest() != record.sha256:
-        raise MissingError(f"{name} in {reader.folder} does not come back as it was; pack the model again")
+        raise MissingError(
+            f"{name} in {reader.folder} does not come back as it was; remove {reader.folder} and pack the model again"
+        )
     return out
 
 
-def _base_of(reader: Reader) -> Weights:
+def base_of(reader: Reader) -> Weights:
     """Of a model that was packed against another one, that.
 
     Raises:
@@ -286,8 +310,8 @@ def _base_of(reader: Reader) -> Weights:
     assert reader.base is not None
     if not reader.base.is_dir():
         raise MissingError(
-            f"{reader.folder} was packed against {reader.base}, which is not there; say where it is (base=FOLDER, or "
-            "--base FOLDER)"
+            f"{reader.folder} was packed against another model, which is not in {reader.base}; say where it is "
+            "(base=FOLDER, or --base FOLDER)"
         )
     if reader.other is None:
         reader.other = Weights(reader.base)
@@ -301,6 +325,8 @@ def verify(folder: Path, say: Say, base: Path | None = None) -> int:
         MissingError: a tensor does not come back as it was, which is named.
     """
     reader = Reader(folder, base)
+    for original in reader.files:
+        reader.header(original)
     for name in progress.told(list(reader.records), "tensors", say):
         restored(reader, name)
     return len(reader.records)
@@ -309,8 +335,8 @@ def verify(folder: Path, say: Say, base: Path | None = None) -> int:
 def unpack(folder: Path, out: Path, say: Say, base: Path | None = None) -> list[Path]:
     """Give the files of the original back, byte for byte, with what lies beside them."""
     reader = Reader(folder, base)
-    if out.exists() and any(out.iterdir()):
-        raise SpecError(f"{out} is not empty; take another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SpecError(f"{out} is not an empty folder; take another one")
     made = []
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -327,7 +353,7 @@ def unpack(folder: Path, out: Path, say: Say, base: Path | None = None) -> list[
             os.replace(part, out / original)
             made.append(out / original)
         for path in sorted(folder.iterdir()):
-            ours = path.name == MANIFEST or path.name.endswith(".packed.safetensors") or path.name == "packing.begun"
+            ours = path.name == MANIFEST or path.name.endswith(".packed.safetensors") or path.name == BEGUN
             if path.is_file() and not ours:
                 shutil.copy2(path, out / path.name)
     except OSError as error:

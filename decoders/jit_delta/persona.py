@@ -12,6 +12,7 @@ import torch
 from decodathlon.decoders.jit_delta import against
 from decodathlon.decoders.jit_delta.container import NAMES, Reader
 from decodathlon.decoders.jit_delta.schemes import Packed
+from decodathlon.harness import models
 from decodathlon.harness.errors import MissingError, UnsupportedError
 from decodathlon.harness.targets.transformers import TransformersTarget
 
@@ -41,6 +42,9 @@ class PersonaTarget(TransformersTarget):
                 packed = differences[name]
                 found = against.joined(packed).to(patterns.device)
                 patterns.copy_(step(patterns.flatten(), found, packed.facts["way"]).view(patterns.shape))
+        own = [new.folder, new.base] if new is not None else [] if self.reader is None else [self.reader.base]
+        self.revision = "" if new is None else new.revision
+        self.file_bytes = sum(models.file_bytes(folder) for folder in own if folder is not None)
         self.reader = new
         self.release()
 

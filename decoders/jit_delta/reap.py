@@ -64,13 +64,7 @@ def saliency(target: Any, texts: Iterable[Tensor]) -> dict[str, Saliency]:
         UnsupportedError: the model has no experts.
     """
     found: dict[str, Saliency] = {}
-    hooks = [
-        module.register_forward_hook(_hook(found, name))
-        for name, module in target.model.named_modules()
-        if name.endswith(".experts") and hasattr(module, "num_experts")
-    ]
-    if not hooks:
-        raise UnsupportedError("experts", f"{target.name} has none")
+    hooks = [module.register_forward_hook(_hook(found, name)) for name, module in mixtures(target).items()]
     target.model.set_experts_implementation("eager")  # the others round otherwise
     try:
         for row in texts:
@@ -78,6 +72,19 @@ def saliency(target: Any, texts: Iterable[Tensor]) -> dict[str, Saliency]:
     finally:
         for hook in hooks:
             hook.remove()
+    return found
+
+
+def mixtures(target: Any) -> dict[str, Any]:
+    """The experts of each layer, by name.
+
+    Raises:
+        UnsupportedError: the model has none.
+    """
+    named = target.model.named_modules()
+    found = {name: m for name, m in named if name.endswith(".experts") and hasattr(m, "num_experts")}
+    if not found:
+        raise UnsupportedError("experts", f"{target.name} has none")
     return found
 
 
@@ -112,8 +119,12 @@ def kept(found: dict[str, Saliency], share: float) -> dict[str, list[int]]:
     stay = {}
     for name, one in found.items():
         order = one.mean.argsort(descending=True, stable=True).tolist()
-        stay[name] = sorted(order[: len(order) - math.floor(round(share * len(order), 6))])
+        stay[name] = sorted(order[: len(order) - _gone(share, len(order))])
     return stay
+
+
+def _gone(share: float, experts: int) -> int:
+    return math.floor(round(share * experts, 6))
 
 
 def prune(folder: Path, out: Path, stay: dict[str, list[int]]) -> None:
@@ -151,18 +162,24 @@ def prune(folder: Path, out: Path, stay: dict[str, list[int]]) -> None:
     os.replace(part, out / "config.json")
 
 
-def check_prunable(folder: Path, out: Path) -> tuple[dict[str, Any], list[str]]:
+def check_prunable(folder: Path, out: Path, share: float = 0.0) -> tuple[dict[str, Any], list[str]]:
     """What can be told before a model is loaded. Returns the config, and its fields that count experts.
 
     Raises:
-        SpecError: `out` is not empty, or the checkpoint has experts or routers that are kept otherwise.
+        SpecError: too few experts would be left without a share of them; `out` is not empty, or the checkpoint has experts or routers that are kept otherwise.
     """
-    if out.exists() and any(out.iterdir()):
-        raise SpecError(f"{out} is not empty; take another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SpecError(f"{out} is not an empty folder; take another one")
     config = json.loads((folder / "config.json").read_text())
     counts = [n for n in COUNTS if n in config]
     if not counts:
         raise SpecError(f"{folder / 'config.json'} does not say how many experts there are ({', '.join(COUNTS)})")
+    have, routed = int(config[counts[0]]), int(config.get("num_experts_per_tok") or 1)
+    if (left := have - _gone(share, have)) < routed:
+        raise SpecError(
+            f"--prune {share:g} would leave {left} of {have} experts, and a token is routed to {routed}; prune at most "
+            f"{(have - routed) / have:g}"
+        )
     if int(config.get("n_group") or 1) > 1:
         raise SpecError(f"the experts of {folder} are routed to by groups, which would be others without some of them")
     names = [name for path in pack.sources(folder) for name in Source(path).tensors]
@@ -212,14 +229,19 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if (options.prune is None) != (options.out is None) or not 0 <= (options.prune or 0) < 1:
-        raise SpecError("--prune SHARE (below 1) and --out FOLDER go together")
+    if (options.prune is None) != (options.out is None):
+        raise SpecError("--prune SHARE and --out FOLDER go together")
+    if not 0 <= (options.prune or 0) < 1:
+        raise SpecError(f"--prune {options.prune:g} is no share of the experts; give one below 1, such as 0.25")
     model = models.resolve(options.model)
+    if options.out and model.kind == "plugin":
+        raise SpecError(f"{options.model} has no checkpoint to prune; `decodathlon unpack` gives a packed one back")
     models.check(model, "auto")
     folder = Path(models.fetch(model, say)) if options.out else None
     if folder is not None:
-        check_prunable(folder, options.out)
+        check_prunable(folder, options.out, options.prune)
     target = models.load(model, device="auto", dtype="auto", say=say)
+    mixtures(target)
     say(f"{target.name} writes {options.texts} texts of {options.tokens} tokens")
     texts = written(target, options.texts, options.tokens, drawn=True)[0]
     found = saliency(target, progress.told(list(texts), "texts", say))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -180,7 +180,7 @@ class OnDisk(Storage):
         there = asked in self._kept
         self.hits, self.misses = self.hits + there, self.misses + (not there)
         if not there:
-            self._begin(asked, beside=None)
+            self._begin(asked)
         self._kept.move_to_end(asked)
         try:
             self._planes_now = self._kept[asked].result()
@@ -189,9 +189,10 @@ class OnDisk(Storage):
             del self._kept[asked]  # it may do better next time
             raise
         self._now = asked
-        for likely in self._likely(asked, drafting=drafting):
-            if likely not in self._kept:
-                self._begin(likely, beside=asked)
+        likely = self._likely(asked, drafting=drafting)
+        for at, guess in enumerate(likely):  # what is needed sooner stays
+            if guess not in self._kept:
+                self._begin(guess, beside=(asked, *likely[:at]))
 
     def _likely(self, asked: Asked, *, drafting: bool) -> list[Asked]:
         """What may be asked for next."""
@@ -201,11 +202,11 @@ class OnDisk(Storage):
         routed = [] if drafting else [Asked(e, asked.bits) for e in dict.fromkeys(self._routed.pop(asked.unit, []))]
         return routed or [self._behind.get(asked, asked)]
 
-    def _begin(self, asked: Asked, beside: Asked | None) -> None:
-        """Have a unit read; not if there is no room for it beside another and those that stay."""
+    def _begin(self, asked: Asked, beside: Sequence[Asked] = ()) -> None:
+        """Have a unit read; not if there is no room for it beside others and those that stay."""
         size = self._size(asked)
-        fixed = {a for a in self._kept if a == beside or a in self._stay}
-        if beside is not None and size + sum(map(self._size, fixed)) > self.room:
+        fixed = {a for a in self._kept if a in beside or a in self._stay}
+        if beside and size + sum(map(self._size, fixed)) > self.room:
             return
         used = sum(map(self._size, self._kept))
         for old in [a for a in self._kept if a not in fixed]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -106,6 +105,8 @@ class Packing:
     bits: int
     #: Whether what matters for a token has to be found out first, which takes copies of a matrix in float32.
     contextual: bool = False
+    #: Whether all of it is put together when it is loaded.
+    whole: bool = False
     #: Tensors that are put together when they are read, and those that stay as they are.
     packed: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
@@ -121,7 +122,10 @@ class Packing:
             count = record.count // (record.shape[0] if len(record.shape) == 3 else 1)  # experts come one by one
             together[TOGETHER.sub(_group, name)] += count
             if TYPES[record.dtype] != self.room.dtype or len(record.shape) == 3:
-                native = max(native, count * TYPES[record.dtype].itemsize)
+                copied = (
+                    record.memory // record.shape[0] if len(record.shape) == 3 else 0
+                )  # an expert's share of planes
+                native = max(native, count * TYPES[record.dtype].itemsize + copied)
         kind = storage.kind(where, self.room.device)
         scratch = max((_scratch(records[n], self.room.device) for n in self.packed), default=0)
         return {
@@ -129,8 +133,14 @@ class Packing:
             "weights that stay as they are": sum(records[n].count for n in self.plain) * wide,
             "rebuilt at a time": max(together.values(), default=0) * wide + native + scratch,
             **({"unpacked at a time": unpacked} if (unpacked := frames.scratch(self.room.device)) else {}),
+            **({"until it is put together": self._twice()} if self.whole else {}),
             **({"to find out what matters": 24 * max(together.values(), default=0)} if self.contextual else {}),
         }
+
+    def _twice(self) -> int:
+        """Bytes that tensors take beside the model that they become, in their type and in the model's."""
+        native = [(r.count, TYPES.get(r.dtype, self.room.dtype)) for r in map(self.reader.records.get, self.plain) if r]
+        return sum(n * (t.itemsize + (self.room.dtype.itemsize if t != self.room.dtype else 0)) for n, t in native)
 
     @property
     def bits_per_weight(self) -> float:
@@ -183,7 +193,7 @@ def planned(
         packing.plain = sorted(reader.records)
         if where not in ("auto", "resident"):
             raise UnsupportedError(f"weights={where}", f"{name} can be put together as a whole only: {places}")
-        packing.where = "resident"
+        packing.where, packing.whole = "resident", True
         within(packing, budget, other=False)
         return packing, model, places
     packing.packed = sorted({n for place in places for n in place.names if place.made})
@@ -214,15 +224,10 @@ def load(
     for place in places:
         place.fill(packing)
     target = PackedTarget(model, tokenizer, name=name, packing=packing)
-    target.revision, target.file_bytes = _revision(packing.reader), models.file_bytes(folder)
+    target.revision, target.file_bytes = packing.reader.revision, models.file_bytes(folder)
     if where == "contextual":
         target.narrow(share, bits)
     return target
-
-
-def _revision(reader: Reader) -> str:
-    shas = sorted((n, record.sha256) for n, record in reader.records.items())
-    return f"packed-sha256-{hashlib.sha256(repr(shas).encode()).hexdigest()[:16]}"
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -252,7 +257,7 @@ def _whole_model(model: Any, tokenizer: Any, name: str, packing: Packing, why: s
         else TransformersTarget(made, tokenizer, name=name)
     )
     folders = [reader.folder, *([reader.base] if reader.base is not None else [])]
-    target.revision, target.file_bytes = _revision(reader), sum(map(models.file_bytes, folders))
+    target.revision, target.file_bytes = reader.revision, sum(map(models.file_bytes, folders))
     target.notes += (f"packed: put together as a whole when loaded, for {why}",)
     return target
 

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,8 +30,8 @@ Planes = reference.Nested | reference.Fixed12 | int4.Int4Delta
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be had."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "")) or [c for c in map(shutil.which, ("cc", "gcc", "clang")) if c][:1]
+    if not compiler:
         return None
     for more in (["-fopenmp"], []):
         try:
@@ -40,18 +41,25 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _compiled(compiler: str, flags: Sequence[str]) -> Path:
-    """What the compiler makes of the source, kept from one process to the next."""
-    told = "\n".join([SOURCE.read_text(), *flags, compiler, platform.machine(), platform.node()])
+def _compiled(compiler: Sequence[str], flags: Sequence[str]) -> Path:
+    """What the compiler makes of the source, kept from one process to the next on processors that can do the same."""
+    told = "\n".join([SOURCE.read_text(), *flags, *compiler, platform.machine(), platform.node(), _able()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decodathlon" / "native"
     made = folder / f"delta-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             part = Path(work) / made.name
-            subprocess.run([compiler, *flags, "-o", str(part), str(SOURCE)], check=True, capture_output=True)
+            subprocess.run([*compiler, *flags, "-o", str(part), str(SOURCE)], check=True, capture_output=True)
             os.replace(part, made)
     return made
+
+
+def _able() -> str:
+    """What the processor can do, as Linux says it; elsewhere nothing."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
 def nested_exact(c: ctypes.CDLL, planes: reference.Nested, out: Tensor) -> None:

@@ -17,7 +17,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from decodathlon.decoders.jit_delta import pack, schemes, storage
-from decodathlon.decoders.jit_delta.container import Reader
+from decodathlon.decoders.jit_delta.container import Reader, checksum
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness import models
 from decodathlon.harness.decoder import Limits
@@ -291,6 +291,19 @@ def test_experts_that_a_draft_was_routed_to_are_on_their_way():
     assert (store.hits - hits, store.misses - misses) == (2, 1), "of the layer itself only its first bits were there"
     store.ask(names[3])
     assert store.misses == misses + 2, "nobody foresaw that one"
+
+
+def test_of_what_a_draft_foresaw_that_which_is_needed_first_stays():
+    layer, names = "model.layers.0", [f"model.layers.0.mlp.experts.{i}" for i in range(8)]
+    store = Reading({f"{layer}.w": 5, **{f"{n}.w": 10 for n in names}}, room=25)
+    with store.drafting(4):
+        for name in (layer, names[6], names[1], names[4]):
+            store.ask(name)
+    store.ask(layer)
+    fetched = store.fetched
+    assert f"{names[6]}." in {a.unit for a in store._kept if a.bits == 0}
+    store.ask(names[6])
+    assert store.fetched <= fetched + 10, "it is not read once more"
 
 
 # -- the first bits draft ---------------------------------------------------------------------------------------
@@ -574,7 +587,7 @@ def test_a_lost_tensor_is_named(llama):
     out = packed(llama)
     told = json.loads((out / "packing.json").read_text())
     del told["tensors"]["model.layers.1.mlp.up_proj.weight"]
-    (out / "packing.json").write_text(json.dumps(told))
+    (out / "packing.json").write_text(json.dumps(told | {"sha256": checksum(told)}))
     with pytest.raises(MissingError, match=r"lacks .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load(out)
 
@@ -592,6 +605,12 @@ def test_tensors_that_are_called_otherwise_are_put_together_by_transformers(llam
     target = load(out)
     assert torch.equal(target.logits(TEXT, AT), truth)
     assert any("put together as a whole" in note for note in target.notes)
+    size = sum(t.numel() for t in tensors.values())  # bfloat16; the model in float32, and its tensors in both meanwhile
+    with pytest.raises(
+        SpecError, match=rf"stay as they are [\d.]+ MB .* until it is put together {6 * size / 1e6:.1f} MB"
+    ):
+        load(f"{out}[memory={4.5 * size / 1e6:.3f}MB]")
+    load(f"{out}[memory={10.5 * size / 1e6:.3f}MB]")
     for options in ("weights=disk", "weights=base", "weights=contextual,share=0.1"):
         with pytest.raises(UnsupportedError, match="as a whole only"):
             load(f"{out}[{options}]")

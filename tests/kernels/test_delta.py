@@ -41,7 +41,9 @@ NATIVE = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
 @NATIVE
 @pytest.mark.parametrize("case", CASES)
-def test_the_compiled_form_does_what_the_definition_does(case):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_form_does_what_the_definition_does(case, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     bits, c = CASES[case], native.library()
     for padding in (0, 1):  # nothing is written behind the end
         for form, (encode, _) in FORMS.items():
