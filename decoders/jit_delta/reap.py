@@ -166,7 +166,8 @@ def check_prunable(folder: Path, out: Path, share: float = 0.0) -> tuple[dict[st
     """What can be told before a model is loaded. Returns the config, and its fields that count experts.
 
     Raises:
-        SpecError: too few experts would be left without a share of them; `out` is not empty, or the checkpoint has experts or routers that are kept otherwise.
+        SpecError: too few experts would be left without a share of them; `out` is not empty, or the checkpoint has
+            experts or routers that are kept otherwise.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"{out} is not an empty folder; take another one")

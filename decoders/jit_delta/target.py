@@ -122,9 +122,7 @@ class Packing:
             count = record.count // (record.shape[0] if len(record.shape) == 3 else 1)  # experts come one by one
             together[TOGETHER.sub(_group, name)] += count
             if TYPES[record.dtype] != self.room.dtype or len(record.shape) == 3:
-                copied = (
-                    record.memory // record.shape[0] if len(record.shape) == 3 else 0
-                )  # an expert's share of planes
+                copied = record.memory // record.shape[0] if len(record.shape) == 3 else 0  # an expert's
                 native = max(native, count * TYPES[record.dtype].itemsize + copied)
         kind = storage.kind(where, self.room.device)
         scratch = max((_scratch(records[n], self.room.device) for n in self.packed), default=0)

@@ -175,7 +175,7 @@ def test_who_was_killed_goes_on_behind_the_last_tensor(model, tmp_path, at, monk
     code = textwrap.dedent(KILLED.format(at=at))
     done = subprocess.run([sys.executable, "-c", code, str(model), str(out)], capture_output=True, timeout=120)
     assert done.returncode == -9, done.stderr.decode()
-    with pytest.raises(MissingError, match="no packed model"):
+    with pytest.raises(MissingError, match="is not packed to the end; run the same"):
         Reader(out)
     added, add = [], container.Writer.add
     monkeypatch.setattr(

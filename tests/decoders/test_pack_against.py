@@ -159,7 +159,10 @@ def test_another_base_is_refused_and_nothing_has_changed(family, tmp_path):
 def test_a_base_that_moved_is_named(family, tmp_path, capsys):
     moved = family["base"].rename(tmp_path / "elsewhere")
     assert main(["verify", str(family["poet-packed"])]) != 0
-    assert "which is not there; say where it is" in capsys.readouterr().err
+    assert "which is not in" in capsys.readouterr().err
+    for asked in (f"{family['poet-packed']}", f"{family['poet-packed']}[base={tmp_path / 'nowhere'}]"):
+        with pytest.raises(MissingError, match="packed against another model, which is not in"):  # before a run begins
+            models.check(models.resolve(asked), "cpu")
     assert main(["verify", str(family["poet-packed"]), "--base", str(moved)]) == 0
     assert load(family["poet-packed"], options=f"[base={moved}]").name == "poet-packed"
 

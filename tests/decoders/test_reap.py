@@ -104,7 +104,9 @@ def test_what_cannot_be_pruned_is_told(mixture, tmp_path):
     stay = {f"model.layers.{i}.mlp.experts": [1] for i in range(4)}
     with pytest.raises(SpecError, match="1 experts would be left, and a token is routed to 2"):
         reap.prune(mixture, tmp_path / "one", stay)
-    with pytest.raises(SpecError, match="is not empty"):
+    with pytest.raises(SpecError, match="would leave 1 of 4 experts, and a token is routed to 2"):
+        reap.check_prunable(mixture, tmp_path / "new", 0.75)
+    with pytest.raises(SpecError, match="is not an empty folder"):
         reap.prune(mixture, mixture, stay)
     assert main(["experts", str(mixture), "--prune", "0.5"]) != 0
     config = json.loads((mixture / "config.json").read_text())
