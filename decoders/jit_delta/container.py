@@ -341,7 +341,8 @@ class Reader:
             raise MissingError(f"{folder / MANIFEST} is torn") from error
         if _of(told, "version", int, folder) != VERSION:
             raise SpecError(
-                f"{folder} was packed in version {told.get('version')}; this one reads {VERSION}: pack the model again"
+                f"{folder} was packed in version {told.get('version')}; this one reads {VERSION}: remove it and "
+                "pack the model again"
             )
         if base is not None and not told.get("against"):
             raise SpecError(f"{folder} was not packed against another model, so it takes no base={base}")
