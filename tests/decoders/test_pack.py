@@ -235,6 +235,7 @@ def test_what_cannot_be_packed_is_told(model, tmp_path, change, said):
 
 def test_a_config_that_names_no_quantisation_is_none(model, tmp_path):
     pack.pack(changed(model, "config.json", '{"quantization_config": null}'), tmp_path / "packed", "nested", SILENT)
+    assert pack.verify(tmp_path / "packed", SILENT) == len(weights())
 
 
 def test_a_file_is_no_folder_to_unpack_to(model, tmp_path):
