@@ -18,7 +18,7 @@ from decodathlon.harness.decoder import Decoder
 from decodathlon.harness.errors import DecodathlonError, MissingError, UnsupportedError
 from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.registry import load_builtins, registry
-from decodathlon.harness.results import journal, shards
+from decodathlon.harness.results import environment, journal, shards
 from decodathlon.harness.results.journal import Journal
 from decodathlon.harness.results.lines import Lines
 from decodathlon.harness.results.lines import path_of as path_of_lines
@@ -97,7 +97,7 @@ class Bench:
             cell = self._prepare(spec, outcome, timeout, notebook, lines or Lines(None))
             _refuse_other(outcome, expected or {})
             outcome.seconds["prepare"] = time.perf_counter() - begin
-            for part in ("decoder", "model", "data", "sizes", "protocol", "seconds"):
+            for part in ("decoder", "model", "place", "data", "sizes", "protocol", "seconds"):
                 notebook.write(part, getattr(outcome, part))
             conditions.begin(cell.target.device)
             self._ready()
@@ -160,6 +160,7 @@ class Bench:
         from decodathlon.harness.measure import identity  # needs torch, which the controller does not load
 
         outcome.model = identity.record(target)
+        outcome.place = environment.place(outcome.model, identity.gpu_uuid(target.device))
         if suite.targets:
             outcome.model |= {"name": TOY, "target": target.name}
         decoder.check(target)

@@ -112,6 +112,8 @@ class Outcome:
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
+    #: Where it was measured: node, hardware, GPU (UUID, driver, clocks); the run's record has the rest of its machine.
+    place: dict[str, Any] = field(default_factory=dict)
     #: How it was measured: the suite's source, the order of runs, warm-up, clock.
     protocol: dict[str, Any] = field(default_factory=dict)
     #: What else the machine did meanwhile (measure/conditions.py), and the switches of the libraries.
@@ -136,7 +138,7 @@ class Outcome:
             if not spec[part]:  # as in the shards from before there was such a thing: their hashes stay what they are
                 del spec[part]
         spec["decoder_files"] = [Path(p).name for p in self.spec.decoder_files]
-        shard = {k: v for k, v in vars(self).items() if k != "spec"}
+        shard = {k: v for k, v in vars(self).items() if k != "spec" and (k != "place" or v)}
         return {"schema": SHARD_SCHEMA, "cell_id": self.spec.cell_id, "spec": spec, **shard}
 
     @classmethod

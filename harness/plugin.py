@@ -25,7 +25,7 @@ from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import environment, gates, table
 from decodathlon.harness.run import CELL_TIMEOUT, Run, Settings
 from decodathlon.harness.suite import SCALES
-from decodathlon.harness.workers.local import EXECUTORS
+from decodathlon.harness.workers.executors import EXECUTORS
 
 _RUN = pytest.StashKey["Run"]()
 #: How many suites were deselected for want of --benchmark.
@@ -79,7 +79,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="other prompts for throughput: spec-bench, spec-bench-ending, problems",
     )
     add("--cycle-trace", action="store_true", help="keep every cycle of decoders that draft, in cells of throughput")
-    add("--executor", choices=sorted(EXECUTORS), default="local", help="a worker process, or this one for a debugger")
+    add(
+        "--executor",
+        choices=sorted(EXECUTORS),
+        default="local",
+        help="processes of this machine, a Ray cluster, or this very process for a debugger (default local)",
+    )
+    add(
+        "--workers",
+        type=_whole,
+        default=None,
+        metavar="N",
+        help="at most so many at once (default one per GPU, or one)",
+    )
+    add("--ray-address", default="auto", metavar="WHERE", help="auto, local or HOST:PORT, with --executor ray")
+    add(
+        "--timing-exclusive",
+        action="store_true",
+        help="measure times with nothing of ours beside them on their machine",
+    )
+    add("--retry-lost", action="store_true", help="measure a cell once more whose machine was lost")
     add(
         "--cell-timeout",
         type=_seconds,
@@ -114,6 +133,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not config.option.decodathlon_benchmark:
         return
@@ -141,6 +166,10 @@ def _run(config: pytest.Config) -> Run:
     settings = Settings(
         results=results,
         executor=option.decodathlon_executor,
+        workers=option.decodathlon_workers,
+        ray_address=option.decodathlon_ray_address,
+        timing_exclusive=option.decodathlon_timing_exclusive,
+        retry_lost=option.decodathlon_retry_lost,
         cell_timeout=option.decodathlon_cell_timeout,
         gates=rules if wanted else None,
     )

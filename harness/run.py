@@ -5,10 +5,10 @@ A run is a folder of shards. Killed at any moment it keeps every finished cell, 
 
 from __future__ import annotations
 
-import hashlib
+import platform
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,10 @@ from decodathlon.harness.plan import Options, cells
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import audited, environment, gates, journal, measured, shards, store, table
 from decodathlon.harness.results.metrics import METRICS
-from decodathlon.harness.workers.local import EXECUTORS
+from decodathlon.harness.workers.base import Orders
+from decodathlon.harness.workers.executors import EXECUTORS
+from decodathlon.harness.workers.fleet import Fleet
+from decodathlon.harness.workers.schedule import Job
 
 #: Seconds that a cell may measure, by scale, where --cell-timeout says nothing.
 CELL_TIMEOUT = {"smoke": 600.0, "quick": 1800.0, "full": 6 * 3600.0}
@@ -42,6 +45,13 @@ class Settings:
 
     results: Path
     executor: str = "local"
+    #: How many workers on this machine; None: one per GPU, or one.
+    workers: int | None = None
+    ray_address: str = "auto"
+    #: Whether cells whose numbers are times run alone on their host.
+    timing_exclusive: bool = False
+    #: Whether a cell is measured once more whose machine was lost.
+    retry_lost: bool = False
     cell_timeout: float | None = None
     #: A file of gates; None for none.
     gates: Path | None = None
@@ -92,10 +102,11 @@ class Run:
         if settings.gates is not None:
             self.gates = gates.load(settings.gates)
         self._options, self.resumed = options, resume is not None
-        timeout = settings.cell_timeout or CELL_TIMEOUT[scale]
+        self._timeout = settings.cell_timeout or CELL_TIMEOUT[scale]
         self.waiting: dict[str, CellSpec] = {s.cell_id: s for s in self.specs}
         self._began = time.monotonic()
-        self._executor = EXECUTORS[settings.executor](self.run_id, self.folder, timeout, say)
+        self._fleet: Fleet | None = None
+        self._coming: Iterator[Outcome] = iter(())
 
     def _hold(self) -> None:
         """A run has one controller."""
@@ -106,8 +117,28 @@ class Run:
             raise StoreError(f"run {self.run_id} is being measured by another process") from None
 
     def begin(self, chosen: Sequence[CellSpec]) -> None:
-        """Write down what will be measured, with what code and machine, before the first cell."""
+        """Write down what will be measured, with what code and machine, before the first cell.
+
+        Raises:
+            DecodathlonError: there are no such workers.
+        """
         self.waiting = {s.cell_id: s for s in chosen}
+        settings = self.settings
+        orders = Orders(
+            run_id=self.run_id,
+            folder=self.folder,
+            timeout=self._timeout,
+            say=self._say,
+            device=chosen[0].device if chosen else "auto",
+            workers=settings.workers,
+            ray_address=settings.ray_address,
+            same=_same() if settings.executor != "inline" else {},
+        )
+        self._fleet = Fleet(
+            EXECUTORS[settings.executor], orders, exclusive=settings.timing_exclusive, retry_lost=settings.retry_lost
+        )
+        jobs = [self._job(spec) for spec in chosen]
+        self._coming = self._fleet.outcomes(jobs, self._expected, self._kinds())
         if self.resumed:
             record = shards.read(self.folder / shards.RUN_FILE)
             self._record = record | {"resumed": [*record.get("resumed", []), now()]}
@@ -138,10 +169,27 @@ class Run:
         shards.write(self.folder / shards.RUN_FILE, self._record)
 
     def measure(self, spec: CellSpec) -> Outcome:
-        """Run one cell and say how it went and how long the rest will take."""
+        """What became of a cell; others may end before it. Says how each went and how long the rest will take."""
+        while spec.cell_id in self.waiting:
+            outcome = next(self._coming, None)
+            if outcome is None:
+                raise StoreError(f"{spec.label} was given to no worker: they have ended")
+            self._take(outcome)
+        return next(o for o in self.outcomes if o.spec.cell_id == spec.cell_id)
+
+    def _job(self, spec: CellSpec) -> Job:
         before = self._before.get(spec.cell_id)
         attempts = [*before.attempts, before.as_attempt()] if before is not None else []
-        outcome = self._executor.run(spec, attempts, self._expected)
+        return Job(spec, attempts, clocked=registry.get("suite", spec.suite).clocked)
+
+    def _kinds(self) -> dict[tuple[Any, ...], str]:
+        """On what hardware the cells of a resumed run were measured, by what they are compared with."""
+        return {
+            Job(o.spec).group: str(o.place["hardware"]) for o in self._before.values() if o.place and o.status in FINAL
+        }
+
+    def _take(self, outcome: Outcome) -> None:
+        spec = outcome.spec
         self._expect(outcome)
         self.outcomes = [o for o in self.outcomes if o.spec.cell_id != spec.cell_id] + [outcome]
         self.waiting.pop(spec.cell_id, None)
@@ -150,7 +198,6 @@ class Run:
             f"  [{done}/{done + len(self.waiting)}] {spec.suite} {spec.label}: {outcome.status} in "
             f"{_measuring(outcome):.0f} s, {table.short(outcome)}{self._time_left()}"
         )
-        return outcome
 
     def _expect(self, outcome: Outcome) -> None:
         if outcome.status in FINAL:
@@ -191,7 +238,11 @@ class Run:
 
     def finish(self) -> None:
         """End the workers, judge the gates, and add what was measured to the results file."""
-        self._executor.close()
+        if self._fleet is not None:
+            self._fleet.close()
+            if self._fleet.nodes:
+                self._record["nodes"] = dict(self._fleet.nodes)
+                shards.write(self.folder / shards.RUN_FILE, self._record)
         if self._record or self.resumed:
             if self._record and not (self.folder / shards.RUN_FILE).exists():
                 shards.write(self.folder / shards.RUN_FILE, self._record)  # somebody took it away meanwhile
@@ -297,7 +348,7 @@ class Run:
                 raise StoreError(f"--resume {self.run_id}: {path} is gone; put it back, or start a new run")
             registry.load_file(path)
         for path, digest in plan["decoders"].items():
-            if _digest(Path(path)) != digest:
+            if environment.digest(Path(path)) != digest:
                 raise StoreError(f"--resume {self.run_id}: {path} has changed since; {remedy}")
         for spec in planned:
             version = registry.get("suite", spec.suite).version
@@ -323,7 +374,8 @@ class Run:
             past.setdefault(outcome.spec.suite, []).append(_measuring(outcome))
         mean = {suite: sum(times) / len(times) for suite, times in past.items()}
         overall = sum(mean.values()) / len(mean)
-        return f" (about {_duration(sum(mean.get(s.suite, overall) for s in self.waiting.values()))} left)"
+        work = sum(mean.get(s.suite, overall) for s in self.waiting.values())
+        return f" (about {_duration(work / max(1, self._fleet.size if self._fleet else 1))} left)"
 
     @property
     def dishonest(self) -> list[str]:
@@ -353,12 +405,15 @@ def find(results: Path, run: str) -> Path:
     return beside / name
 
 
+def _same() -> dict[str, Any]:
+    """What of this machine's software another one must have, too."""
+    found = environment.packages()
+    versions = {f"package {name}": found.get(name) for name in _SAME_PACKAGES}
+    return {"code": environment.code(), "python": platform.python_version(), **versions}
+
+
 def _files(specs: Sequence[CellSpec]) -> dict[str, str]:
-    return {path: _digest(Path(path)) for spec in specs for path in spec.decoder_files}
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return {path: environment.digest(Path(path)) for spec in specs for path in spec.decoder_files}
 
 
 def _cells(count: int) -> str:

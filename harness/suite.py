@@ -69,6 +69,8 @@ class Suite:
     workloads: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     #: Whether it measures the model alone: it then has one cell, of the baseline, whatever decoders are named.
     of_target: bool = False
+    #: Whether its numbers are times, which what runs beside it on its machine would spoil.
+    clocked: bool = False
 
     def slices(self, scale: str, workload: str = "") -> Sequence[str]:
         return tuple(self.sized(scale, workload).get("slices", ("all",)))
@@ -114,6 +116,7 @@ def suite(
     judged: bool = False,
     workloads: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     of_target: bool = False,
+    clocked: bool = False,
 ) -> Callable[[F], F]:
     """Register the test function below as a suite; it receives one `cell`.
 
@@ -132,7 +135,7 @@ def suite(
         made = Suite(
             name, version, asks, data, sizes, rivals, table, function, protocol or {},
             targets=targets or {}, judged=judged, workloads=workloads or {},
-            of_target=of_target,
+            of_target=of_target, clocked=clocked,
         )  # fmt: skip
         registry.add("suite", name, made, inspect.getfile(function))
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]

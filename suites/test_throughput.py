@@ -11,6 +11,7 @@ MATCHED = {f"{kind}-matched": data for kind, data in PROBLEMS.items()}
 @suite(
     "throughput",
     version=3,
+    clocked=True,
     asks="How fast is the decoder, and how much memory does it take?",
     data={
         "batch-1": "wikitext-2-raw-v1",

@@ -55,7 +55,9 @@ class Conditions:
         self._looks: list[dict[str, Any]] = []
         self._done = threading.Event()
         if getattr(device, "type", "cpu") == "cuda":
-            self._watcher = threading.Thread(target=self._watch, args=(_uuid(device),), daemon=True)
+            from decodathlon.harness.measure.identity import gpu_uuid  # needs torch, which a GPU's process has
+
+            self._watcher = threading.Thread(target=self._watch, args=(gpu_uuid(device),), daemon=True)
             self._watcher.start()
 
     def _watch(self, uuid: str | None) -> None:
@@ -131,13 +133,6 @@ def gpu_remarks(looks: list[dict[str, Any]], own: int) -> list[str]:
     if foreign:
         remarks.append(f"contended: {len(foreign)} other processes on the GPU")
     return remarks
-
-
-def _uuid(device: Any) -> str | None:
-    import torch
-
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return f"GPU-{uuid}" if uuid is not None else None
 
 
 def _load() -> float | None:

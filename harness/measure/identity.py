@@ -40,6 +40,14 @@ def record(target: Any) -> dict[str, Any]:
     return found
 
 
+def gpu_uuid(device: Any) -> str | None:
+    """What the driver calls the GPU that computes; None on a CPU, and where torch does not tell."""
+    if getattr(device, "type", "cpu") != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return f"GPU-{uuid}" if uuid is not None else None
+
+
 @torch.no_grad()
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """A hash of every tensor's name, shape, dtype and some of its values: other weights give another one.

@@ -15,7 +15,11 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
+import decodathlon
+
 ROOT = Path(__file__).resolve().parents[2]
+#: The package, which links lead from to the folders of the code.
+HERE = Path(decodathlon.__file__).resolve().parent
 #: The environment variable that names the results file where no option does.
 RESULTS_VARIABLE = "DECODATHLON_RESULTS"
 PACKAGES = (
@@ -60,7 +64,7 @@ def describe() -> dict[str, Any]:
         "all_packages_sha256": all_packages_hash(),
         "editable_packages": editable_packages(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
     }
@@ -120,12 +124,32 @@ def code_hash(root: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def code() -> str:
+    """Of all code that may run, wherever and however it was installed: two machines with the same have the same."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        folder = HERE / name.rstrip("/")
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".c", ".sql")):
+            digest.update(str(path.relative_to(HERE)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def machine() -> str:
     """A name for this machine that tells nothing of it: rows of one machine can be put together."""
     for place in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         with contextlib.suppress(OSError):
             return hashlib.sha256(Path(place).read_bytes()).hexdigest()[:12]
     return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+
+
+def host() -> str:
+    """As `machine`, where many machines may have been made of one image."""
+    return hashlib.sha256(f"{machine()} {platform.node()}".encode()).hexdigest()[:12]
+
+
+def digest(path: Path) -> str:
+    """Of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def container() -> str | None:
@@ -171,6 +195,23 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def place(model: dict[str, Any], gpu_uuid: str | None) -> dict[str, Any]:
+    """Where a cell is measured, told by the process that measures it.
+
+    Args:
+        model: what a row stores of it, with its processor or its threads.
+        gpu_uuid: of the GPU that computes.
+    """
+    mine = next((gpu for gpu in gpus() if gpu_uuid and gpu["uuid"] == gpu_uuid), {})
+    told = {"gpu_uuid": gpu_uuid, **{k: v for k, v in mine.items() if k != "uuid"}} if gpu_uuid else {}
+    return {"node": host(), "hardware": hardware_name({"cpu": cpu_name(), "cores": cores()}, model), **told}
 
 
 def memory_bytes() -> int | None:

@@ -1,6 +1,6 @@
-"""Executors: where a cell runs. `LocalExecutor` in one process beside this one, `InlineExecutor` right here.
+"""Workers of this machine: `LocalWorker` in one process beside this one, `InlineWorker` right here.
 
-An executor always returns an outcome, and every outcome has left its shard. A worker that hangs, dies or was out of
+A worker always returns an outcome, and every outcome has left its shard. A process that hangs, dies or was out of
 memory is replaced; what its cell had observed is in the journal.
 """
 
@@ -16,15 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from decodathlon.harness.bench import Bench
 from decodathlon.harness.cells import CellSpec, Outcome, Status
-from decodathlon.harness.results import journal, shards
+from decodathlon.harness.results import environment, journal, shards
+from decodathlon.harness.workers import gpus
+from decodathlon.harness.workers.base import Orders, Place, Worker
 
 #: How much of a dead worker's output its row keeps.
 TAIL_CHARACTERS = 4000
@@ -36,41 +37,15 @@ GRACE_SHARE, GRACE_SECONDS = 0.1, 5.0
 PREPARE_SECONDS = 3600.0
 
 
-class Executor(ABC):
-    """Runs cells one after another; every finished cell has left its shard."""
-
-    def __init__(self, run_id: str, folder: Path, timeout: float, say: Callable[[str], None]) -> None:
-        """
-        Args:
-            timeout: seconds that a cell may measure; loading is apart.
-        """
-        self.run_id, self.folder, self.timeout, self.say = run_id, folder, timeout, say
-
-    @abstractmethod
-    def run(
-        self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
-    ) -> Outcome:
-        """Measure one cell.
-
-        Args:
-            attempts: how it ended before.
-            expected: weights and data that the run began with (`bench.found_of`); a cell that finds other fails.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """End what was started."""
-
-    def _shard(self, spec: CellSpec) -> Path:
-        return self.folder / f"{spec.cell_id}.json"
-
-
-class InlineExecutor(Executor):
+class InlineWorker(Worker):
     """In this process, for a debugger. A decoder that crashes takes the run with it, and one that hangs hangs."""
 
-    def __init__(self, run_id: str, folder: Path, timeout: float, say: Callable[[str], None]) -> None:
-        super().__init__(run_id, folder, timeout, say)
-        self._bench = Bench(say)
+    def __init__(self, orders: Orders, name: str = "inline") -> None:
+        super().__init__(orders, name)
+        self._bench = Bench(orders.say)
+
+    def open(self) -> Place:
+        return Place(self.name, environment.host(), gpus.kind(None))
 
     def run(
         self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
@@ -83,16 +58,25 @@ class InlineExecutor(Executor):
         """Nothing was started."""
 
 
-class LocalExecutor(Executor):
-    """In a worker process of its own group, which keeps the loaded model between cells and is replaced when it dies."""
+class LocalWorker(Worker):
+    """In a process of its own group, which keeps the loaded model between cells and is replaced when it dies."""
 
-    def __init__(self, run_id: str, folder: Path, timeout: float, say: Callable[[str], None]) -> None:
-        super().__init__(run_id, folder, timeout, say)
+    def __init__(self, orders: Orders, name: str = "local", *, gpu: str | None = None, threads: int = 0) -> None:
+        """
+        Args:
+            gpu: what CUDA_VISIBLE_DEVICES is to be for the process; None leaves it as it is.
+            threads: how many it may compute with; 0 leaves it as it is.
+        """
+        super().__init__(orders, name)
+        self._gpu, self._own = gpu, gpus.environment_of(gpu, threads)
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers: int | None = None
-        self._deadline, self._late, self._began = math.inf, False, 0.0
-        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the executor
+        self._deadline, self._late, self._cancelled, self._began = math.inf, False, False, 0.0
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the worker
+
+    def open(self) -> Place:
+        return Place(self.name, environment.host(), gpus.kind(self._gpu))
 
     def run(
         self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
@@ -134,17 +118,19 @@ class LocalExecutor(Executor):
                 else:
                     self.say(message["say"])
         except KeyboardInterrupt:
-            self._bury(spec, attempts, log_begin, "cancelled", "interrupted")
+            self._end(spec, attempts, log_begin, "cancelled", "interrupted")
             raise
+        if self._cancelled:
+            return self._end(spec, attempts, log_begin, "cancelled", "interrupted")
         if self._late:
             reason = f"killed: it did not come to an end within {patience:.4g} s (--cell-timeout {self.timeout:.4g})"
-            return self._bury(spec, attempts, log_begin, "timeout", reason)
+            return self._end(spec, attempts, log_begin, "timeout", reason)
         assert self._process is not None
         code = self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if code == -signal.SIGKILL and kernel_kills() > kills:
-            return self._bury(spec, attempts, log_begin, "oom", "the system killed the worker for want of memory")
-        return self._bury(spec, attempts, log_begin, "crashed", f"the worker {how}")
+            return self._end(spec, attempts, log_begin, "oom", "the system killed the worker for want of memory")
+        return self._end(spec, attempts, log_begin, "crashed", f"the worker {how}")
 
     @staticmethod
     def _spoilt(outcome: Outcome) -> bool:
@@ -161,6 +147,8 @@ class LocalExecutor(Executor):
         self._late = False
         pending = b""
         while True:
+            if self._cancelled:
+                return
             alive = self._process.poll() is None
             readable, _, _ = select.select([self._answers], [], [], POLL_SECONDS if alive else 0)
             chunk = os.read(self._answers, 1 << 16) if readable else b""
@@ -182,36 +170,27 @@ class LocalExecutor(Executor):
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | self._own,
         )
         os.close(to_worker)
         os.close(from_worker)
         self._requests = os.fdopen(from_us, "w", encoding="utf-8")
         self._answers = to_us
 
-    def _bury(
+    def _end(
         self, spec: CellSpec, attempts: Sequence[dict[str, Any]], log_begin: int, status: Status, reason: str
     ) -> Outcome:
-        """End the worker and write the shard that it could not write, from its journal."""
+        """End the process and bury its cell."""
         self.close()
-        path, notes = self._shard(spec), journal.path_of(self.folder, spec.cell_id)
-        if path.exists() and not notes.exists():  # it had finished, and died before it could say so
-            found = Outcome.from_shard(shards.read(path))
-            if len(found.attempts) == len(attempts):
-                return found
         self._log.seek(log_begin)
         tail = self._log.read().decode(errors="replace")[-TAIL_CHARACTERS:]
-        seen = journal.read(notes)
-        seen["metrics"] = []  # of half a measurement; the observations are kept
-        if status == "timeout" and seen["samples"]:
-            status = "partial"
-        seen["seconds"] = {**seen.get("seconds", {}), "total": time.monotonic() - self._began}
-        outcome = Outcome(
-            spec, self.run_id, status=status, reason=reason, error=tail, log=tail, attempts=list(attempts), **seen
-        )
-        shards.write(path, outcome.as_shard())
-        notes.unlink(missing_ok=True)
-        return outcome
+        return self._bury(spec, attempts, status, reason, seconds=time.monotonic() - self._began, printed=tail)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         if self._process is None:
@@ -234,6 +213,3 @@ def kernel_kills() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-
-
-EXECUTORS: dict[str, type[Executor]] = {"local": LocalExecutor, "inline": InlineExecutor}

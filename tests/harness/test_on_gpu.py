@@ -16,7 +16,8 @@ from decodathlon.harness.randomness import RowRandom
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import environment, shards
 from decodathlon.harness.targets.transformers import TransformersTarget
-from decodathlon.harness.workers.local import LocalExecutor
+from decodathlon.harness.workers.base import Orders
+from decodathlon.harness.workers.local import LocalWorker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 load_builtins()
@@ -81,7 +82,7 @@ def test_out_of_gpu_memory_is_a_row_and_the_next_cell_runs(model, tmp_path):
         "@decoder('hungry', claim='exact')\nclass Hungry(Sampler):\n    def shape(self, logits):\n"
         "        torch.empty(1 << 46, dtype=torch.uint8, device=logits.device)\n        return logits.log_softmax(-1)\n"
     )
-    executor = LocalExecutor("r", tmp_path / "run", 60.0, lambda text: None)
+    executor = LocalWorker(Orders(run_id="r", folder=tmp_path / "run", timeout=60.0, say=lambda text: None))
     try:
         hungry = executor.run(cell(model, "hungry", decoder_files=(str(file),)))
         after = executor.run(cell(model, "greedy"))
@@ -92,7 +93,7 @@ def test_out_of_gpu_memory_is_a_row_and_the_next_cell_runs(model, tmp_path):
 
 
 def test_the_record_names_the_gpu_and_what_it_did(model, tmp_path):
-    executor = LocalExecutor("r", tmp_path / "run", 60.0, lambda text: None)
+    executor = LocalWorker(Orders(run_id="r", folder=tmp_path / "run", timeout=60.0, say=lambda text: None))
     try:
         outcome = executor.run(cell(model, "greedy"))
     finally:

@@ -19,6 +19,7 @@ from decodathlon.harness.errors import SpecError, StoreError
 from decodathlon.harness.results import journal, shards, store
 from decodathlon.harness.run import Run, find
 from decodathlon.harness.workers import local
+from decodathlon.harness.workers.base import Orders
 
 ROOT = Path(__file__).parents[2]
 KILLS, CELLS = 30, 30
@@ -494,7 +495,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing_before(model, deco
 
 
 def executor(folder, timeout=60.0):
-    return local.LocalExecutor("r", folder, timeout, lambda text: None)
+    return local.LocalWorker(Orders(run_id="r", folder=folder, timeout=timeout, say=lambda text: None))
 
 
 def test_a_shard_that_cannot_be_written_is_told_and_the_worker_ends(tmp_path, monkeypatch):
