@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness import datasets, judges, models
+from decodathlon.harness import datasets, judges, models, served
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import TOY, CellSpec, Outcome
 from decodathlon.harness.decoder import Decoder
+from decodathlon.harness.engines.client import EngineDownError
 from decodathlon.harness.errors import DecodathlonError, MissingError, UnsupportedError
 from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.registry import load_builtins, registry
@@ -38,8 +39,8 @@ class Bench:
             ready: called when a cell's model is loaded and its measurement begins.
         """
         self._say, self._ready, self._process = say, ready, os.getpid()
-        self._target: tuple[tuple[str, str, str], Any] | None = None
-        self._unloadable: dict[tuple[str, str, str], DecodathlonError] = {}
+        self._target: tuple[tuple[str, ...], Any] | None = None
+        self._unloadable: dict[tuple[str, ...], DecodathlonError] = {}
         self._judges: dict[tuple[str, str], judges.Judge | None] = {}
         self._texts: dict[tuple[str, str, str | None], datasets.Text] = {}
 
@@ -109,6 +110,9 @@ class Bench:
             outcome.status, outcome.reason = "timeout", str(error)
         except UnsupportedError as error:
             outcome.status, outcome.reason = "unsupported", str(error)
+        except EngineDownError as error:
+            outcome.status, outcome.reason = "failed", f"the server is gone: {error}"
+            self._target = None  # whether it is back is asked before the next cell
         except _BrokenPluginError as error:
             outcome.status, outcome.error = "failed", str(error)
             outcome.reason = "plugin cannot be imported: " + str(error).strip().splitlines()[-1]
@@ -163,7 +167,14 @@ class Bench:
         outcome.place = environment.place(outcome.model, identity.gpu_uuid(target.device))
         if suite.targets:
             outcome.model |= {"name": TOY, "target": target.name}
+        for capability in suite.needs:
+            if capability not in target.capabilities:
+                raise UnsupportedError(capability, f"{suite.name} measures it, and {target.name} shows none")
+        if hasattr(target, "remember"):
+            target.remember(lines)
+        decoder = served.on(decoder, target)
         decoder.check(target)
+        outcome.decoder = describe(decoder)
         rivals, left_out = _rivals(suite, decoder, spec.baseline, target)
         versus, no_judge = _versus(suite, spec, decoder, target)
         cell = Cell(
@@ -203,12 +214,12 @@ class Bench:
 
     def _load(self, spec: CellSpec) -> Any:
         named = spec.model_spec or spec.model
-        key = (named, spec.device, spec.dtype)
+        key = (named, spec.model_url, spec.device, spec.dtype)
         if key in self._unloadable:  # it would take as long to fail again
             raise self._unloadable[key]
         if self._target is None or self._target[0] != key:
             self._target = None  # the old model must be gone before the new one comes
-            model = models.resolve(named)
+            model = models.resolve(named, spec.model_url)
             self._say(f"loading {model.name}")
             try:
                 self._target = (key, models.load(model, device=spec.device, dtype=spec.dtype, say=self._say))
@@ -256,6 +267,7 @@ def _rivals(suite: Suite, decoder: Decoder, baseline: str, target: Any) -> tuple
     for metric, text in named.items():
         rival = decoders.build(text)
         try:
+            rival = served.on(rival, target)
             rival.check(target)
         except UnsupportedError as error:
             remarks.append(f"no {metric}: {rival.spec} {error}")
@@ -272,6 +284,7 @@ def _versus(suite: Suite, spec: CellSpec, decoder: Decoder, target: Any) -> tupl
     if not suite.judged or spec.judge == "none" or other.spec == decoder.spec:
         return None, []
     try:
+        other = served.on(other, target)
         other.check(target)
     except UnsupportedError as error:
         return None, [f"no judge_win_rate: {other.spec} {error}"]

@@ -27,7 +27,7 @@ SHARD_SCHEMA = 2
 
 
 #: Fields of a `CellSpec` that say where something lies or what is looked at besides, not what is measured.
-_PLACES = ("data", "decoder_files", "model_spec", "judge_url", "broken", "profile", "cycle_trace")
+_PLACES = ("data", "decoder_files", "model_spec", "model_url", "judge_url", "broken", "profile", "cycle_trace")
 #: Fields that came later: where they say what every cell did before, its id stays what it was.
 _LATER = {"judge": "none", "split": "test", "limit": 0, "sizes": (), "workload": ""}
 
@@ -52,6 +52,8 @@ class CellSpec:
     decoder_files: Sequence[str] = ()
     #: How the user named the model, where that is more than its name: a path.
     model_spec: str = ""
+    #: Where the server of a remote model is reached.
+    model_url: str = ""
     #: Who grades open answers, and where it is reached.
     judge: str = "none"
     judge_url: str = ""
@@ -134,6 +136,7 @@ class Outcome:
         spec = asdict(self.spec)
         spec["data"] = Path(self.spec.data).name if self.spec.data else None
         spec["model_spec"] = spec["judge_url"] = ""
+        del spec["model_url"]
         for part in ("sizes", "workload", "cycle_trace"):
             if not spec[part]:  # as in the shards from before there was such a thing: their hashes stay what they are
                 del spec[part]

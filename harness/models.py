@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from decodathlon.harness import embedded, spec
+from decodathlon.harness.engines import remote
 from decodathlon.harness.errors import MissingError, SpecError, near_miss
 from decodathlon.harness.registry import registry
 
@@ -53,16 +54,19 @@ class Model:
 
     #: What rows call it: alias or hub id or folder name, with the options that differ from their defaults.
     name: str
-    kind: Literal["embedded", "stories", "folder", "gguf", "hub", "plugin"]
-    #: Hub id, or path; of a plugin the name of its loader.
+    kind: Literal["embedded", "stories", "folder", "gguf", "hub", "plugin", "remote"]
+    #: Hub id, or path; of a plugin the name of its loader; of a remote one the address of its server.
     location: str
     options: Options
     #: What a plugin's loader is given: the spec as it was typed.
     text: str = ""
 
 
-def resolve(text: str) -> Model:
+def resolve(text: str, url: str = "") -> Model:
     """What a model spec means.
+
+    Args:
+        url: of the server of a remote model, `openai:NAME`.
 
     Raises:
         SpecError: neither a known name, a folder, a file nor a hub id; or a file of a kind that is not read.
@@ -70,6 +74,12 @@ def resolve(text: str) -> Model:
     """
     parsed = spec.parse(text, "model")
     name = parsed.name
+    if name.startswith(remote.PREFIX):
+        return Model(remote.named(parsed, url), "remote", url, Options(), text)
+    if url:
+        raise SpecError(
+            f"--model-url is the address of a server; it goes with --model {remote.PREFIX}NAME, not {name!r}"
+        )
     if name in loaders():
         return Model(text.strip(), "plugin", name, Options(), text.strip())
     if (loader := _of_folder(Path(name).expanduser())) is not None:
@@ -153,6 +163,8 @@ def load(model: Model, *, device: str, dtype: str, say: Callable[[str], None]) -
     import torch
 
     place = pick_device(device)
+    if model.kind == "remote":
+        return remote.load(model.text, model.location, name=model.name, say=say)
     if model.kind == "plugin":
         # A plugin's loader gets the whole spec, the device and the dtype as typed, and returns a Target.
         return registry.get("model-loader", model.location)(model.text, device=place, dtype=dtype)
@@ -211,6 +223,8 @@ def fetch(model: Model, say: Callable[[str], None]) -> str:
         return _hub_snapshot(model, say)
     if model.kind == "plugin":
         raise MissingError(f"model {model.name} comes from a plugin, which fetches what it needs when it is loaded")
+    if model.kind == "remote":
+        raise MissingError(f"model {model.name} is behind a server; there is nothing to fetch")
     return model.location
 
 
@@ -222,6 +236,9 @@ def check(model: Model, device: str, dtype: str = "auto") -> None:
         MissingError: no CUDA, no bitsandbytes, or a hub model that is neither cached nor reachable.
         DecodathlonError: what the plugin's loader says.
     """
+    if model.kind == "remote":
+        remote.check(model.text, model.location)
+        return
     if device == "cuda":
         pick_device(device)
     if model.options.load != "full":

@@ -10,6 +10,7 @@ from typing import Any
 from decodathlon.harness import datasets, embedded, judges, models
 from decodathlon.harness import decoder as decoders
 from decodathlon.harness.cells import TOY, CellSpec
+from decodathlon.harness.engines import remote
 from decodathlon.harness.errors import MissingError, SpecError, near_miss
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.suite import Suite
@@ -24,6 +25,7 @@ class Options:
     decoder: Sequence[str] = ()
     suite: Sequence[str] = ()
     model: str = embedded.NAME
+    model_url: str = ""
     baseline: str = "greedy"
     data: str | None = None
     seed: int = 0
@@ -69,7 +71,7 @@ def cells(options: Options) -> list[CellSpec]:
     baseline = decoders.build(options.baseline).spec
     if not -(2**63) <= options.seed < 2**63:
         raise SpecError(f"--seed {options.seed} does not fit into 64 bits")
-    model = models.resolve(options.model)
+    model = models.resolve(options.model, options.model_url)
     models.check(model, options.device, options.dtype)
     judges.check(options.judge, options.judge_url)
     if options.data is not None:
@@ -81,6 +83,7 @@ def cells(options: Options) -> list[CellSpec]:
     common: dict[str, Any] = {
         "model": model.name,
         "model_spec": options.model,
+        "model_url": options.model_url,
         "scale": options.scale,
         "seed": options.seed,
         "device": options.device,
@@ -95,11 +98,13 @@ def cells(options: Options) -> list[CellSpec]:
         "decoder_files": tuple(str(Path(p).resolve()) for p in options.decoder_file),
     }
 
+    toy = {"model": TOY, "model_url": ""}
+
     def places(s: Suite, part: str) -> dict[str, Any]:
         judge = {"judge": options.judge} if s.judged else {}
         own: dict[str, Any] = {"workload": options.workload if options.workload in s.workloads else ""}
         own |= {"sizes": tuple(sorted(sizes[s.name].items()))}
-        return common | own | judge | ({"model": TOY, "model_spec": s.targets[part]} if s.targets else {})
+        return common | own | judge | (toy | {"model_spec": s.targets[part]} if s.targets else {})
 
     return [
         CellSpec(suite=s.name, suite_version=s.version, slice=part, decoder=d, broken=error, **places(s, part))
@@ -153,8 +158,11 @@ def _countable(sizes: Mapping[str, Any]) -> set[str]:
 
 
 def _all_suites(options: Options) -> list[str]:
-    """Who names tasks of lm-eval and no suite wants those alone."""
-    return [] if options.lm_eval_task else registry.names("suite")
+    """Who names tasks of lm-eval and no suite wants those alone; what the kind of model cannot have is left out."""
+    if options.lm_eval_task:
+        return []
+    lacks = "logits" if options.model.startswith(remote.PREFIX) else "server"
+    return [name for name in registry.names("suite") if lacks not in registry.get("suite", name).needs]
 
 
 def _check_tasks(names: Sequence[str]) -> None:

@@ -57,6 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(
         "--model", default=default.model, metavar="SPEC", help=f"name, hub id, folder or GGUF (default {default.model})"
     )
+    add("--model-url", default=default.model_url, metavar="URL", help="of the server, with --model openai:NAME")
     add("--weights", default=None, metavar="WHERE", help="of a packed model: as weights=WHERE in its brackets")
     add("--memory", default=None, metavar="SIZE", help="of a packed model, such as 8GB: as memory=SIZE in its brackets")
     add("--baseline", default=default.baseline, metavar="SPEC", help="one more decoder to compare with, side by side")

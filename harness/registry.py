@@ -20,7 +20,7 @@ from typing import Any, Literal
 from decodathlon.harness.cells import HARNESS
 from decodathlon.harness.errors import SpecError, near_miss
 
-Kind = Literal["decoder", "model-loader", "suite", "dataset", "reward", "metric", "command"]
+Kind = Literal["decoder", "model-loader", "suite", "dataset", "reward", "metric", "command", "served"]
 
 #: Entry-point groups of third-party packages. Loading a module is enough; it registers what it holds.
 ENTRY_POINT_GROUPS = ("decodathlon.decoders", "decodathlon.plugins")

@@ -153,6 +153,7 @@ class Run:
             "decoder_file": [Path(p).name for p in self._options.decoder_file],
             "model": self.specs[0].model if self.specs else self._options.model,
             "judge_url": "given" if self._options.judge_url else "",
+            "model_url": "given" if self._options.model_url else "",
         }
         self._record = {
             "run_id": self.run_id,

@@ -71,6 +71,8 @@ class Suite:
     of_target: bool = False
     #: Whether its numbers are times, which what runs beside it on its machine would spoil.
     clocked: bool = False
+    #: What a target must have for it, such as `logits` or `server`; others are unsupported.
+    needs: Sequence[str] = ()
 
     def slices(self, scale: str, workload: str = "") -> Sequence[str]:
         return tuple(self.sized(scale, workload).get("slices", ("all",)))
@@ -117,6 +119,7 @@ def suite(
     workloads: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     of_target: bool = False,
     clocked: bool = False,
+    needs: Sequence[str] = (),
 ) -> Callable[[F], F]:
     """Register the test function below as a suite; it receives one `cell`.
 
@@ -127,7 +130,7 @@ def suite(
     missing = [scale for scale in SCALES if scale not in sizes]
     if missing:
         raise ValueError(f"suite {name!r} has no sizes for {', '.join(missing)}")
-    unknown = [metric for metric in table if metric not in METRICS]
+    unknown = [metric for metric in table if metric.partition("(")[0] not in METRICS]
     if unknown:
         raise ValueError(f"suite {name!r}: {unknown[0]!r} is not a metric")
 
@@ -135,7 +138,7 @@ def suite(
         made = Suite(
             name, version, asks, data, sizes, rivals, table, function, protocol or {},
             targets=targets or {}, judged=judged, workloads=workloads or {},
-            of_target=of_target, clocked=clocked,
+            of_target=of_target, clocked=clocked, needs=tuple(needs),
         )  # fmt: skip
         registry.add("suite", name, made, inspect.getfile(function))
         function.__decodathlon_suite__ = name  # type: ignore[attr-defined]
@@ -246,6 +249,14 @@ class Cell:
                     raise LateError(f"--cell-timeout {self._timeout:.4g}: nothing was measured in time")
                 return
             yield unit
+
+    def each(self, units: Iterator[T], count: int) -> Iterator[T]:
+        """Units of work that come by themselves, as requests that are answered; until the cell's time is over."""
+        for done, unit in enumerate(units):
+            yield unit
+            if time.monotonic() > self._deadline and done + 1 < count:
+                self.late = f"after {self._timeout:.4g} s {done + 1} of {count} units were measured"
+                return
 
     def text(self, split: Split = "test") -> Text:
         """Rows of the suite's data set."""

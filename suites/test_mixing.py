@@ -6,6 +6,7 @@ from decodathlon import Chain, suite
 @suite(
     "mixing",
     version=1,
+    needs=["logits"],
     clocked=True,
     asks="How fast does a chain reach the model's own law, against drawing texts token by token?",
     table=[

@@ -6,6 +6,7 @@ from decodathlon import suite
 @suite(
     "sets",
     version=1,
+    needs=["logits"],
     asks="How well do many answers to one prompt cover its law, against as many independent draws?",
     table=[
         "set_tvd_ratio",

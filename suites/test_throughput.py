@@ -11,6 +11,7 @@ MATCHED = {f"{kind}-matched": data for kind, data in PROBLEMS.items()}
 @suite(
     "throughput",
     version=3,
+    needs=["logits"],
     clocked=True,
     asks="How fast is the decoder, and how much memory does it take?",
     data={

@@ -6,6 +6,7 @@ from decodathlon import suite
 @suite(
     "verify_cost",
     version=1,
+    needs=["logits"],
     clocked=True,
     asks="What does it cost the model to read q tokens at once, against one?",
     of_target=True,

@@ -6,6 +6,7 @@ from decodathlon import suite
 @suite(
     "wikitext2",
     version=2,
+    needs=["logits"],
     asks="How well does the decoder's own next-token law predict real text?",
     data="wikitext-2-raw-v1",
     table=["ppl_epsilon", "sparsemax_score", "coverage", "ppl", "ppl_mixture", "ppl_word", "ppl_byte"],

@@ -19,7 +19,9 @@ def record(target: Any) -> dict[str, Any]:
         "device": str(target.device),
         "parameters": target.parameters,
     }
-    if getattr(target.device, "type", "cpu") == "cuda":
+    if getattr(target, "processor", ""):
+        found["processor"] = target.processor
+    elif getattr(target.device, "type", "cpu") == "cuda":
         found["processor"] = torch.cuda.get_device_name(target.device)
     else:
         found["threads"] = torch.get_num_threads()
@@ -30,6 +32,8 @@ def record(target: Any) -> dict[str, Any]:
         quantisation = getattr(getattr(model, "config", None), "quantization_config", None)
         if quantisation is not None:
             found["quantisation"] = str(getattr(quantisation, "quant_method", quantisation))
+    if getattr(target, "weights_fingerprint", ""):
+        found["weights_fingerprint"] = target.weights_fingerprint
     if getattr(target, "revision", ""):
         found["revision"] = target.revision
     if tokenizer is not None:

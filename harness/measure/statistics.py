@@ -54,6 +54,29 @@ def median(values: Sequence[float]) -> Estimate:
     return Estimate(value, float(low), float(high), n)
 
 
+def quantile(values: Sequence[float], p: float) -> Estimate | None:
+    """A quantile of independent values with the exact interval between two of them (order statistics).
+
+    The k-th smallest of n lies below the quantile with the probability that a binomial variable of n and p is at least
+    k, so two of them hold it with 95 % whatever the distribution is. There is none where too few values lie beyond it.
+
+    Returns:
+        None where fewer than one value is expected beyond the quantile.
+    """
+    n, order = len(values), sorted(values)
+    if n * (1 - p) < 1 or n * p < 1:
+        return None
+    value = float(np.quantile(np.asarray(order), p, method="hazen"))
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1)]
+    mass = np.cumsum([math.exp(c + k * math.log(p) + (n - k) * math.log1p(-p)) for k, c in enumerate(logs)])
+    # the greatest lower and the smallest upper one of which each misses with at most 2.5 %
+    low = int(np.searchsorted(mass, 0.025, side="right"))
+    high = int(np.searchsorted(mass, 0.975, side="left")) + 1
+    if low < 1 or high > n:
+        return Estimate(value, None, None, n)
+    return Estimate(value, order[low - 1], order[high - 1], n)
+
+
 def paired_ratio(log_ratios: Sequence[float]) -> Estimate:
     """exp of the median log-ratio over pairs. The median, because one stalled run must not move the result."""
     found = median(log_ratios)

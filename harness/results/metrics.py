@@ -390,6 +390,63 @@ METRICS: dict[str, Metric] = {
         "Time to the first token: prefill and one draw.",
         "speed",
     ),
+    "served_tokens_per_s": Metric(
+        "1/s",
+        "higher",
+        "New tokens of all answers per second, from the first request to the last answer, as the server counts them.",
+        "speed",
+    ),
+    "requests_per_s": Metric(
+        "1/s",
+        "higher",
+        "Requests that were answered whole per second.",
+        "speed",
+    ),
+    "goodput": Metric(
+        "1/s",
+        "higher",
+        "Answers per second whose first token and further tokens came within the limits that the sizes state (ttft_ms, "
+        "tpot_ms).",
+        "speed",
+    ),
+    "good_share": Metric(
+        "1",
+        "higher",
+        "The share of all requests, failed ones included, whose answer came within those limits.",
+        "speed",
+    ),
+    "latency_s": Metric(
+        "s",
+        "lower",
+        "From the arrival of a request to the last of its answer.",
+        "speed",
+    ),
+    "inter_event_s": Metric(
+        "s",
+        "lower",
+        "Between two events of a streamed answer that brought text, over all answers; an event may bring several "
+        "tokens (tokens_per_event).",
+        "speed",
+    ),
+    "tokens_per_event": Metric(
+        "1",
+        "none",
+        "Tokens that an event of a stream brought on average: where it is above 1, inter_event_s is not the time "
+        "between tokens.",
+        "context",
+    ),
+    "in_flight": Metric(
+        "1",
+        "none",
+        "Requests that were being answered at a time, on average.",
+        "context",
+    ),
+    "failed_requests": Metric(
+        "1",
+        "lower",
+        "Requests that were refused, broken off or never answered. They are in no percentile.",
+        "context",
+    ),
     "prefill_tokens_per_s": Metric(
         "1/s",
         "higher",

@@ -150,7 +150,9 @@ class Target(ABC):
     device: Any
     dtype: Any
     #: Every name that `capabilities` may hold.
-    CAPABILITIES: ClassVar[frozenset[str]] = frozenset({"logits", "hidden", "gradient", "energy", "text", "hf-model"})
+    CAPABILITIES: ClassVar[frozenset[str]] = frozenset(
+        {"logits", "hidden", "gradient", "energy", "text", "hf-model", "server", "log-probs", "prefix"}
+    )
     capabilities: frozenset[str] = frozenset({"logits"})
     #: Whether targets/graphs.py can drive it.
     static_loop: bool = False
