@@ -39,6 +39,8 @@ class Registered:
     check: Callable[[Any, Any], None] | None
     #: Whether an answer is one request, so that it can be streamed.
     streams: bool
+    #: Whether parts of answers are sent to be gone on with.
+    goes_on: bool
 
 
 def served(
@@ -47,6 +49,7 @@ def served(
     law: Callable[[Any], Law],
     check: Callable[[Any, Any], None] | None = None,
     streams: bool = False,
+    goes_on: bool = False,
 ) -> Callable[[Form], Form]:
     """Register how the decoder `name` generates on a server.
 
@@ -54,10 +57,11 @@ def served(
         law: of the decoder, the next-token law that its requests state; a server that does not follow it is refused.
         check: of the decoder and the target, raises UnsupportedError where more is missing.
         streams: an answer is one request that states the law and a seed.
+        goes_on: beginnings of answers are sent for the server to go on with.
     """
 
     def register(form: Form) -> Form:
-        registry.add("served", name, Registered(form, law, check, streams), inspect.getfile(form))
+        registry.add("served", name, Registered(form, law, check, streams, goes_on), inspect.getfile(form))
         return form
 
     return register
@@ -100,8 +104,15 @@ class Served(Decoder):
         remote = cast("RemoteTarget", target)
         for part in sorted(self.law.stated - remote.parts):
             raise UnsupportedError(f"{part} on the server", f"{target.name} does not follow it when it is told to")
+        if self._found.goes_on:
+            needs("prefix", "it has answers gone on with", target)
         if self._found.check is not None:
             self._found.check(self.decoder, target)
+
+    def remarks(self, target: Target) -> list[str]:
+        cut = "tokens" if "log-probs" in target.capabilities else "words"
+        told = f"what is kept of an answer goes back to the server as text, cut between {cut}"
+        return [*self.decoder.remarks(target), *[told] * self._found.goes_on]
 
     def generate(
         self, target: Target, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom

@@ -18,7 +18,7 @@ from decodathlon.harness.decoder import Completion, Cost, Limits
 from decodathlon.harness.engines.dialects import Law
 from decodathlon.harness.errors import UnsupportedError
 from decodathlon.harness.rewards import Answer
-from decodathlon.harness.served import add_cost, by_model, completion, needs, seed, served
+from decodathlon.harness.served import add_cost, by_model, completion, seed, served
 
 if TYPE_CHECKING:
     from decodathlon.harness.randomness import RowRandom
@@ -30,7 +30,6 @@ def law_of(decoder: PersistentSMCSteps) -> Law:
 
 
 def _check(decoder: PersistentSMCSteps, target: RemoteTarget) -> None:
-    needs("prefix", "its answers grow step by step", target)
     if decoder.score != "prm_reward" and not by_model(target, law_of(decoder)):
         raise UnsupportedError(
             "log-probs of the model", f"score={decoder.score} reads them; score=prm_reward works without"
@@ -113,7 +112,7 @@ class _Stepwise:
             one.ended = one.tokens[-1:] == [target.end]
 
 
-@served("persistent-smc-steps", law=law_of, check=_check)
+@served("persistent-smc-steps", law=law_of, check=_check, goes_on=True)
 def stepwise(
     decoder: PersistentSMCSteps, target: RemoteTarget, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
 ) -> list[Completion]:

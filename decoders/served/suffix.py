@@ -18,7 +18,7 @@ from decodathlon.decoders.served.best_of import check_reward
 from decodathlon.harness.decoder import Completion, Cost, Limits
 from decodathlon.harness.engines.dialects import Law
 from decodathlon.harness.rewards import Answer
-from decodathlon.harness.served import add_cost, by_model, completion, needs, seed, served
+from decodathlon.harness.served import add_cost, by_model, completion, seed, served
 
 if TYPE_CHECKING:
     from decodathlon.harness.randomness import RowRandom
@@ -57,7 +57,6 @@ def law_of(decoder: SuffixChain) -> Law:
 
 
 def _check(decoder: SuffixChain, target: RemoteTarget) -> None:
-    needs("prefix", "it keeps beginnings of answers and has the rest written anew", target)
     check_reward("log-power" if decoder.law == "reward" else decoder.reward, law_of(decoder), target)
     check_reward(decoder.reward, law_of(decoder), target)
 
@@ -113,4 +112,4 @@ def walked(
 
 
 for _name in ("qalign", "quest"):
-    served(_name, law=law_of, check=_check)(walked)
+    served(_name, law=law_of, check=_check, goes_on=True)(walked)
