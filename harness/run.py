@@ -23,7 +23,7 @@ from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.plan import Options, cells
 from decodathlon.harness.registry import load_builtins, registry
-from decodathlon.harness.results import audited, environment, gates, journal, measured, shards, store, table
+from decodathlon.harness.results import audited, environment, gates, journal, measured, past, shards, store, table
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.workers.base import Orders
 from decodathlon.harness.workers.executors import EXECUTORS
@@ -105,6 +105,8 @@ class Run:
         self._timeout = settings.cell_timeout or CELL_TIMEOUT[scale]
         self.waiting: dict[str, CellSpec] = {s.cell_id: s for s in self.specs}
         self._began = time.monotonic()
+        #: Seconds of cells, by what like ones took before.
+        self._guessed: dict[str, float] = {}
         self._fleet: Fleet | None = None
         self._coming: Iterator[Outcome] = iter(())
 
@@ -137,6 +139,8 @@ class Run:
         self._fleet = Fleet(
             EXECUTORS[settings.executor], orders, exclusive=settings.timing_exclusive, retry_lost=settings.retry_lost
         )
+        known = past.read(settings.results) if store.available() else past.Past(())
+        self._guessed = {s.cell_id: guess.seconds for s in chosen if (guess := known.of(s)) is not None}
         jobs = [self._job(spec) for spec in chosen]
         self._coming = self._fleet.outcomes(jobs, self._expected, self._kinds())
         if self.resumed:
@@ -181,7 +185,9 @@ class Run:
     def _job(self, spec: CellSpec) -> Job:
         before = self._before.get(spec.cell_id)
         attempts = [*before.attempts, before.as_attempt()] if before is not None else []
-        return Job(spec, attempts, clocked=registry.get("suite", spec.suite).clocked)
+        usual = sum(self._guessed.values()) / len(self._guessed) if self._guessed else 1.0
+        seconds = self._guessed.get(spec.cell_id, usual)
+        return Job(spec, attempts, clocked=registry.get("suite", spec.suite).clocked, seconds=seconds)
 
     def _kinds(self) -> dict[tuple[Any, ...], str]:
         """On what hardware the cells of a resumed run were measured, by what they are compared with."""
@@ -370,12 +376,13 @@ class Run:
     def _time_left(self) -> str:
         if not self.waiting:
             return ""
-        past: dict[str, list[float]] = {}
+        took: dict[str, list[float]] = {}
         for outcome in self.outcomes:
-            past.setdefault(outcome.spec.suite, []).append(_measuring(outcome))
-        mean = {suite: sum(times) / len(times) for suite, times in past.items()}
+            took.setdefault(outcome.spec.suite, []).append(_measuring(outcome))
+        mean = {suite: sum(times) / len(times) for suite, times in took.items()}
         overall = sum(mean.values()) / len(mean)
-        work = sum(mean.get(s.suite, overall) for s in self.waiting.values())
+        # this run knows best how long a suite takes here and now; then what was measured before
+        work = sum(mean.get(s.suite, self._guessed.get(s.cell_id, overall)) for s in self.waiting.values())
         return f" (about {_duration(work / max(1, self._fleet.size if self._fleet else 1))} left)"
 
     @property

@@ -82,6 +82,10 @@ class Schedule:
         """What nobody has."""
         return [job for group in self._waiting.values() for job in group]
 
+    @property
+    def waiting_count(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
     def came(self, place: Place) -> None:
         """A worker is there."""
         self.places[place.name] = place

@@ -2,10 +2,12 @@
 
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,10 @@ from decodathlon.harness.results import shards
 from decodathlon.harness.workers.base import Orders, Place, RefusedError, Worker
 from decodathlon.harness.workers.fleet import Fleet
 from decodathlon.harness.workers.schedule import Job, Schedule
+from decodathlon.harness.workers.simulation import Failures, simulate
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import schedule_simulation
 
 
 def cell(decoder, suite="wikitext2", model="m", part="all"):
@@ -288,3 +294,41 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_outcomes_are_waited_for(tmp
     with pytest.raises(StoreError, match="no room"):
         list(ours.outcomes(jobs(1), {}))
     ours.close()
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_simulated_run_with_lost_hosts_loses_nothing_and_splits_nothing(exclusive):
+    work = schedule_simulation.jobs(2000)
+    there = schedule_simulation.places(64)
+    failures = Failures(host_hours=4, back_hours=0.2, crashes=0.05)
+    found = simulate(work, there, exclusive=exclusive, loading=60.0, failures=failures)
+    assert schedule_simulation.wrong(work, found) == []
+    assert found.lost_hosts > 5
+    assert found.retried > 20
+    assert found.statuses["crashed"] > 60
+    assert found.controller / len(work) < 0.02
+
+
+def test_a_schedule_that_forgets_is_seen(monkeypatch):
+    """A seeded bug: what was in flight on a lost host is not put back."""
+    monkeypatch.setattr(Schedule, "put_back", lambda self, job: None)
+    work = schedule_simulation.jobs(500)
+    failures = Failures(host_hours=2, back_hours=0.2)
+    assert schedule_simulation.wrong(work, simulate(work, schedule_simulation.places(64), failures=failures))
+
+
+def test_the_simulated_time_is_what_the_times_add_up_to():
+    work = [replace(job, seconds=100.0) for job in jobs(64)]
+    four = [Place(f"w{i}", "h", "cpu") for i in range(4)]
+    found = simulate(work, four, loading=10.0)
+    assert found.seconds == 16 * 100 + 10
+    assert found.busy == 64 * 100 + 4 * 10
+    assert found.loads == 4
+    alone = simulate([replace(job, clocked=True) for job in work], four, exclusive=True)
+    assert alone.seconds == 64 * 100
+
+
+def test_the_real_fleet_takes_milliseconds_for_a_cell(tmp_path):
+    work = schedule_simulation.jobs(300)
+    assert schedule_simulation.through_the_fleet(work, schedule_simulation.places(64), tmp_path) / 300 < 0.2
+    assert len(list(shards.cells(tmp_path))) == 300
