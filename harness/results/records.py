@@ -105,7 +105,7 @@ class Metric(Record):
         if rival and known and self.baseline not in (rival[1].replace("_", "-"), None):
             raise ValueError(f"{self.metric} is not relative to {self.baseline}")
         if self.units is not None:
-            found = Observations(**self.units.model_dump()).estimate().value
+            found = Observations(**vars(self.units)).value
             if not (
                 found == self.value
                 or math.isclose(found, self.value, rel_tol=1e-4, abs_tol=1e-12)
