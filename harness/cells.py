@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,7 @@ class CellSpec:
 
     def _values(self) -> dict[str, Any]:
         """What `asdict` says; that copies the values as well, which is felt where there are very many cells."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> CellSpec:
@@ -154,7 +154,7 @@ class Outcome:
             raise StoreError(f"shard {shard.get('cell_id')} was written by newer code; update Decodathlon")
         try:
             spec = CellSpec.from_json(shard["spec"])
-            known = {f.name for f in fields(cls)} - {"spec"}
-            return cls(spec=spec, **{k: v for k, v in shard.items() if k in known})
+            known = cls.__dataclass_fields__
+            return cls(spec=spec, **{k: v for k, v in shard.items() if k in known and k != "spec"})
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{shard.get('cell_id', 'a file')} is not the shard of a cell: {error}") from error

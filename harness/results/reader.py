@@ -6,6 +6,7 @@ The module is also what such a process runs: a file names its folders, and it sa
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -75,6 +76,7 @@ def main(path: str) -> int:
     """Read what a file names."""
     task = json.loads(Path(path).read_text(encoding="utf-8"))
     METRICS.update({name: Metric(*values) for name, values in task["metrics"].items()})  # with those of plugins
+    gc.disable()  # what is read has no cycles, and looking for some takes a sixth of the time
     try:
         reading.rows_of(list(map(Path, task["folders"])), Path(task["into"]))
     except StoreError as error:
