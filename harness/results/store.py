@@ -135,6 +135,7 @@ def ingest(path: Path, sources: Sequence[Path]) -> Ingested:
         ready = [reader.rows_of(batch, scratch / str(n)) for n, batch in enumerate(reading.batches(folders))]
 
         def work(connection: duckdb.DuckDBPyConnection) -> Ingested:
+            migrations.make_views(connection)  # those of this code: a view may have become faster
             merged = []
             for part in ready:
                 rows.stage(connection, part)
@@ -213,7 +214,6 @@ def update(path: Path, work: Any) -> Any:
             else:
                 _create(copy)
             with duckdb.connect(str(copy)) as connection:
-                migrations.make_views(connection)  # those of this code: a view may have become faster
                 result = work(connection)
                 connection.execute("CHECKPOINT")
             _flush(copy)
