@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +71,7 @@ class CellSpec:
     @property
     def cell_id(self) -> str:
         """Stable over runs and folders: a hash of what is measured, not of where its files lie."""
-        identity = {k: v for k, v in asdict(self).items() if k not in _PLACES and _LATER.get(k, ...) != v}
+        identity = {k: v for k, v in self._values().items() if k not in _PLACES and _LATER.get(k, ...) != v}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.suite}-{digest}"
 
@@ -80,6 +80,10 @@ class CellSpec:
         """The scale with the sizes that are not its own: what rows of one setting share."""
         own = ",".join(f"{name}={'all' if count is None else count}" for name, count in sorted(self.sizes))
         return f"{self.scale}[{own}]" if own else self.scale
+
+    def _values(self) -> dict[str, Any]:
+        """What `asdict` says; that copies the values as well, which is felt where there are very many cells."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> CellSpec:
@@ -133,7 +137,7 @@ class Outcome:
 
     def as_shard(self) -> dict[str, Any]:
         """What is stored. Of the user's folders only the last name: rows are published."""
-        spec = asdict(self.spec)
+        spec = self.spec._values()
         spec["data"] = Path(self.spec.data).name if self.spec.data else None
         spec["model_spec"] = spec["judge_url"] = ""
         del spec["model_url"]
@@ -155,7 +159,7 @@ class Outcome:
             raise StoreError(f"shard {shard.get('cell_id')} was written by newer code; update Decodathlon")
         try:
             spec = CellSpec.from_json(shard["spec"])
-            known = {f.name for f in fields(cls)} - {"spec"}
-            return cls(spec=spec, **{k: v for k, v in shard.items() if k in known})
+            known = cls.__dataclass_fields__
+            return cls(spec=spec, **{k: v for k, v in shard.items() if k in known and k != "spec"})
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{shard.get('cell_id', 'a file')} is not the shard of a cell: {error}") from error

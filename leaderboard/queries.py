@@ -105,39 +105,47 @@ _NUMBER = ("cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", 
 
 
 def prepare(connection: duckdb.DuckDBPyConnection) -> None:
-    """Work out once per snapshot which cells are shown; a table, because every page asks.
+    """Work out once per snapshot which cells are shown; a table, because every page asks. It has what pages choose by;
+    what is long and only shown stays where it is.
 
     Those are the newest ones. Where something speaks against the newest, the newest sound one is shown as well, and the
     other stands beside it: what is doubted or failed takes nobody's place.
     """
-    connection.execute("CREATE TEMP TABLE newest AS FROM latest_cell")
-    doubted = connection.execute("SELECT 1 FROM newest ANTI JOIN sound_cell USING (run_id, cell_id) LIMIT 1").fetchone()
+    columns = (
+        "run_id, cell_id, started, suite, suite_version, slice, scale, decoder, model, dtype, dataset, seed, hardware"
+    )
+    for kind in ("known", "sound"):  # in tables of few columns the newest are found in half the time
+        connection.execute(f"CREATE TEMP TABLE {kind} AS SELECT {columns}, status FROM {kind}_cell")
+    connection.execute(f"CREATE TEMP TABLE newest AS SELECT {columns} FROM newest_of('known')")
+    doubted = connection.execute("SELECT 1 FROM newest ANTI JOIN sound USING (run_id, cell_id) LIMIT 1").fetchone()
     connection.execute(  # where nothing is doubted, and in a large file that saves time, the newest are the sound ones
-        "CREATE TEMP TABLE sound AS " + ("FROM newest_of('sound_cell')" if doubted else "FROM newest")
+        "CREATE TEMP TABLE newest_sound AS "
+        + (f"SELECT {columns} FROM newest_of('sound')" if doubted else "FROM newest")
     )
     connection.execute(
         f"""
         CREATE TABLE board AS
         WITH shown AS (
-            SELECT n.*, EXISTS (
-                FROM sound s WHERE (s.run_id, s.cell_id) <> (n.run_id, n.cell_id)
+            SELECT n.run_id, n.cell_id, EXISTS (
+                FROM newest_sound s WHERE (s.run_id, s.cell_id) <> (n.run_id, n.cell_id)
                 AND (s.suite, s.suite_version, s.slice, s.scale, s.decoder, s.model, s.seed, s.hardware)
                     = (n.suite, n.suite_version, n.slice, n.scale, n.decoder, n.model, n.seed, n.hardware)
                 AND (n.dataset IS NULL OR n.dataset IS NOT DISTINCT FROM s.dataset)
                 AND (coalesce(n.dtype, '') IN ('', 'auto') OR n.dtype = s.dtype)
-            ) AND NOT EXISTS (FROM sound s WHERE (s.run_id, s.cell_id) = (n.run_id, n.cell_id)) AS beside
+            ) AND NOT EXISTS (FROM newest_sound s WHERE (s.run_id, s.cell_id) = (n.run_id, n.cell_id)) AS beside
             FROM newest n
             UNION ALL
-            SELECT s.*, false AS beside FROM sound s ANTI JOIN newest n USING (run_id, cell_id)
+            SELECT s.run_id, s.cell_id, false AS beside FROM newest_sound s ANTI JOIN newest n USING (run_id, cell_id)
         )
         SELECT run_id, cell_id, started, suite, suite_version, slice, scale, decoder,
                split_part(decoder, '[', 1) AS name, family, coalesce(claim, '') AS claim, verdict.audit,
                model, coalesce(dtype, '') AS dtype, coalesce(device, '') AS device, coalesce(dataset, '') AS dataset,
                data->>'source' AS source, seed, status, coalesce(reason, '') AS reason, notes, hardware, git_dirty,
-               params, weights, data, sizes, beside,
+               beside,
                coalesce(NOT 1 BETWEEN a.ci_low AND a.ci_high AND abs(ln(a.value)) > {measured.BIAS}, false) AS biased,
                greatest(abs(ln(a.value)), abs(ln(a.ci_low)), abs(ln(a.ci_high))) AS spread
-        FROM shown
+        FROM known_cell
+        JOIN shown USING (run_id, cell_id)
         LEFT JOIN (FROM metric WHERE metric = 'ratio_to_self' AND value > 0 AND coalesce(ci_low, value) > 0) a
             USING (run_id, cell_id)
         LEFT JOIN verdict USING (decoder, decoder_sha256)
@@ -209,7 +217,14 @@ def cells(
     if column is not None:
         where += " AND suite = $suite AND suite_version = $version AND slice = $slice AND dataset IN ('', $dataset)"
         values |= vars(column)
-    rows = as_rows(connection, f"SELECT * FROM board WHERE {where}", values)
+    rows = as_rows(
+        connection,
+        f"""
+        SELECT * EXCLUDE (place) FROM (SELECT *, rowid AS place FROM board WHERE {where})
+        JOIN (SELECT run_id, cell_id, params, weights, data, sizes FROM cell) USING (run_id, cell_id) ORDER BY place
+        """,
+        values,
+    )
     numbers: dict[tuple[str, str], dict[str, Number]] = {}
     found = connection.execute(
         f"""

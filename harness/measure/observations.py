@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +84,15 @@ class Observations:
         if self.share and found.low is not None and found.high is not None:
             found = found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
         return found
+
+    @property
+    def value(self) -> float:
+        """The metric alone, for whoever asks of very many: most of the time of `estimate` is the interval's."""
+        total = sum(map(int, self.counts))
+        if self.trials or total == 0 or not all(map(math.isfinite, self.sums)):
+            return self.estimate().value
+        found = median(self.values()) if self.kind == "median" else sum(self.sums) / total
+        return float(_exp(found) if self.scale == "exp" else found)
 
     def as_json(self) -> dict[str, Any]:
         return {

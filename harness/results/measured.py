@@ -147,8 +147,9 @@ def _cells(connection: duckdb.DuckDBPyConnection, query: str, values: dict[str, 
     found = [dict(zip(columns, row, strict=True)) for row in rows]
     names = ("run_id", "cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "units")
     numbers = connection.execute(
-        f"SELECT {', '.join(names)} FROM metric WHERE list_contains($runs, run_id)",
-        {"runs": sorted({row["run_id"] for row in found})},
+        f"SELECT {', '.join(names)} FROM metric "
+        "SEMI JOIN (SELECT unnest($runs) AS run_id, unnest($cells) AS cell_id) USING (run_id, cell_id) ORDER BY rowid",
+        {"runs": [row["run_id"] for row in found], "cells": [row["cell_id"] for row in found]},
     ).fetchall()
     metrics: dict[tuple[str, str], dict[str, Number]] = {}
     for values_of in numbers:

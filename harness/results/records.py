@@ -20,6 +20,7 @@ from decodathlon.harness.errors import StoreError
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.results.metrics import METRICS, Kind
 
+_RIVAL = re.compile(r"ratio_to_(?!baseline$|self$)(.+)")
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)")
 
 
@@ -101,11 +102,11 @@ class Metric(Record):
         known = METRICS.get(self.metric)
         if known is not None and (known.unit, known.better) != (self.unit, self.better):
             raise ValueError(f"{self.metric} has the unit {known.unit!r}, better {known.better}")
-        rival = re.fullmatch(r"ratio_to_(?!baseline$|self$)(.+)", self.metric)
+        rival = _RIVAL.fullmatch(self.metric)
         if rival and known and self.baseline not in (rival[1].replace("_", "-"), None):
             raise ValueError(f"{self.metric} is not relative to {self.baseline}")
         if self.units is not None:
-            found = Observations(**self.units.model_dump()).estimate().value
+            found = Observations(**vars(self.units)).value
             if not (
                 found == self.value
                 or math.isclose(found, self.value, rel_tol=1e-4, abs_tol=1e-12)

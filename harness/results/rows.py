@@ -1,17 +1,13 @@
-"""From shards, or another results file, to rows: staged beside the tables first, then merged by run and cell."""
+"""Rows, of shards or of another results file, into the tables: staged beside them, then merged by run and cell."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decodathlon.harness.cells import HARNESS, SHARD_SCHEMA, Outcome
-from decodathlon.harness.errors import StoreError
 from decodathlon.harness.results import shards
-from decodathlon.harness.results.environment import hardware_name
 
 if TYPE_CHECKING:
     import duckdb
@@ -27,154 +23,40 @@ TABLES = {
     "sample": ["run_id", "cell_id", "place", "row", "data"],
     "gate": ["run_id", "gate", "decoder", "cell_id", "outcome", "detail", "judged"],
 }  # fmt: skip
+#: What rows of a table that wait in one line have in common, and the name of the others in that line.
+_KEYS = {"run": ("run_id",), "gate": ("run_id",)} | dict.fromkeys(("cell", "metric", "sample"), ("run_id", "cell_id"))
+ROWS = "rows"
 #: Tables whose rows belong to a cell and go with it when a later attempt takes its place.
 _OF_A_CELL = ("cell", "metric", "sample")
-Rows = dict[str, list[dict[str, Any]]]
 
 
-def sources(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Run folders and results files among `paths`; a folder may also hold run folders.
-
-    Raises:
-        StoreError: a path is neither.
-    """
-    folders, files = [], []
-    for path in paths:
-        if (path / shards.RUN_FILE).is_file():
-            folders.append(path)
-        elif path.is_dir():
-            inside = sorted(p.parent for p in path.glob(f"*/{shards.RUN_FILE}"))
-            if not inside:
-                raise StoreError(f"{path} holds no run: neither it nor a folder in it has a {shards.RUN_FILE}")
-            folders += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise StoreError(f"{path}: there is no such file or folder")
-    return folders, files
+def lines_of(folder: Path, table: str) -> Path:
+    """Where rows of a table wait, as JSON lines; there is no such file where there is no row."""
+    return folder / f"{table}.jsonl"
 
 
-def of_folders(folders: Sequence[Path]) -> Rows:
-    """The rows of every shard.
-
-    Raises:
-        StoreError: a shard is damaged or was written by newer code.
-    """
-    found: Rows = {table: [] for table in TABLES}
-    for folder in folders:
-        try:
-            _add_run(found, folder)
-        except RecursionError:
-            raise StoreError(f"{folder} is damaged or foreign: it holds JSON that is nested too deep") from None
-    return found
-
-
-def _add_run(found: Rows, folder: Path) -> None:
-    from decodathlon.harness.results import records  # needs pydantic, which a machine that only measures may lack
-
-    def read(path: Path, kind: type[records.Record]) -> dict[str, Any]:
-        content = shards.read(path)
-        schema = content.get("schema", 0)
-        if not isinstance(schema, int) or schema <= SHARD_SCHEMA:  # of a newer one only that can be said
-            records.check(content, kind, path)
-        return content
-
-    run = read(folder / shards.RUN_FILE, records.RunRecord)
-    outcomes = [Outcome.from_shard(read(path, records.CellRecord)) for path in shards.cells(folder)]
-    stranger = next((o for o in outcomes if o.run_id != run["run_id"]), None)
-    if stranger is not None:
-        raise StoreError(f"{folder} is of run {run['run_id']}, its {stranger.spec.cell_id} of {stranger.run_id}")
-    ids = [o.spec.cell_id for o in outcomes]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise StoreError(f"{folder} is damaged: more than one of its shards is of cell {twice}; keep the right one")
-    # The hardware of a run is where its decoders ran; operations of the harness run on the CPU beside a GPU.
-    models = [o.model for o in outcomes if o.model and o.spec.model != HARNESS]
-    model: dict[str, Any] = next((m for m in models if "processor" in m), models[0] if models else {})
-    found["run"].append({**run, "hardware": hardware_name(run["environment"], model)})
-    for outcome in outcomes:
-        _add_cell(found, outcome)
-    if (folder / shards.GATES_FILE).is_file():
-        verdicts = read(folder / shards.GATES_FILE, records.GatesRecord)["verdicts"]
-        found["gate"] += [{**verdict, "run_id": run["run_id"]} for verdict in verdicts]
-
-
-def _add_cell(found: Rows, outcome: Outcome) -> None:
-    spec, decoder, model = outcome.spec, outcome.decoder, outcome.model
-    key = {"run_id": outcome.run_id, "cell_id": spec.cell_id}
-    parts = (
-        "started",
-        "status",
-        "reason",
-        "error",
-        "log",
-        "seconds",
-        "notes",
-        "data",
-        "sizes",
-        "attempts",
-        "conditions",
-        "protocol",
-    )
-    whole = json.dumps(shards.plain(outcome.as_shard()), sort_keys=True)
-    found["cell"].append(
-        {
-            **key,
-            **{k: getattr(spec, k) for k in ("suite", "suite_version", "slice", "seed")},
-            "scale": spec.sized,
-            **{k: getattr(outcome, k) for k in parts},
-            "decoder": decoder.get("spec", spec.decoder),
-            "family": decoder.get("family"),
-            "params": decoder.get("params", {}),
-            "claim": decoder.get("claim"),
-            "decoder_sha256": decoder.get("source_sha256"),
-            "model": model.get("name", spec.model),
-            "dtype": model.get("dtype", spec.dtype),
-            "device": model.get("device", spec.device),
-            "weights": model,
-            "dataset": outcome.data.get("dataset"),
-            "shard_sha256": hashlib.sha256(whole.encode()).hexdigest(),
-        }
-    )
-    found["metric"] += [{**metric, **key} for metric in outcome.metrics]
-    found["sample"] += [{**sample, **key, "place": i} for i, sample in enumerate(outcome.samples)]
-
-
-def batches(folders: Sequence[Path]) -> list[list[Path]]:
-    """Folders in groups in which no run appears twice, so that two copies of a run are merged one after the other."""
-    found: list[dict[str, Path]] = []
-    for folder in folders:
-        run = str(shards.read(folder / shards.RUN_FILE).get("run_id"))
-        free = next((batch for batch in found if run not in batch), None)
-        if free is None:
-            found.append({run: folder})
-        else:
-            free[run] = folder
-    return [list(batch.values()) for batch in found]
-
-
-def stage(connection: duckdb.DuckDBPyConnection, found: Rows, scratch: Path) -> None:
-    """Put rows into `staged_*` tables, through files of JSON lines; DuckDB takes single rows slowly."""
+def stage(connection: duckdb.DuckDBPyConnection, folders: Sequence[Path]) -> None:
+    """Put rows that wait in folders into `staged_*` tables; DuckDB takes single rows slowly, files quickly."""
     for table, columns in TABLES.items():
         connection.execute(
             f"CREATE OR REPLACE TEMP TABLE staged_{table} AS SELECT {_names(columns)} FROM {table} LIMIT 0"
         )
-        if not found[table]:
+        files = [f"'{quoted(file)}'" for folder in folders if (file := lines_of(folder, table)).exists()]
+        if not files:
             continue
         types = dict(
             connection.execute(
                 "SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = ? AND NOT internal", [table]
             ).fetchall()
         )
-        file = scratch / f"{table}.jsonl"
-        with file.open("w", encoding="utf-8", errors="replace") as handle:
-            for row in found[table]:
-                line = shards.plain({c: row.get(c) for c in columns})
-                handle.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        spec = ", ".join(f"{c}: '{types[c]}'" for c in columns)
+        key = [c for c in columns if c in _KEYS[table]]
+        row = ", ".join(f"{c} {types[c]}" for c in columns if c not in key)
+        spec = ", ".join([*(f"{c}: '{types[c]}'" for c in key), f"{ROWS}: 'STRUCT({row})[]'"])
+        names = ", ".join(c if c in key else f"one.{c}" for c in columns)
         connection.execute(
-            f"INSERT INTO staged_{table} SELECT {_names(columns)} FROM read_json('{quoted(file)}', "
-            f"format = 'newline_delimited', columns = {{{spec}}}, maximum_object_size = 268435456)"
+            f"INSERT INTO staged_{table} SELECT {names} FROM ("
+            f"SELECT {_names(key)}, unnest({ROWS}) AS one FROM read_json([{', '.join(files)}], "
+            f"format = 'newline_delimited', columns = {{{spec}}}, maximum_object_size = 268435456))"
         )
 
 

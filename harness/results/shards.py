@@ -18,6 +18,10 @@ GATES_FILE = "gates.json"
 PLAN_FILE = ".plan.json"
 #: Held by the process that measures the run.
 LOCK_FILE = ".lock"
+#: How often what a shard says may be nested; what recurses into one gets to its bottom.
+DEEPEST = 200
+#: Where none of it stands in a text, nothing in it is for `restored`: the words, or letters that are spelt as numbers.
+_MAY_BE_NO_NUMBER = ('NaN"', 'Infinity"', "\\u00")
 
 
 def folder_of(results: Path, run_id: str) -> Path:
@@ -57,13 +61,32 @@ def read(path: Path) -> dict[str, Any]:
         StoreError: the file is not whole JSON.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        restored(content)  # which is as deep as anybody goes
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not a whole shard: {error}") from error
     if not isinstance(content, dict):
         raise StoreError(f"{path} is not a shard")
+    if text.count("[") + text.count("{") > DEEPEST and _is_deeper(content, DEEPEST):
+        raise StoreError(f"{path} is not a whole shard: it is nested more than {DEEPEST} times")
+    if not any(word in text for word in _MAY_BE_NO_NUMBER):
+        return content
     return content | {part: restored(content[part]) for part in ("metrics", "arrays") if part in content}
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether containers are nested more than so many times; level by level, so that no depth is too deep for it."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def cells(folder: Path) -> Iterator[Path]:

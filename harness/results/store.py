@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decodathlon.harness.errors import MissingError, StoreError
 from decodathlon.harness.locks import file_lock
-from decodathlon.harness.results import migrations, rows, shards
+from decodathlon.harness.results import migrations, reader, reading, rows, shards
 
 if TYPE_CHECKING:
     import duckdb
@@ -125,29 +125,32 @@ def ingest(path: Path, sources: Sequence[Path]) -> Ingested:
     """
     if not available():
         raise MissingError("ingesting needs the packages duckdb and pydantic: pip install duckdb pydantic")
-    folders, files = rows.sources(sources)
+    folders, files = reading.sources(sources)
     for file in files:
         if path.exists() and file.resolve() == path.resolve():
             raise StoreError(f"{file} is the results file itself")
-    batches = [rows.of_folders(batch) for batch in rows.batches(folders)]
+    with tempfile.TemporaryDirectory(prefix="decodathlon-") as name:
+        scratch = Path(name)
+        # All that is read lies ready before the file is locked: others wait for what DuckDB does with it alone.
+        ready = [reader.rows_of(batch, scratch / str(n)) for n, batch in enumerate(reading.batches(folders))]
 
-    def work(connection: duckdb.DuckDBPyConnection) -> Ingested:
-        merged = []
-        with tempfile.TemporaryDirectory(prefix="decodathlon-") as scratch:
-            for batch in batches:
-                rows.stage(connection, batch, Path(scratch))
+        def work(connection: duckdb.DuckDBPyConnection) -> Ingested:
+            migrations.make_views(connection)  # those of this code: a view may have become faster
+            merged = []
+            for part in ready:
+                rows.stage(connection, part)
                 merged.append(rows.merge(connection))
             for number, file in enumerate(files):
-                copy = Path(scratch) / f"{number}.duckdb"
+                copy = scratch / f"{number}.duckdb"
                 _copy_of(file, copy)
                 connection.execute(f"ATTACH '{rows.quoted(copy)}' AS other (READ_ONLY)")
                 rows.stage_attached(connection, "other", file)
                 connection.execute("DETACH other")
                 merged.append(rows.merge(connection))
-        added, replaced, told = zip(*merged, strict=True) if merged else ((), (), ())
-        return Ingested(sum(added), sum(replaced), [line for lines in told for line in lines])
+            added, replaced, told = zip(*merged, strict=True) if merged else ((), (), ())
+            return Ingested(sum(added), sum(replaced), [line for lines in told for line in lines])
 
-    ingested: Ingested = update(path, work)
+        ingested: Ingested = update(path, work)
     return ingested
 
 
@@ -177,12 +180,13 @@ def snapshot(path: Path, copy: Path, prepare: Callable[[duckdb.DuckDBPyConnectio
             _create(copy)
         with duckdb.connect(str(copy)) as connection, tempfile.TemporaryDirectory(prefix="decodathlon-") as scratch:
             migrations.make_views(connection)
-            known = set(connection.execute("SELECT run_id, cell_id FROM cell").fetchall())
-            for folder in shards.runs(path):
+            beside = shards.runs(path)
+            known = set(connection.execute("SELECT run_id, cell_id FROM cell").fetchall()) if beside else set()
+            for folder in beside:
                 if all((folder.name, shard.stem) in known for shard in shards.cells(folder)):
                     continue
                 try:
-                    rows.stage(connection, rows.of_folders([folder]), Path(scratch))
+                    rows.stage(connection, [reading.rows_of([folder], Path(scratch, folder.name))])
                 except (StoreError, duckdb.Error) as error:
                     told.append(f"{folder.name} was left out: {str(error).splitlines()[0]}")
                     continue

@@ -4,17 +4,19 @@
 -- a total variation distance above 0.05 would have been seen, `self` where the decoder was held against the law that it
 -- computes itself; `fail` also where a shaped law is not its definition. The same as harness/results/audited.py.
 CREATE OR REPLACE VIEW audited AS
-WITH tested AS (
-    SELECT c.run_id, c.cell_id, c.started, c.decoder, c.decoder_sha256, p.value AS p, p.n AS draws, v.value AS visible,
-           coalesce(o.value, 0) AS own, coalesce(g.value, 0) AS gap,
-           row_number() OVER (PARTITION BY c.run_id ORDER BY p.value, c.cell_id) AS rank,
+WITH number AS (
+    SELECT run_id, cell_id,  -- in one pass over the metrics, for there may be a million
+           any_value(value) FILTER (metric = 'goodness_p') AS p, any_value(n) FILTER (metric = 'goodness_p') AS draws,
+           any_value(value) FILTER (metric = 'visible_tvd') AS visible,
+           coalesce(any_value(value) FILTER (metric = 'own_law'), 0) AS own,
+           coalesce(any_value(value) FILTER (metric = 'definition_gap'), 0) AS gap
+    FROM metric WHERE metric IN ('goodness_p', 'visible_tvd', 'own_law', 'definition_gap')
+    GROUP BY run_id, cell_id HAVING bool_or(metric = 'goodness_p') AND bool_or(metric = 'visible_tvd')
+), tested AS (
+    SELECT c.run_id, c.cell_id, c.started, c.decoder, c.decoder_sha256, m.p, m.draws, m.visible, m.own, m.gap,
+           row_number() OVER (PARTITION BY c.run_id ORDER BY m.p, c.cell_id) AS rank,
            count(*) OVER (PARTITION BY c.run_id) AS tests
-    FROM cell c
-    JOIN metric p ON (p.run_id, p.cell_id, p.metric) = (c.run_id, c.cell_id, 'goodness_p')
-    JOIN metric v ON (v.run_id, v.cell_id, v.metric) = (c.run_id, c.cell_id, 'visible_tvd')
-    LEFT JOIN metric o ON (o.run_id, o.cell_id, o.metric) = (c.run_id, c.cell_id, 'own_law')
-    LEFT JOIN metric g ON (g.run_id, g.cell_id, g.metric) = (c.run_id, c.cell_id, 'definition_gap')
-    WHERE c.suite = 'audit' AND c.status = 'ok'
+    FROM cell c JOIN number m USING (run_id, cell_id) WHERE c.suite = 'audit' AND c.status = 'ok'
 )
 SELECT run_id, cell_id, started, decoder, decoder_sha256, draws,
        CASE WHEN gap > 1e-6

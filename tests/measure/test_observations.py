@@ -98,3 +98,16 @@ def test_what_agrees_in_every_unit_does_not_differ():
     assert compared(nothing, nothing, "difference") == (0.0, None, None, 8)
     few = Observations(rows(5), [3.0 + i for i in range(5)], [10] * 5)
     assert compared(few, few, "difference").low is None
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("scale", ["identity", "exp"])
+@pytest.mark.parametrize("kind", ["mean", "median"])
+@pytest.mark.parametrize(
+    "sums", [[1.0], [0.25, 0.5], [0.5, 0.125, 0.25, 1, 0, 0.5, 0.75], [0.5, math.inf], [800.0, 900]]
+)
+def test_the_number_alone_is_that_of_the_estimate(sums, kind, scale, share):
+    for counts in ([1.0] * len(sums), [2.5] * len(sums)):
+        for trials in (False, True) if share and max(sums) <= 1 else (False,):
+            one = Observations(rows(len(sums)), sums, counts, kind, scale, share, trials)
+            assert one.value == pytest.approx(one.estimate().value, rel=1e-12)

@@ -162,6 +162,25 @@ def test_a_torn_shard_is_named_and_the_file_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("deep", [250, 480, 900, 3000])
+def test_a_shard_that_is_nested_too_deep_is_refused(tmp_path, deep):
+    path = tmp_path / "deep.json"
+    path.write_text('{"samples": ' + "[" * deep + "]" * deep + "}")
+    with pytest.raises(StoreError, match="is not a whole shard"):
+        shards.read(path)
+    path.write_text('{"samples": ' + "[" * 150 + "]" * 150 + "}")
+    assert shards.read(path)["samples"]
+
+
+def test_words_that_are_numbers_are_seen_however_they_are_spelt(tmp_path):
+    path = tmp_path / "a.json"
+    for spelt in ("NaN", "\\u004eaN"):
+        path.write_text(f'{{"metrics": [{{"value": "{spelt}"}}], "log": "Infinity"}}')
+        read = shards.read(path)
+        assert math.isnan(read["metrics"][0]["value"])
+        assert read["log"] == "Infinity"
+
+
 def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     whole = tmp_path / "a.json"
     shards.write(whole, {"x": 1})
@@ -424,6 +443,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_a_run(tmp_path, monke
     monkeypatch.setattr(store.tempfile, "NamedTemporaryFile", refuse)
     with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\); name another place"):
         store.check(tmp_path / "r.duckdb")
+
+
+def test_what_is_added_brings_the_views_of_this_code(tmp_path):
+    path = tmp_path / "results.duckdb"
+    store.ingest(path, [make_run(tmp_path, "r1", [outcome("r1")])])
+    with duckdb.connect(str(path)) as c:
+        c.execute("CREATE OR REPLACE VIEW sound_cell AS FROM known_cell WHERE false")
+    store.ingest(path, [make_run(tmp_path, "r2", [outcome("r2")])])
+    assert query(path, "SELECT count(*) FROM sound_cell") == [(2,)]
 
 
 def test_a_small_file_stays_small(tmp_path):
