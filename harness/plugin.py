@@ -22,7 +22,7 @@ from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError
 from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.plan import Options
 from decodathlon.harness.registry import load_builtins, registry
-from decodathlon.harness.results import environment, gates, table
+from decodathlon.harness.results import environment, gates, table, team
 from decodathlon.harness.run import CELL_TIMEOUT, Run, Settings
 from decodathlon.harness.suite import SCALES
 from decodathlon.harness.workers.executors import EXECUTORS
@@ -62,7 +62,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--memory", default=None, metavar="SIZE", help="of a packed model, such as 8GB: as memory=SIZE in its brackets")
     add("--baseline", default=default.baseline, metavar="SPEC", help="one more decoder to compare with, side by side")
     add("--data", default=None, metavar="DIR", help="folder with the data sets (or set DECODATHLON_DATA)")
-    add("--results", default=None, metavar="PATH", help="results file (default results.duckdb of the project)")
+    add(
+        "--results",
+        default=None,
+        metavar="PATH",
+        help="results file (default results.duckdb of the project), or postgres:CONNECTION of a team",
+    )
     add("--seed", type=int, default=default.seed, metavar="N", help="same seed, same tokens (default 0)")
     add("--device", choices=["auto", "cpu", "cuda"], default=default.device, help="where the model runs (default auto)")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default=default.dtype, help="of the weights")
@@ -161,7 +166,8 @@ def _interrupt(number: int, frame: Any) -> None:
 def _run(config: pytest.Config) -> Run:
     option = config.option
     # resolved, so that a link to a shared file stays a link
-    results = Path(option.decodathlon_results or environment.results_file()).resolve()
+    named = option.decodathlon_results
+    results = (team.path_of(named) if named else environment.results_file()).resolve()
     rules = Path(option.decodathlon_gates or config.rootpath / gates.FILE)
     wanted = option.decodathlon_gates != "none" and (option.decodathlon_gates is not None or rules.exists())
     settings = Settings(

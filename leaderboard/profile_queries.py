@@ -16,8 +16,8 @@ def profiled(connection: duckdb.DuckDBPyConnection) -> list[Row]:
     return as_rows(
         connection,
         """
-        SELECT c.run_id, c.cell_id, c.decoder, c.slice, c.model, c.scale, c.started, r.hardware
-        FROM sample s JOIN cell c USING (run_id, cell_id) JOIN run r USING (run_id)
+        SELECT c.run_id, c.cell_id, c.decoder, c.slice, c.model, c.scale, c.started, c.hardware
+        FROM sample s JOIN known_cell c USING (run_id, cell_id)
         WHERE s.row = 'profile' AND c.status = 'ok'
         ORDER BY c.started DESC, c.decoder
         """,

@@ -319,10 +319,9 @@ def failures(connection: duckdb.DuckDBPyConnection, name: str, most: int = 200) 
     return as_rows(
         connection,
         """
-        SELECT c.started, c.run_id, c.suite, c.slice, c.decoder, c.model, r.hardware, c.scale, c.status, c.reason,
-               c.error, c.log
-        FROM cell c JOIN run r USING (run_id)
-        WHERE split_part(c.decoder, '[', 1) = $name AND c.status <> 'ok' ORDER BY c.started DESC LIMIT $most
+        SELECT started, run_id, suite, slice, decoder, model, hardware, scale, status, reason, error, log
+        FROM known_cell
+        WHERE split_part(decoder, '[', 1) = $name AND status <> 'ok' ORDER BY started DESC LIMIT $most
         """,
         {"name": name, "most": most},
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from decodathlon.harness.errors import DecodathlonError
 from decodathlon.harness.registry import load_builtins, registry
-from decodathlon.harness.results import environment
+from decodathlon.harness.results import environment, team
 
 #: What argparse, too, ends with when the user erred.
 EXIT_USAGE = 2
@@ -40,14 +40,21 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def _results(text: str) -> Path:
+    try:
+        return team.path_of(text)
+    except DecodathlonError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def results_option(parser: argparse.ArgumentParser) -> None:
     """The results file that most sub-commands read."""
     parser.add_argument(
         "--results",
-        type=Path,
+        type=_results,
         default=environment.results_file(),
         metavar="PATH",
-        help="results file (default results.duckdb of the project)",
+        help="results file (default results.duckdb of the project), or postgres:CONNECTION of a team",
     )
 
 

@@ -125,7 +125,7 @@ def read(path: Path, hardware: str = "") -> Past:
                    coalesce((c.seconds->>'prepare')::DOUBLE, 0), m.value
             FROM known_cell c
             LEFT JOIN metric m ON (m.run_id, m.cell_id, m.metric) = (c.run_id, c.cell_id, 'peak_memory_bytes')
-            WHERE c.status = 'ok' AND c.seconds->>'total' IS NOT NULL
+            WHERE c.status = 'ok' AND (c.seconds->>'total') IS NOT NULL
             """
         ).fetchall()
     return Past((Row(*row) for row in found), hardware)  # type: ignore[arg-type]

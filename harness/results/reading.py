@@ -167,6 +167,8 @@ def _add_cell(lines: _Lines, outcome: Outcome) -> None:
         "device": model.get("device", spec.device),
         "weights": model,
         "dataset": outcome.data.get("dataset"),
+        "hardware": outcome.place.get("hardware"),
+        "place": outcome.place or None,
         "shard_sha256": hashlib.sha256(whole.encode()).hexdigest(),
     }
     lines.add("cell", key, [row])

@@ -18,6 +18,7 @@ TABLES = {
         "run_id", "cell_id", "started", "suite", "suite_version", "slice", "scale", "decoder", "family", "params",
         "claim", "model", "dtype", "device", "dataset", "data", "sizes", "seed", "status", "reason", "error", "seconds",
         "notes", "attempts", "log", "conditions", "protocol", "weights", "decoder_sha256", "shard_sha256",
+        "hardware", "place",
     ],
     "metric": ["run_id", "cell_id", "metric", "value", "unit", "better", "ci_low", "ci_high", "n", "baseline", "units"],
     "sample": ["run_id", "cell_id", "place", "row", "data"],
@@ -126,6 +127,7 @@ _JSON = (
     "attempts",
     "conditions",
     "protocol",
+    "place",
     "sizes",
     "units",
 )

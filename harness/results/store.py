@@ -12,12 +12,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from decodathlon.harness.errors import MissingError, StoreError
 from decodathlon.harness.locks import file_lock
-from decodathlon.harness.results import migrations, reader, reading, rows, shards
+from decodathlon.harness.results import migrations, reader, reading, rows, shards, team
 
 if TYPE_CHECKING:
     import duckdb
@@ -52,6 +53,8 @@ def check(path: Path) -> None:
     Raises:
         StoreError: its folder is missing or cannot be written, or the file is not one of ours, or newer than this code.
     """
+    if (dsn := team.of(path)) is not None:
+        team.check(dsn)
     folder = path.resolve().parent
     if not folder.is_dir():
         raise StoreError(f"--results {path}: the folder {folder} does not exist; create it")
@@ -79,6 +82,7 @@ def connect(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         StoreError: not a results file of ours, damaged, or written by newer code.
         MissingError: DuckDB is not installed.
     """
+    _mirrored(path)
     with _opened(path) as connection:
         if migrations.version(connection, path) == migrations.NEWEST:
             yield connection
@@ -134,24 +138,48 @@ def ingest(path: Path, sources: Sequence[Path]) -> Ingested:
         # All that is read lies ready before the file is locked: others wait for what DuckDB does with it alone.
         ready = [reader.rows_of(batch, scratch / str(n)) for n, batch in enumerate(reading.batches(folders))]
 
-        def work(connection: duckdb.DuckDBPyConnection) -> Ingested:
-            migrations.make_views(connection)  # those of this code: a view may have become faster
-            merged = []
-            for part in ready:
-                rows.stage(connection, part)
-                merged.append(rows.merge(connection))
-            for number, file in enumerate(files):
+        def staged(number: int, file: Path) -> Callable[[duckdb.DuckDBPyConnection], None]:
+            """What puts the rows of another results file beside ours."""
+
+            def stage(connection: duckdb.DuckDBPyConnection) -> None:
                 copy = scratch / f"{number}.duckdb"
                 _copy_of(file, copy)
                 connection.execute(f"ATTACH '{rows.quoted(copy)}' AS other (READ_ONLY)")
                 rows.stage_attached(connection, "other", file)
                 connection.execute("DETACH other")
-                merged.append(rows.merge(connection))
-            added, replaced, told = zip(*merged, strict=True) if merged else ((), (), ())
-            return Ingested(sum(added), sum(replaced), [line for lines in told for line in lines])
 
+            return stage
+
+        stagings = [partial(rows.stage, folders=part) for part in ready]
+        stagings += [staged(number, file) for number, file in enumerate(files)]
+
+        def work(connection: duckdb.DuckDBPyConnection) -> Ingested:
+            migrations.make_views(connection)  # those of this code: a view may have become faster
+            merged = []
+            for stage in stagings:
+                stage(connection)
+                merged.append(rows.merge(connection))
+            return _summed(merged)
+
+        if (dsn := team.of(path)) is not None:
+            return _summed(team.ingest(dsn, stagings))
         ingested: Ingested = update(path, work)
     return ingested
+
+
+def _summed(merged: Sequence[tuple[int, int, list[str]]]) -> Ingested:
+    return Ingested(
+        sum(added for added, _, _ in merged),
+        sum(replaced for _, replaced, _ in merged),
+        [line for _, _, told in merged for line in told],
+    )
+
+
+def _mirrored(path: Path) -> None:
+    """Where the file mirrors a team's database, bring it up to date."""
+    if (dsn := team.of(path)) is not None:
+        with file_lock(path.with_name(f".{path.name}.lock"), timeout=60):
+            team.refresh(path, dsn, _create)
 
 
 def snapshot(path: Path, copy: Path, prepare: Callable[[duckdb.DuckDBPyConnection], None]) -> list[str]:
@@ -173,6 +201,7 @@ def snapshot(path: Path, copy: Path, prepare: Callable[[duckdb.DuckDBPyConnectio
     import duckdb
 
     told = []
+    _mirrored(path)
     try:
         if path.exists():
             _copy_of(path, copy)
@@ -205,6 +234,8 @@ def update(path: Path, work: Any) -> Any:
     """
     import duckdb
 
+    if team.of(path) is not None:
+        raise StoreError(f"{path} mirrors a team's database, which takes rows of runs alone; name a file for this")
     with file_lock(path.with_name(f".{path.name}.lock"), timeout=60):
         copy = path.with_name(f".{path.name}.next")
         _remove(copy)  # a writer that was killed may have left one, and a log that would be replayed into ours

@@ -45,14 +45,16 @@ FROM standing GROUP BY ALL;
 CREATE OR REPLACE VIEW results AS
 SELECT c.run_id, c.cell_id, c.started, c.suite, c.suite_version, c.scale, c.decoder, c.family, c.params, c.claim,
        a.audit, c.model, c.dtype, c.dataset, c.slice, m.metric, m.value, m.unit, m.better, m.ci_low,
-       m.ci_high, m.n, m.baseline, c.seed, c.status, c.reason, c.notes, r.hardware, r.git_commit, r.git_dirty
+       m.ci_high, m.n, m.baseline, c.seed, c.status, c.reason, c.notes,
+       coalesce(c.hardware, r.hardware) AS hardware, r.git_commit, r.git_dirty
 FROM cell c
 LEFT JOIN metric m USING (run_id, cell_id)
 LEFT JOIN run r USING (run_id)
 LEFT JOIN verdict a ON (a.decoder, a.decoder_sha256) = (c.decoder, c.decoder_sha256);
 
 CREATE OR REPLACE VIEW known_cell AS
-SELECT c.*, r.hardware, r.git_commit, r.git_dirty FROM cell c JOIN run r USING (run_id);
+SELECT c.* REPLACE (coalesce(c.hardware, r.hardware) AS hardware), r.git_commit, r.git_dirty
+FROM cell c JOIN run r USING (run_id);
 
 -- What nothing speaks against: measured whole, by known code, on real data.
 CREATE OR REPLACE VIEW sound_cell AS

@@ -465,3 +465,15 @@ def test_what_the_overheads_suite_ingests_is_a_run_like_any_other(tmp_path):
 
     assert overheads.ingest(tmp_path, cells=3, new=2)().added == 2
     assert query(tmp_path / "overheads.duckdb", "SELECT count(*) FROM latest_cell") == [(3,)]
+
+
+def test_cells_of_several_machines_have_hardware_of_their_own(tmp_path):
+    results = tmp_path / "r.duckdb"
+    there = {"node": "n1", "hardware": "NVIDIA H200", "gpu_uuid": "GPU-1", "driver_version": "580"}
+    folder = make_run(tmp_path / "run", "r1", [outcome("r1", 0, place=there), outcome("r1", 1)])
+    store.ingest(results, [folder])
+    found = query(results, "SELECT DISTINCT hardware FROM known_cell ORDER BY ALL")
+    assert ("NVIDIA H200",) in found
+    assert len(found) == 2  # the other cells have their run's
+    assert query(results, "SELECT place->>'gpu_uuid' FROM cell WHERE hardware IS NOT NULL") == [("GPU-1",)]
+    assert set(query(results, "SELECT DISTINCT hardware FROM results")) == set(found)
