@@ -150,7 +150,7 @@ def ingest(path: Path, sources: Sequence[Path]) -> Ingested:
 
             return stage
 
-        stagings = [partial(rows.stage, folders=part) for part in ready]
+        stagings: list[Callable[[duckdb.DuckDBPyConnection], None]] = [partial(rows.stage, folders=p) for p in ready]
         stagings += [staged(number, file) for number, file in enumerate(files)]
 
         def work(connection: duckdb.DuckDBPyConnection) -> Ingested:

@@ -162,17 +162,20 @@ def _connected(
                 f"--results postgres: needs DuckDB's extension of that name, which DuckDB {duckdb.__version__} has not "
                 "installed here; `python -c \"import duckdb; duckdb.sql('INSTALL postgres')\"` fetches it"
             ) from None
-        tables = _tables(connection)
+        migrations.migrate(connection, 0)
         prepared(connection)
         try:
             connection.execute("SET pg_null_byte_replacement = '\ufffd'")
-            if write:
-                connection.execute(f"ATTACH '{_escaped(dsn)}' AS door (TYPE postgres)")
-                connection.execute("CALL postgres_execute('door', ?, use_transaction = false)", [tables])
-                connection.execute("DETACH door")
             only = "" if write else ", READ_ONLY"
-            connection.execute(f"ATTACH '{_escaped(dsn)}' AS team (TYPE postgres, SCHEMA '{SCHEMA}'{only})")
-            _same_schema(connection)
+            attach = f"ATTACH '{_escaped(dsn)}' AS team (TYPE postgres, SCHEMA '{SCHEMA}'{only})"
+            connection.execute(attach)
+            version = _version(connection)
+            if write and version < migrations.NEWEST:
+                made = ";\n".join(_tables(connection, anew=version == 0))
+                connection.execute("CALL postgres_execute('team', ?, use_transaction = false)", [made])
+                connection.execute("DETACH team")  # it remembers what tables there were
+                connection.execute(attach)
+            _refuse(version, write)
             if write:
                 connection.execute("USE team")
             yield connection
@@ -180,52 +183,65 @@ def _connected(
             raise StoreError(f"--results postgres: {_told(error, dsn)}") from None
 
 
-def _tables(connection: duckdb.DuckDBPyConnection) -> str:
-    """Make our tables in memory; returns what makes them in PostgreSQL, with their keys, by one process at a time."""
-    migrations.migrate(connection, 0)
+def _version(connection: duckdb.DuckDBPyConnection) -> int:
+    """The schema of the attached database; 0 where it has none of our tables."""
+    import duckdb
+
+    try:
+        found = connection.execute("SELECT max(version) FROM team.migration").fetchone()
+    except duckdb.CatalogException:
+        return 0
+    return int(found[0]) if found is not None and found[0] is not None else 0
+
+
+def _refuse(version: int, write: bool) -> None:
+    """
+    Raises:
+        StoreError: nobody has ingested anything there yet, or newer code has.
+    """
+    if version > migrations.NEWEST:
+        raise StoreError(f"--results postgres: it was written by newer code (schema {version}); update Decodathlon")
+    if version < migrations.NEWEST and not write:
+        made = "a run, or `decodathlon ingest`, makes it"
+        raise StoreError(f"--results postgres: the database has no schema {migrations.NEWEST} of ours yet; {made}")
+
+
+def _tables(connection: duckdb.DuckDBPyConnection, *, anew: bool) -> list[str]:
+    """What makes our tables in PostgreSQL as they are in memory, with their keys, by one process at a time.
+
+    Args:
+        anew: there are none yet; else they lack what newer schemas have added.
+    """
     keys = dict(
         connection.execute(
-            "SELECT table_name, constraint_column_names FROM duckdb_constraints() WHERE constraint_type = 'PRIMARY KEY'"
+            "SELECT table_name, constraint_column_names FROM duckdb_constraints() "
+            "WHERE constraint_type = 'PRIMARY KEY' AND database_name = 'memory'"
         ).fetchall()
     )
     columns: dict[str, list[str]] = {}
     for table, name, kind in connection.execute(
-        "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE NOT internal "
-        "AND table_name IN (SELECT table_name FROM duckdb_tables()) ORDER BY table_name, column_index"
+        "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE database_name = 'memory' "
+        "AND table_name IN (SELECT table_name FROM duckdb_tables() WHERE database_name = 'memory') "
+        "AND NOT internal ORDER BY table_name, column_index"
     ).fetchall():
         default = " DEFAULT now()" if name == "applied" else ""
         columns.setdefault(table, []).append(f'"{name}" {_TYPES.get(kind, kind)}{default}')
-    made = [f"SELECT pg_advisory_xact_lock({LOCK})", f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"]
+    made = [f"SELECT pg_advisory_xact_lock({LOCK})"]
+    if anew:
+        made.append(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+    else:  # whoever ingests has this lock, and would wait for us with others in his hands
+        made.append(f"LOCK TABLE {SCHEMA}.run IN ACCESS EXCLUSIVE MODE")
     for table, parts in columns.items():
         key = [f"PRIMARY KEY ({', '.join(keys[table])})"] if table in keys else []
         made.append(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.{table} ({', '.join([*parts, *key])})")
-        if table != "migration":  # an older database gets what newer schemas have added
+        if not anew and table != "migration":
             made += [f"ALTER TABLE {SCHEMA}.{table} ADD COLUMN IF NOT EXISTS {part}" for part in parts]
     newest = f"SELECT {migrations.NEWEST} WHERE NOT EXISTS"
     made.append(
         f"INSERT INTO {SCHEMA}.migration (version) {newest} "
         f"(SELECT 1 FROM {SCHEMA}.migration WHERE version >= {migrations.NEWEST})"
     )
-    return ";\n".join(made)
-
-
-def _same_schema(connection: duckdb.DuckDBPyConnection) -> None:
-    """
-    Raises:
-        StoreError: nobody has ingested anything there yet, or newer code has.
-    """
-    import duckdb
-
-    try:
-        found = connection.execute("SELECT max(version) FROM team.migration").fetchone()
-    except duckdb.CatalogException:
-        found = None
-    if found is None or found[0] is None:
-        raise StoreError(
-            f"--results postgres: the database has no schema {SCHEMA} yet; a run, or `decodathlon ingest`, makes it"
-        )
-    if found[0] > migrations.NEWEST:
-        raise StoreError(f"--results postgres: it was written by newer code (schema {found[0]}); update Decodathlon")
+    return made
 
 
 def _escaped(text: str) -> str:

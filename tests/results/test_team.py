@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -128,6 +129,23 @@ def test_rows_go_to_the_database_and_come_back(database, here):
     assert query(database, "SELECT count(*) FROM cell WHERE json_array_length(attempts) = 1") == [(1,)]
 
 
+def test_a_database_of_an_older_schema_gets_what_is_new(database, here):
+    store.check(database)
+    with duckdb.connect() as connection:
+        connection.execute("LOAD postgres")
+        connection.execute(f"ATTACH '{team.of(database)}' AS door (TYPE postgres)")
+        for older in (
+            f"ALTER TABLE {team.SCHEMA}.cell DROP COLUMN place, DROP COLUMN hardware",
+            f"DELETE FROM {team.SCHEMA}.migration",
+            f"INSERT INTO {team.SCHEMA}.migration VALUES (5)",
+        ):
+            connection.execute("CALL postgres_execute('door', ?)", [older])
+    with pytest.raises(StoreError, match="has no schema 6 of ours yet"):
+        query(database, "FROM cell")
+    assert store.ingest(database, [run_of(here / "runs", "r1")])[0] == 2
+    assert query(database, "SELECT count(*) FROM cell WHERE hardware IS NULL") == [(2,)]
+
+
 def test_what_is_there_and_says_something_else_is_told(database, here):
     store.ingest(database, [run_of(here / "a", "r1")])
     found = store.ingest(database, [run_of(here / "b", "r1", reason="other")])
@@ -142,8 +160,11 @@ def test_many_writers_lose_nothing(database, here):
     )
 
     def write(some):
+        time.sleep(0.2)  # so that all begin together
         words = [sys.executable, "-c", code, str(database), *map(str, some)]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-1000:]
+        return done.stdout
 
     with ThreadPoolExecutor(4) as pool:
         added = sum(int(out) for out in pool.map(write, [folders, folders[:3], folders[3:], folders]))
