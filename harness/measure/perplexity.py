@@ -27,7 +27,8 @@ from decodathlon.harness.measure.statistics import Array, Estimate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from decodathlon.harness.targets.base import Target
+    from decodathlon.harness.served import Served
+from decodathlon.harness.targets.base import Target
 
 #: The model's weights in a mixture with it that the validation text chooses among. Never 0: where the validation text
 #: happens to lose no token, the test text's score must stay finite all the same.
@@ -114,6 +115,8 @@ def judge_of(decoder: Decoder, *, random: bool = False) -> Callable[[torch.Tenso
     Raises:
         UnsupportedError: the decoder has no law, or a random one.
     """
+    if isinstance(decoder, Served):
+        raise UnsupportedError("logits", "how likely given texts are is not what a server tells")
     if not isinstance(decoder, Sampler):
         raise UnsupportedError("a next-token law", f"{decoder.spec} draws no token from a law that can be stated")
     if decoder.stateless:
