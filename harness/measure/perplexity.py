@@ -23,12 +23,12 @@ from decodathlon.harness.law import check
 from decodathlon.harness.measure.copies import CopiesJudge
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.measure.statistics import Array, Estimate
+from decodathlon.harness.served import Served
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from decodathlon.harness.served import Served
-from decodathlon.harness.targets.base import Target
+    from decodathlon.harness.targets.base import Target
 
 #: The model's weights in a mixture with it that the validation text chooses among. Never 0: where the validation text
 #: happens to lose no token, the test text's score must stay finite all the same.
