@@ -48,8 +48,11 @@ class Options:
 LM_EVAL = "lm_eval"
 
 
-def cells(options: Options) -> list[CellSpec]:
+def cells(options: Options, *, ahead: bool = False) -> list[CellSpec]:
     """Every cell of a run, in the order of suites, then decoders.
+
+    Args:
+        ahead: it is a plan for another day or machine: neither model nor server nor device need be there yet.
 
     Raises:
         SpecError, MissingError: the first thing that is wrong, with its remedy.
@@ -72,7 +75,8 @@ def cells(options: Options) -> list[CellSpec]:
     if not -(2**63) <= options.seed < 2**63:
         raise SpecError(f"--seed {options.seed} does not fit into 64 bits")
     model = models.resolve(options.model, options.model_url)
-    models.check(model, options.device, options.dtype)
+    if not ahead:
+        models.check(model, options.device, options.dtype)
     judges.check(options.judge, options.judge_url)
     if options.data is not None:
         if not Path(options.data).is_dir():

@@ -131,7 +131,8 @@ class Run:
             folder=self.folder,
             timeout=self._timeout,
             say=self._say,
-            device=chosen[0].device if chosen else "auto",
+            # who asks a server needs no GPU here
+            device="cpu" if any(s.model_url for s in chosen) else chosen[0].device if chosen else "auto",
             workers=settings.workers,
             ray_address=settings.ray_address,
             same=_same() if settings.executor != "inline" else {},
@@ -166,6 +167,12 @@ class Run:
             "git_dirty": described.pop("git_dirty"),
             "environment": described,
             "options": options,
+            "execution": {
+                "executor": settings.executor,
+                "workers": self._fleet.size,
+                "timing_exclusive": settings.timing_exclusive,
+                "retry_lost": settings.retry_lost,
+            },
             "about": about.describe(
                 [*(s.decoder for s in chosen), *(s.baseline for s in chosen)],
                 [*(s.suite for s in chosen), *(n for n in self.timed_suites if registry.get("suite", n).timed)],

@@ -19,7 +19,7 @@ TABLE = [
     protocol={
         "closed": "so many clients, each of which asks again as soon as it was answered",
         "rate": "requests arrive at random (Poisson) so many times a second, and are timed from their arrival",
-        "ttft": "from arrival to the first event with text",
+        "ttft": "from arrival to the first event with text; the connection is made before",
         "tpot": "from the first event to the last, over the further tokens that the server counts",
         "warm_up": "as many requests as there are clients, on other questions, not timed",
         "good": "answers whose ttft_ms and tpot_ms are not above those of the sizes; goodput counts them per second",

@@ -50,7 +50,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(options).items() if k in plan.Options.__dataclass_fields__}
-    specs = plan.cells(plan.Options(**given))
+    specs = plan.cells(plan.Options(**given), ahead=True)
     if not specs:
         raise SpecError("these options make no cell")
     workers = options.gpus if options.gpus is not None else max(1, len(gpus.visible()))

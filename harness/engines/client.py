@@ -1,5 +1,7 @@
 """HTTP to a server that speaks the OpenAI protocol: one request, its tries, its stream. Knows no engine by name.
 
+Its messages do not say where the server is: they go into rows, which are published.
+
 A request whose answer was lost is sent again: what is asked for is drawn by a seed of its own and counted by whoever
 asks, so that nothing counts twice. A server that stays away is told apart from one that refuses.
 """
@@ -11,11 +13,10 @@ import json
 import os
 import random
 import re
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from decodathlon.harness.errors import DecodathlonError, SpecError
@@ -73,7 +74,6 @@ class Client:
     timeout: float = TIMEOUT
     tries: int = TRIES
     pause: float = PAUSE
-    _own: threading.local = field(default_factory=threading.local, compare=False, repr=False)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request, asked for again where it was lost.
@@ -96,9 +96,10 @@ class Client:
             EngineError: the server refuses, or says in the middle that it failed.
             EngineDownError: it breaks off before its end.
         """
-        begun = time.perf_counter()
         connection = self._connect()
         try:
+            connection.connect()  # before the clock: real clients keep theirs
+            begun = time.perf_counter()
             response = self._ask(connection, "POST", path, body)
             ended = False
             for line in response:
@@ -113,9 +114,9 @@ class Client:
                 ended = ended or any(choice.get("finish_reason") for choice in event.get("choices") or ())
                 yield Chunk(time.perf_counter() - begun, event)
             if not ended:
-                raise EngineDownError(f"{self.url} broke off in the middle of an answer")
+                raise EngineDownError("the server broke off in the middle of an answer")
         except (OSError, http.client.HTTPException) as error:
-            raise EngineDownError(f"{self.url} broke off in the middle of an answer: {_name(error)}") from None
+            raise EngineDownError(f"the server broke off in the middle of an answer: {_name(error)}") from None
         finally:
             connection.close()
 
@@ -139,7 +140,7 @@ class Client:
                 reason = "its answer is no JSON"
             finally:
                 connection.close()
-        raise EngineDownError(f"{self.url} gave no answer in {tries} tries; the last: {reason}", code)
+        raise EngineDownError(f"the server gave no answer in {tries} tries; the last: {reason}", code)
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
@@ -162,7 +163,7 @@ class Client:
         if response.status < 300:
             return response
         words = _words(response.read(1 << 16))
-        told = f"{self.url} answers {response.status} to {place}: {words}"
+        told = f"the server answers {response.status} to {place}: {words}"
         if response.status not in AGAIN:
             raise EngineError(told, response.status)
         error = EngineDownError(told, response.status)

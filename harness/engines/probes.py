@@ -36,7 +36,7 @@ def probe(target: RemoteTarget) -> None:
     greedy = _texts(target, prompt, Law(temperature=0.0), (0,))[0]
     again = _texts(target, prompt, Law(temperature=0.0), (1, 1))
     if not target.decode(greedy.tokens).strip():
-        raise MissingError(f"{target.client.url}: the model {target.name} answers nothing to a plain question")
+        raise MissingError(f"the model {target.name} answers nothing to a plain question")
     notes = []
     if any(one.tokens != greedy.tokens for one in again):
         notes.append("the server's greedy search does not repeat its own text")

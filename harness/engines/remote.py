@@ -121,7 +121,7 @@ def load(text: str, url: str, *, name: str, say: Callable[[str], None]) -> Remot
         say(f"trying what the server does with what it is told ({engine.label})")
         probes.probe(target)
     except client.EngineError as error:
-        raise MissingError(f"--model-url {url}: {error}") from None
+        raise MissingError(str(error)) from None
     able = ", ".join(sorted({*target.parts, *target.capabilities} - {"server", "text"}))
     say(f"the server was seen to have: {able or 'nothing but greedy answers'}")
     return target

@@ -102,7 +102,10 @@ def _hear(found: Answered, chunk: Chunk) -> None:
 
 
 def _text(choice: dict[str, Any]) -> str:
-    return str(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
+    """What a user sees grow: also what a model thinks, where the server tells it apart."""
+    delta = choice.get("delta") or {}
+    parts = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"), delta.get("reasoning"))
+    return str(next((part for part in parts if part), ""))
 
 
 def closed(target: RemoteTarget, asks: Sequence[Ask], clients: int) -> Iterator[Answered]:

@@ -224,7 +224,7 @@ class RemoteTarget(Target):
             told = _told(choice.get("logprobs"))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             said = json.dumps(reply)[:200]
-            raise EngineError(f"{self.client.url} answers what is no answer ({type(error).__name__}): {said}") from None
+            raise EngineError(f"the server answers what is no answer ({type(error).__name__}): {said}") from None
         texts, log_probs = told if told is not None else ([], [])
         last = 0.0  # of the end of the text, where it is told as a token of its own
         if ended and texts and "".join(texts) != text and "".join(texts[:-1]) == text:

@@ -133,9 +133,8 @@ class Fleet:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-            busy = [worker for worker in self._workers if worker.name in self._schedule.in_flight]
         if self._threads:
-            for worker in busy:
+            for worker in self._workers:  # those that have a cell, and those that wait to begin
                 worker.cancel()
             for thread in self._threads:
                 thread.join()

@@ -79,6 +79,7 @@ def test_a_server_that_dies_costs_nothing_that_it_answered(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     first, second = cells(results).values()
     assert {first["status"], second["status"]} == {"failed"}
+    assert f"127.0.0.1:{port}" not in json.dumps([first, second])  # rows are published
     assert "the server is gone" in first["reason"] + second["reason"]
 
     back = Double()

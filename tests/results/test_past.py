@@ -65,4 +65,7 @@ def test_plan_without_rows_says_what_to_do(capsys, tmp_path):
     assert "nothing: never measured" in out
     assert "run them with --scale smoke, and plan again" in out
     assert main(["plan", "--decoder", "gredy"]) == 2
+    # neither the model nor a GPU is here yet
+    ahead = ["--model", "qwen3-8b", "--device", "cuda", "--gpus", "8", "--suite", "math500"]
+    assert main(["plan", *ahead, "--results", str(tmp_path / "none.duckdb")]) == 0
     assert main(["plan", "--gpus", "0", "--decoder", "greedy"]) == 2
