@@ -39,6 +39,7 @@ class Bench:
             ready: called when a cell's model is loaded and its measurement begins.
         """
         self._say, self._ready, self._process = say, ready, os.getpid()
+        self._kind = ""
         self._target: tuple[tuple[str, ...], Any] | None = None
         self._unloadable: dict[tuple[str, ...], DecodathlonError] = {}
         self._judges: dict[tuple[str, str], judges.Judge | None] = {}
@@ -54,6 +55,7 @@ class Bench:
         attempts: Sequence[dict[str, Any]] = (),
         log: Callable[[], str] = lambda: "",
         expected: Mapping[str, str] | None = None,
+        kind: str = "",
     ) -> Outcome:
         """Measure one cell, leave its shard in `folder`, take its journal away.
 
@@ -62,7 +64,9 @@ class Bench:
             attempts: how it ended before, in a run that is resumed.
             log: what the process has printed since the cell began.
             expected: what the run began with; other weights or data are an error.
+            kind: what its worker computes on, as the schedule calls it.
         """
+        self._kind = kind
         path = journal.path_of(folder, spec.cell_id)
         notebook, lines = Journal(path), Lines(path_of_lines(folder, spec.cell_id))
         outcome = self.measure(spec, run_id, timeout=timeout, notebook=notebook, lines=lines, expected=expected)
@@ -165,6 +169,7 @@ class Bench:
 
         outcome.model = identity.record(target)
         outcome.place = environment.place(outcome.model, identity.gpu_uuid(target.device))
+        outcome.place |= {"kind": self._kind} if self._kind else {}
         if suite.targets:
             outcome.model |= {"name": TOY, "target": target.name}
         for capability in suite.needs:

@@ -170,6 +170,8 @@ def _run(config: pytest.Config) -> Run:
     results = (team.path_of(named) if named else environment.results_file()).resolve()
     rules = Path(option.decodathlon_gates or config.rootpath / gates.FILE)
     wanted = option.decodathlon_gates != "none" and (option.decodathlon_gates is not None or rules.exists())
+    if option.decodathlon_ray_address != "auto" and option.decodathlon_executor != "ray":
+        raise SpecError(f"--ray-address {option.decodathlon_ray_address} goes with --executor ray")
     settings = Settings(
         results=results,
         executor=option.decodathlon_executor,
@@ -275,6 +277,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     try:
         run.begin(list(run.waiting.values()))
     except DecodathlonError as error:
+        run.refused = True
         raise pytest.UsageError(str(error)) from None
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
@@ -352,8 +355,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     run = config.stash.get(_RUN, None)
     if run is None or config.option.collectonly:
         return
-    if not run.outcomes:
+    if not run.outcomes and not run.refused:
         terminalreporter.write_line("nothing was measured: name the suites, as in `pytest suites/ --benchmark`")
+        return
+    if run.refused:
         return
     terminalreporter.section("decodathlon")
     judged = [v.line for v in run.verdicts if v.cell is not None]

@@ -25,6 +25,7 @@ from decodathlon.harness.plan import Options, cells
 from decodathlon.harness.registry import load_builtins, registry
 from decodathlon.harness.results import audited, environment, gates, journal, measured, past, shards, store, table
 from decodathlon.harness.results.metrics import METRICS
+from decodathlon.harness.workers import gpus
 from decodathlon.harness.workers.base import Orders
 from decodathlon.harness.workers.executors import EXECUTORS
 from decodathlon.harness.workers.fleet import Fleet
@@ -82,7 +83,11 @@ class Run:
         #: Lines that say where the results are.
         self.closing: list[str] = []
         self.failed_to_ingest = False
+        #: Whether there were no such workers as it was asked for.
+        self.refused = False
         self._before: dict[str, Outcome] = {}
+        #: All cells of a run that is resumed, as it planned them.
+        self._planned: list[CellSpec] = []
         self._held = ExitStack()
         #: What the first cell found of weights and data; a later one that finds other fails.
         self._expected: dict[str, str] = {}
@@ -140,7 +145,7 @@ class Run:
         self._fleet = Fleet(
             EXECUTORS[settings.executor], orders, exclusive=settings.timing_exclusive, retry_lost=settings.retry_lost
         )
-        known = past.read(settings.results) if store.available() else past.Past(())
+        known = past.read(settings.results, gpus.kind(None)) if store.available() else past.Past(())
         self._guessed = {s.cell_id: guess.seconds for s in chosen if (guess := known.of(s)) is not None}
         jobs = [self._job(spec) for spec in chosen]
         self._coming = self._fleet.outcomes(jobs, self._expected, self._kinds())
@@ -198,8 +203,11 @@ class Run:
 
     def _kinds(self) -> dict[tuple[Any, ...], str]:
         """On what hardware the cells of a resumed run were measured, by what they are compared with."""
+        planned = {spec.cell_id: spec for spec in self._planned}  # stored ones lack the user's paths
         return {
-            Job(o.spec).group: str(o.place["hardware"]) for o in self._before.values() if o.place and o.status in FINAL
+            Job(planned[cell_id]).group: str(o.place["kind"])
+            for cell_id, o in self._before.items()
+            if "kind" in o.place and o.status in FINAL
         }
 
     def _take(self, outcome: Outcome) -> None:
@@ -261,6 +269,8 @@ class Run:
             if self._record and not (self.folder / shards.RUN_FILE).exists():
                 shards.write(self.folder / shards.RUN_FILE, self._record)  # somebody took it away meanwhile
             self._collect()
+            planned = {spec.cell_id: place for place, spec in enumerate(self.specs)}
+            self.outcomes.sort(key=lambda o: planned.get(o.spec.cell_id, len(planned)))  # as tables have them
             if self.outcomes:
                 self._judge()
                 self._ingest()
@@ -336,6 +346,7 @@ class Run:
         if not planned:
             raise SpecError(f"--resume {self.run_id}: that run had no cells of decoders; start a new one")
         self._refuse_changes(plan, planned)
+        self._planned = planned
         for spec in planned:
             path = self.folder / f"{spec.cell_id}.json"
             if path.exists():

@@ -149,7 +149,7 @@ def add_cost(cost: Cost, one: Written) -> None:
 
 def by_model(target: RemoteTarget, law: Law) -> bool:
     """Whether the log-probabilities that the server tells are those of the model's own law."""
-    return "log-probs" in target.capabilities and (target.raw_log_probs or law.temperature == 1)
+    return "log-probs" in target.capabilities and (target.raw_log_probs or not law.stated)
 
 
 def whole(log_probs: Sequence[float] | None) -> float | None:

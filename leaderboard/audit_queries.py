@@ -29,12 +29,11 @@ def audits(connection: duckdb.DuckDBPyConnection) -> list[Row]:
                                   'definition_gap')
                    GROUP BY run_id, cell_id)
         )
-        SELECT c.run_id, c.cell_id, c.decoder, c.claim, c.status, c.reason, c.scale, c.started, r.hardware,
-               r.git_commit, r.git_dirty, v.audit AS verdict, c.sizes->>'draws' AS draws, n.tvd, n.tvd_floor AS floor,
+        SELECT c.run_id, c.cell_id, c.decoder, c.claim, c.status, c.reason, c.scale, c.started, c.hardware,
+               c.git_commit, c.git_dirty, v.audit AS verdict, c.sizes->>'draws' AS draws, n.tvd, n.tvd_floor AS floor,
                n.tvd_floor_ratio AS ratio, n.goodness_p AS p, n.visible_tvd AS visible,
                n.definition_gap AS gap
         FROM newest c
-        JOIN run r USING (run_id)
         LEFT JOIN audited v USING (run_id, cell_id)
         LEFT JOIN numbers n USING (run_id, cell_id)
         ORDER BY list_position(['fail', 'weak', 'self', 'pass'], v.audit) NULLS LAST, c.status <> 'ok', c.decoder
@@ -78,15 +77,15 @@ def curves(connection: duckdb.DuckDBPyConnection, target: str) -> list[Row]:
         f"""
         SELECT c.decoder, (s.data->>'draws')::INTEGER AS draws, (s.data->>'tvd')::DOUBLE AS tvd,
                (s.data->>'independent')::DOUBLE AS independent, (s.data->>'seconds')::DOUBLE AS seconds,
-               r.hardware || ', ' || c.scale AS place
+               c.hardware || ', ' || c.scale AS setting
         FROM (
             FROM known_cell WHERE suite = '{ISING}' AND slice = $target AND status IN ('ok', 'partial')
             QUALIFY row_number() OVER (
                 PARTITION BY decoder, hardware, scale ORDER BY git_dirty, started DESC, run_id DESC) = 1
         ) c
-        JOIN sample s USING (run_id, cell_id) JOIN run r USING (run_id)
+        JOIN sample s USING (run_id, cell_id)
         WHERE s.row LIKE 'after-%'
-        ORDER BY max(c.started) OVER (PARTITION BY place) DESC, c.decoder, draws
+        ORDER BY max(c.started) OVER (PARTITION BY setting) DESC, c.decoder, draws
         """,
         {"target": target},
     )

@@ -304,8 +304,8 @@ def history(connection: duckdb.DuckDBPyConnection, setting: Setting, name: str, 
         connection,
         f"""
         SELECT c.run_id, c.started, c.decoder, c.suite, c.suite_version, c.slice, coalesce(c.dataset, '') AS dataset,
-               m.value, m.ci_low, m.ci_high, m.n, r.git_commit, r.git_dirty
-        FROM cell c JOIN number m USING (run_id, cell_id) JOIN run r USING (run_id)
+               m.value, m.ci_low, m.ci_high, m.n, c.git_commit, c.git_dirty
+        FROM known_cell c JOIN number m USING (run_id, cell_id)
         WHERE {_SETTING} AND split_part(c.decoder, '[', 1) = $name AND m.metric = $metric AND isfinite(m.value)
         ORDER BY c.started DESC, c.decoder DESC LIMIT 2000
         """,

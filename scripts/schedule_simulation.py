@@ -75,6 +75,9 @@ class Idle(Worker):
         shards.write(self._shard(spec), outcome.as_shard())
         return outcome
 
+    def cancel(self) -> None:
+        """It ends at once by itself."""
+
     def close(self) -> None:
         """Nothing was started."""
 

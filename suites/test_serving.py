@@ -20,7 +20,7 @@ TABLE = [
         "closed": "so many clients, each of which asks again as soon as it was answered",
         "rate": "requests arrive at random (Poisson) so many times a second, and are timed from their arrival",
         "ttft": "from arrival to the first event with text; the connection is made before",
-        "tpot": "from the first event to the last, over the further tokens that the server counts",
+        "tpot": "from the first event to the last, over the server's count of tokens less those of one event",
         "warm_up": "as many requests as there are clients, on other questions, not timed",
         "good": "answers whose ttft_ms and tpot_ms are not above those of the sizes; goodput counts them per second",
         "stop": "every answer has `tokens` tokens where the engine can be told so; else it ends where it ends",

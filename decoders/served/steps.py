@@ -6,6 +6,7 @@ wrote behind the end of a step is thrown away, which changes no law.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,17 @@ def _check(decoder: PersistentSMCSteps, target: RemoteTarget) -> None:
 class Grown:
     """Particles whose answers a server writes; what smc/repaired.py and smc/seed_variant.py ask of them."""
 
-    def __init__(self, target: RemoteTarget, prompts: Sequence[Sequence[int]], each: int, limits: Limits) -> None:
+    def __init__(
+        self, target: RemoteTarget, prompts: Sequence[Sequence[int]], each: int, limits: Limits, *, told: bool
+    ) -> None:
+        """
+        Args:
+            told: whether the server tells the model's own log-probabilities.
+        """
         self.target, self.prompts, self.each, self._most = target, prompts, each, limits.max_new_tokens
         self.all = [Particle(p, []) for p in range(len(prompts)) for _ in range(each)]
         self.costs = [Cost() for _ in prompts]
+        self._told = told
 
     def of(self, prompt: int) -> list[Particle]:
         return self.all[prompt * self.each : (prompt + 1) * self.each]
@@ -70,7 +78,8 @@ class Grown:
         return [Answer(list(self.prompts[o.prompt]), list(o.tokens), o.model_log_prob, self.target) for o in some]
 
     def completion(self, one: Particle, trace: Sequence[dict[str, Any]]) -> Completion:
-        return completion(self.target, one.tokens, one.model_log_prob, self.costs[one.prompt], trace)
+        log_prob = one.model_log_prob if self._told and math.isfinite(one.model_log_prob) else None
+        return completion(self.target, one.tokens, log_prob, self.costs[one.prompt], trace)
 
 
 class _Stepwise:
@@ -108,6 +117,9 @@ class _Stepwise:
                 (k for k in range(1, len(step.pieces)) if decoder._over(step.pieces[:k], target)), len(step.pieces)
             )
             one.tokens += step.pieces[:end]
+            if written.log_probs is None:  # its pieces are words: as many empty ones as it has further tokens
+                further = round(len(written.tokens) * end / len(step.pieces)) - end
+                one.tokens[-1:] = [*[target.blank] * max(0, further), one.tokens[-1]]
             one.model_log_prob += sum(step.log_probs[:end])
             one.ended = one.tokens[-1:] == [target.end]
 
@@ -117,8 +129,9 @@ def stepwise(
     decoder: PersistentSMCSteps, target: RemoteTarget, prompts: Sequence[Sequence[int]], limits: Limits, rng: RowRandom
 ) -> list[Completion]:
     """The whole scheme."""
+    told = by_model(target, law_of(decoder))
     scheme: Any = seed_variant if decoder.variant == "seed" else repaired
     found: list[Completion] = scheme.answers(
-        _Stepwise(decoder), Grown(target, prompts, decoder.n_particles, limits), rng, rng
+        _Stepwise(decoder), Grown(target, prompts, decoder.n_particles, limits, told=told), rng, rng
     )
     return found

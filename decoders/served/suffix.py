@@ -89,7 +89,7 @@ def walked(
             for prompt, y in zip(prompts, answers, strict=True)
         ]
         tilts = decoder.log_tilt(seen).tolist()
-        return [tilt - math.log(len(y.pieces)) for tilt, y in zip(tilts, answers, strict=True)]
+        return [tilt - math.log(max(1, len(y.pieces))) for tilt, y in zip(tilts, answers, strict=True)]
 
     now = written([Begun((), (), 0)] * len(prompts))
     weights = log_weights(now)
@@ -105,7 +105,7 @@ def walked(
     return [
         completion(
             target, y.pieces, sum(y.log_probs) if told and not math.isnan(sum(y.log_probs)) else None, cost,
-            [{"accepted": count / decoder.steps, "tilt": weight + math.log(len(y.pieces))}],
+            [{"accepted": count / decoder.steps, "tilt": weight + math.log(max(1, len(y.pieces)))}],
         )
         for y, cost, count, weight in zip(now, costs, accepted, weights, strict=True)
     ]  # fmt: skip

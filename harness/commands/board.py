@@ -12,7 +12,7 @@ import sys
 from decodathlon.harness.commands.command import Command, results_option, say
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.registry import registry
-from decodathlon.harness.results import environment
+from decodathlon.harness.results import environment, store, team
 
 APP = environment.ROOT / "leaderboard" / "app.py"
 
@@ -62,6 +62,8 @@ def command(options: argparse.Namespace) -> list[str]:
 
 def _run(options: argparse.Namespace) -> int:
     words = command(options)
+    if team.of(options.results.resolve()) is not None:
+        store.check(options.results.resolve())
     say(f"the board of {options.results.resolve()} at http://{options.address}:{options.port}; Ctrl-C ends it")
     sys.stdout.flush()
     surroundings = os.environ | {environment.RESULTS_VARIABLE: str(options.results.resolve())}

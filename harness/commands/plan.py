@@ -43,7 +43,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timing-exclusive", action="store_true", help="cells with times run alone on their host")
     parser.add_argument(
-        "--hardware", default="", metavar="NAME", help="whose rows count first, as the column hardware has it"
+        "--hardware",
+        default="",
+        metavar="NAME",
+        help="whose rows count first, as the column hardware has it (default this machine)",
     )
     results_option(parser)
 
@@ -56,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     workers = options.gpus if options.gpus is not None else max(1, len(gpus.visible()))
     if workers < 1:
         raise SpecError(f"--gpus {workers}: a whole number from 1 on is wanted")
-    known = past.read(options.results.resolve(), options.hardware)
+    known = past.read(options.results.resolve(), options.hardware or gpus.kind(None))
     guesses = {spec.cell_id: known.of(spec) for spec in specs}
     for line in _table(specs, guesses, known):
         say(line)
@@ -101,7 +104,8 @@ def _summary(
     missing = sum(g is None for g in guesses.values())
     told = [f"{len(specs)} cells of {len({s.decoder for s in specs})} decoders"]
     if not found:
-        return [*told, "nothing like them was ever measured; run them with --scale smoke, and plan again"]
+        scale = specs[0].sized
+        return [*told, f"nothing like them was ever measured at {scale}: a cell or two of that tell how long they take"]
     usual = sum(found) / len(found)
     jobs = [
         Job(
@@ -116,8 +120,8 @@ def _summary(
     there = simulate(jobs, places, exclusive=exclusive, loading=loading)
     one = "1 worker" if workers == 1 else f"{workers} workers"
     told.append(
-        f"about {sum(job.seconds for job in jobs) / 3600:.2f} hours of work; {_duration(there.seconds)} on {one}, "
-        f"{there.busy / (there.seconds * workers):.0%} busy, models loaded {there.loads} times"
+        f"about {_duration(sum(job.seconds for job in jobs))} of work; {_duration(there.seconds)} on {one}, "
+        f"{there.busy / (there.seconds * workers):.0%} busy"
     )
     if missing:
         told.append(f"{missing} of them were never measured, nor anything like them; each counts as {_duration(usual)}")

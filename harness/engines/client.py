@@ -35,7 +35,7 @@ class EngineError(DecodathlonError):
     """A server refused a request: sent again it would refuse it again."""
 
     def __init__(self, message: str, code: int = 0) -> None:
-        super().__init__(message)
+        super().__init__(_without_key(message))
         self.code = code
 
 
@@ -45,7 +45,13 @@ class EngineDownError(EngineError):
 
 def key() -> str:
     """Of the server, from the environment; empty where there is none."""
-    return next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
+    return next((os.environ[name].strip() for name in KEYS if os.environ.get(name, "").strip()), "")
+
+
+def _without_key(text: str) -> str:
+    """What a server says may hold what it was sent."""
+    secret = key()
+    return text.replace(secret, "[key]") if secret else text
 
 
 def check_url(option: str, url: str) -> None:
@@ -53,8 +59,20 @@ def check_url(option: str, url: str) -> None:
     Raises:
         SpecError: it is no address of a server.
     """
-    if not re.match(r"https?://[^/\s]+", url):
-        raise SpecError(f"{option} {url}: an address begins with http:// or https://, as http://127.0.0.1:8000/v1")
+    form = "http://HOST:PORT/v1"
+    if not re.match(r"https?://[^/\s]+", url) or re.search(r"\s", url):
+        raise SpecError(f"{option} {url}: an address begins with http:// or https://, as {form}")
+    parts = urllib.parse.urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise SpecError(f"{option}: an address is {form} alone; a key belongs into {' or '.join(KEYS)}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    if port == -1 or not parts.hostname:
+        raise SpecError(f"{option} {url}: its port is no number from 1 to 65535; an address is {form}")
+    if not key().isprintable():
+        raise SpecError(f"the key in {' or '.join(KEYS)} has letters that no key has")
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ class Client:
         response = connection.getresponse()
         if response.status < 300:
             return response
-        words = _words(response.read(1 << 16))
+        words = _words(response.read(1 << 16)).replace(urllib.parse.urlsplit(self.url).netloc, "[server]")
         told = f"the server answers {response.status} to {place}: {words}"
         if response.status not in AGAIN:
             raise EngineError(told, response.status)
@@ -192,16 +210,15 @@ def _words(body: bytes) -> str:
     try:
         return _shown(json.loads(text))
     except ValueError:
-        return text[:QUOTED] or "nothing"
+        return _without_key(text)[:QUOTED] or "nothing"
 
 
 def _shown(said: Any) -> str:
     for part in ("error", "message", "detail"):
         if isinstance(said, dict) and said.get(part):
             return _shown(said[part])
-    secret = key()
     text = said if isinstance(said, str) else json.dumps(said)
-    return (text.replace(secret, "[key]") if secret else text)[:QUOTED]
+    return _without_key(text)[:QUOTED]
 
 
 def _name(error: BaseException) -> str:

@@ -27,7 +27,8 @@ class Law:
     @property
     def stated(self) -> set[str]:
         """What differs from the model's own law."""
-        return {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        found = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        return {"greedy"} if self.temperature == 0 else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,8 @@ class Engine:
     version: str = ""
     #: The longest text that it reads, in tokens; 0 where it does not tell.
     context: int = 0
+    #: What it tells of the files of its model.
+    told: str = ""
 
     @property
     def label(self) -> str:
@@ -126,32 +129,36 @@ def recognised(client: Client, model: str) -> Engine:
     Raises:
         EngineDownError: nobody answers.
     """
-    context = _context(client, model)
+    listed = _listed(client, model)
+    context, told = int(listed.get("max_model_len") or 0), str(listed.get("root") or "")
     if isinstance(found := _asked(client, "/version"), dict) and isinstance(found.get("version"), str):
-        return Engine(DIALECTS["vllm"], found["version"], context)
+        return Engine(DIALECTS["vllm"], found["version"], context, told)
     for path in ("/server_info", "/get_server_info"):
         if isinstance(found := _asked(client, path), dict) and "version" in found:
-            return Engine(DIALECTS["sglang"], str(found["version"]), context or int(found.get("context_length") or 0))
+            told = str(found.get("model_path") or told)
+            return Engine(
+                DIALECTS["sglang"], str(found["version"]), context or int(found.get("context_length") or 0), told
+            )
     if isinstance(found := _asked(client, "/props"), dict) and "build_info" in found:
-        settings = found.get("default_generation_settings") or {}
-        return Engine(DIALECTS["llama.cpp"], str(found["build_info"]), context or int(settings.get("n_ctx") or 0))
+        settings, told = found.get("default_generation_settings") or {}, str(found.get("model_path") or told)
+        context = context or int(settings.get("n_ctx") or 0)
+        return Engine(DIALECTS["llama.cpp"], str(found["build_info"]), context, told)
     if isinstance(found := _asked(client, "/openapi.json"), dict) and "/load_model" in (found.get("paths") or {}):
-        return Engine(DIALECTS["transformers"], "", context)
-    return Engine(DIALECTS["openai"], "", context)
+        return Engine(DIALECTS["transformers"], "", context, told)
+    return Engine(DIALECTS["openai"], "", context, told)
 
 
-def _context(client: Client, model: str) -> int:
-    """What the list of models says of ours."""
+def _listed(client: Client, model: str) -> dict[str, Any]:
+    """What the list of models says of ours; nothing where it does not."""
     try:
         listed = client.get("models", tries=2)
     except EngineError as error:
         if error.code == 0 or error.code in (401, 403):  # nobody there, or nobody who knows us
             raise
-        return 0  # an engine that cannot list its models may well run one
+        return {}  # an engine that cannot list its models may well run one
     some = listed.get("data") if isinstance(listed, dict) else None
     every = [m for m in some if isinstance(m, dict)] if isinstance(some, list) else []
-    mine = next((m for m in every if m.get("id") == model), {})
-    return int(mine.get("max_model_len") or 0)
+    return next((m for m in every if m.get("id") == model), {})
 
 
 def _asked(client: Client, path: str) -> Any:

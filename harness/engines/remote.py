@@ -63,11 +63,12 @@ def named(parsed: spec.Spec, url: str) -> str:
     if not url:
         raise SpecError(f"--model {parsed.name} needs --model-url, such as http://127.0.0.1:8000/v1")
     client.check_url("--model-url", url)
-    _options(parsed)
+    options = _options(parsed)
     name = parsed.name.removeprefix(PREFIX).rstrip("/").rpartition("/")[2] if _is_path(parsed.name) else parsed.name
     where = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:LETTERS]
     shown = name if name.startswith(PREFIX) else PREFIX + name
-    return f"{shown}@{where}"
+    # talks that are rendered here may be other prompts than those that the server would make
+    return f"{shown}@{where}" + (f"[tokenizer={Path(options.tokenizer).name}]" if options.tokenizer else "")
 
 
 def _is_path(name: str) -> bool:
@@ -119,7 +120,7 @@ def load(text: str, url: str, *, name: str, say: Callable[[str], None]) -> Remot
             template=_template(options.tokenizer),
         )
         say(f"trying what the server does with what it is told ({engine.label})")
-        probes.probe(target)
+        probes.probe(target, say)
     except client.EngineError as error:
         raise MissingError(str(error)) from None
     able = ", ".join(sorted({*target.parts, *target.capabilities} - {"server", "text"}))
@@ -143,11 +144,12 @@ def _template(folder: str | None) -> Template | None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if not tokenizer.chat_template:
         raise MissingError(f"tokenizer={folder} has no chat template")
-    own = tokenizer.bos_token if tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] else None
+    # what the model's tokenizer, at the server as here, puts before every text that it is not told to leave as it is
+    own = tokenizer.bos_token if tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
-    def rendered(talk: Sequence[Turn]) -> str:
+    def rendered(talk: Sequence[Turn], bare: bool) -> str:
         messages = [{"role": who, "content": text} for who, text in talk]
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text.removeprefix(own) if own else text  # the server puts one before every text
+        return text.removeprefix(own) if bare and own else text
 
     return rendered

@@ -59,8 +59,10 @@ class Answered:
 
     @property
     def per_token(self) -> float | None:
-        """Seconds per token after the first one."""
-        return None if self.first is None or self.tokens < 2 else (self.last - self.first) / (self.tokens - 1)
+        """Seconds per token behind the first event, which counts for as many as the others; None where nobody knows."""
+        if self.first is None or self.events < 2 or not self.tokens:
+            return None
+        return (self.last - self.first) / (self.tokens * (1 - 1 / self.events))
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
@@ -170,23 +172,25 @@ def metrics(
     rows = [f"request-{a.number}" for a in whole]
     firsts = [a.first for a in whole if a.first is not None]
     timed = [(row, a.per_token) for row, a in zip(rows, whole, strict=True) if a.per_token is not None]
-    good = [a for a in whole if a.first is not None and a.first <= ttft and (a.per_token or 0.0) <= tpot]
     found: dict[str, Estimate | Observations] = {
-        "served_tokens_per_s": Estimate(sum(a.tokens for a in whole) / seconds, n=len(whole)),
         "requests_per_s": Estimate(len(whole) / seconds, n=len(answers)),
-        "goodput": Estimate(len(good) / seconds, n=len(answers)),
-        "good_share": statistics.wilson(len(good), len(answers)),
         "failed_requests": Estimate(float(len(answers) - len(whole)), n=len(answers)),
     }
+    if all(a.per_token is not None or a.tokens == 1 for a in whole):  # else nobody knows how good they were
+        good = [a for a in whole if a.first is not None and a.first <= ttft and (a.per_token or 0.0) <= tpot]
+        found["goodput"] = Estimate(len(good) / seconds, n=len(answers))
+        found["good_share"] = statistics.wilson(len(good), len(answers))
     if not whole:
         return found
     found["ttft_s"] = Observations.each(rows, firsts)
     found["latency_s"] = Observations.each(rows, [a.last for a in whole])
     if timed:
         found["tpot_s"] = Observations.each([row for row, _ in timed], [s for _, s in timed if s is not None])
-    found["answer_tokens"] = Observations.grouped(rows, [float(a.tokens) for a in whole])
-    events = sum(a.events for a in whole)
-    found["tokens_per_event"] = Estimate(sum(a.tokens for a in whole) / max(1, events), n=events)
+    if all(a.tokens for a in whole):
+        events = sum(a.events for a in whole)
+        found["served_tokens_per_s"] = Estimate(sum(a.tokens for a in whole) / seconds, n=len(whole))
+        found["answer_tokens"] = Observations.grouped(rows, [float(a.tokens) for a in whole])
+        found["tokens_per_event"] = Estimate(sum(a.tokens for a in whole) / max(1, events), n=events)
     found["in_flight"] = Estimate(sum(a.last for a in whole) / seconds, n=len(whole))
     gaps = [gap for a in whole for gap in a.gaps]
     for name, values in (("ttft_s", firsts), ("latency_s", [a.last for a in whole]), ("inter_event_s", gaps)):
@@ -240,7 +244,7 @@ def measure(cell: Cell, questions: Sequence[Any]) -> None:
     for metric, estimate in found.items():
         cell.report(metric, estimate)
     if not all(a.tokens for a in answers if not a.error):
-        cell.note("the server does not count its tokens; speeds per token leave such answers out")
+        cell.note("the server does not count its tokens: there are no speeds per token, and no goodput")
     if failed := [a for a in answers if a.error]:
         cell.note(f"{len(failed)} of {len(answers)} requests failed; one of them: {failed[0].error[:200]}")
     late = max((a.waited for a in answers if not a.error), default=0.0)

@@ -15,11 +15,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-import decodathlon
-
 ROOT = Path(__file__).resolve().parents[2]
-#: The package, which links lead from to the folders of the code.
-HERE = Path(decodathlon.__file__).resolve().parent
 #: The environment variable that names the results file where no option does.
 RESULTS_VARIABLE = "DECODATHLON_RESULTS"
 PACKAGES = (
@@ -128,9 +124,9 @@ def code() -> str:
     """Of all code that may run, wherever and however it was installed: two machines with the same have the same."""
     digest = hashlib.sha256()
     for name in CODE:
-        folder = HERE / name.rstrip("/")
+        folder = ROOT / name.rstrip("/")
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".c", ".sql")):
-            digest.update(str(path.relative_to(HERE)).encode() + path.read_bytes())
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -31,6 +31,8 @@ class Row(NamedTuple):
     #: To load the model, where this cell did.
     loading: float
     memory: float | None
+    #: Whether it was measured; what is unsupported takes no time, and says nothing of other decoders.
+    supported: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Past:
             name, here = row.decoder.partition("[")[0], row.hardware
             common = (row.suite, row.slice, row.scale)
             for key in self._keys(common, row.decoder, name, row.model, here):
-                self._seconds.setdefault(key, []).append(row.seconds)
+                if row.supported or key[0] in ("cell", "decoder"):
+                    self._seconds.setdefault(key, []).append(row.seconds)
             if row.loading > 1.0:
                 self._loading.setdefault(row.model, []).append(row.loading)
             if row.memory is not None:
@@ -122,10 +125,10 @@ def read(path: Path, hardware: str = "") -> Past:
             """
             SELECT c.suite, c.slice, c.scale, c.decoder, c.model, c.hardware,
                    greatest(0, (c.seconds->>'total')::DOUBLE - coalesce((c.seconds->>'prepare')::DOUBLE, 0)),
-                   coalesce((c.seconds->>'prepare')::DOUBLE, 0), m.value
+                   coalesce((c.seconds->>'prepare')::DOUBLE, 0), m.value, c.status = 'ok'
             FROM known_cell c
             LEFT JOIN metric m ON (m.run_id, m.cell_id, m.metric) = (c.run_id, c.cell_id, 'peak_memory_bytes')
-            WHERE c.status = 'ok' AND (c.seconds->>'total') IS NOT NULL
+            WHERE c.status IN ('ok', 'unsupported') AND (c.seconds->>'total') IS NOT NULL
             """
         ).fetchall()
     return Past((Row(*row) for row in found), hardware)  # type: ignore[arg-type]

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decodathlon.harness.errors import MissingError, SpecError, StoreError
-from decodathlon.harness.results import environment, migrations, rows
+from decodathlon.harness.results import environment, migrations, rows, shards
 
 if TYPE_CHECKING:
     import duckdb
@@ -47,20 +47,28 @@ def path_of(text: str) -> Path:
     if not text.startswith(PREFIXES):
         return Path(text)
     dsn = text if "://" in text else text.partition(":")[2].strip()
-    if re.search(r"\bpassword\s*=", dsn) or re.search(r"://[^/@]*:[^/@]*@", dsn):
+    plain = urllib.parse.unquote(dsn)
+    if re.search(r"passw|secret", plain, re.IGNORECASE) or re.search(r"://[^?]*:[^?]*@", plain):
         raise SpecError("--results: leave the password out; libpq finds it in PGPASSWORD or ~/.pgpass")
+    if not re.search(r"\w", dsn.partition("://")[2] or dsn):
+        raise SpecError(f"--results {text}: it names no database, as postgres:host=HOST dbname=NAME does")
     name = hashlib.sha256(dsn.encode()).hexdigest()[:6]
     mirror = environment.results_file().resolve().with_name(f"team-{name}.duckdb")
     link = _link(mirror)
     if not link.exists() and mirror.parent.is_dir():
-        link.write_text(json.dumps({"attach": dsn}), encoding="utf-8")
+        shards.write(link, {"attach": dsn})
     return mirror
 
 
 def of(path: Path) -> str | None:
     """The connection of the database that a file mirrors; None for a file of its own."""
     link = _link(path)
-    return str(json.loads(link.read_text(encoding="utf-8"))["attach"]) if link.is_file() else None
+    if not link.is_file():
+        return None
+    found = shards.read(link).get("attach")
+    if not isinstance(found, str):
+        raise StoreError(f"{link} names no database; remove it, and name the database again")
+    return found
 
 
 def _link(path: Path) -> Path:
@@ -112,7 +120,7 @@ def refresh(path: Path, dsn: str, create: Callable[[Path], None]) -> None:
     with _connected(dsn, write=False) as connection:
         now = _state(connection)
         link = _link(path)
-        known = json.loads(link.read_text(encoding="utf-8"))
+        known = shards.read(link)
         if path.exists() and known.get("state") == now:
             return
         copy = path.with_name(f".{path.name}.{os.getpid()}")
@@ -129,7 +137,7 @@ def refresh(path: Path, dsn: str, create: Callable[[Path], None]) -> None:
             os.replace(copy, path)
         finally:
             copy.unlink(missing_ok=True)
-        link.write_text(json.dumps(known | {"state": now}), encoding="utf-8")
+        shards.write(link, known | {"state": now})
 
 
 def _state(connection: duckdb.DuckDBPyConnection) -> list[str]:

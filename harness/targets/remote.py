@@ -25,8 +25,9 @@ from decodathlon.harness.targets.base import Context, Target
 
 #: Who speaks, and what.
 Turn = tuple[str, str]
-#: Renders a talk as the text that the model reads, up to where its answer begins.
-Template = Callable[[Sequence[Turn]], str]
+#: Renders a talk as the text that the model reads, up to where its answer begins; `bare` without what a tokenizer puts
+#: before every text.
+Template = Callable[[Sequence[Turn], bool], str]
 #: What a context may hold where the server does not tell: it will refuse what is too long.
 UNTOLD = 1 << 20
 
@@ -36,8 +37,11 @@ class _Elsewhere:
 
     type = "server"
 
+    def __init__(self, label: str) -> None:
+        self._label = label
+
     def __str__(self) -> str:
-        return self.type
+        return f"server ({self._label})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +116,12 @@ class RemoteTarget(Target):
             concurrency: answers that are asked for at once.
             template: renders talks here; the server then gets text.
         """
-        self.name, self.device = name, _Elsewhere()
+        self.name = name
         self.client, self.engine, self._model, self._template = client, engine, model, template
         self.context_length = context or engine.context or UNTOLD
         self.concurrency = concurrency
         self.processor = f"{hardware or 'hardware unstated'}, {engine.label}"
+        self.device = _Elsewhere(self.processor)
         self.capabilities = frozenset({"text", "server"})
         #: Parts of a law that the server is seen to follow; whether its log-probabilities are of the model's own law.
         self.parts: frozenset[str] = frozenset()
@@ -132,7 +137,7 @@ class RemoteTarget(Target):
     @property
     def weights_fingerprint(self) -> str:
         """What can be known of which model answers: its name, its engine, how much it reads."""
-        known = f"{self._model} {self.engine.label} {self.engine.context}"
+        known = f"{self._model} {self.engine.label} {self.engine.context} {self.engine.told}"
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     def remember(self, lines: Lines) -> None:
@@ -178,7 +183,8 @@ class RemoteTarget(Target):
 
     def _written(self, ask: Ask) -> Written:
         path, body = self.request(ask)
-        row = "reply " + hashlib.sha256(json.dumps([path, body], sort_keys=True).encode()).hexdigest()[:24]
+        asked = json.dumps([self.weights_fingerprint, path, body], sort_keys=True)
+        row = "reply " + hashlib.sha256(asked.encode()).hexdigest()[:24]
         earlier = self._lines.earlier.get(row)
         reply = earlier["reply"] if earlier is not None else self.client.post(path, body)
         found = self._read(reply)
@@ -204,11 +210,15 @@ class RemoteTarget(Target):
             if not streamed:
                 body |= {"logprobs": True}
             return "chat/completions", body | {"messages": talk}
-        text = self._template(first) if isinstance(first, tuple) and self._template else _shown(first)
+        if isinstance(first, tuple) and self._template is not None:
+            text = self._template(first, not dialect.plain_text)
+            body |= dialect.plain_text
+        else:
+            text = _shown(first)
         rest = self.decode(ask.prompt[1:])
         if not streamed:
             body |= {"logprobs": 1}
-        return "completions", body | dict(dialect.plain_text) | {"prompt": text + rest + begun}
+        return "completions", body | {"prompt": text + rest + begun}
 
     def _read(self, reply: Mapping[str, Any]) -> Written:
         """
@@ -220,20 +230,35 @@ class RemoteTarget(Target):
             text = choice["message"].get("content") or "" if "message" in choice else choice["text"]
             usage = reply.get("usage") or {}
             counted, read = int(usage.get("completion_tokens") or 0), int(usage.get("prompt_tokens") or 0)
-            ended = choice.get("finish_reason") == "stop"
+            why = choice.get("finish_reason")
+            ended = why == "stop"
             told = _told(choice.get("logprobs"))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             said = json.dumps(reply)[:200]
             raise EngineError(f"the server answers what is no answer ({type(error).__name__}): {said}") from None
+        if why in ("abort", "error"):
+            raise EngineError(f"the server ended an answer with {why}")
+        if why not in ("stop", "length", None):
+            self.happened(f"the server ended answers for other reasons: {why}")
+        if not counted and told is None:
+            self.happened("the server does not say how many tokens it wrote: lengths of answers are not known")
         texts, log_probs = told if told is not None else ([], [])
         last = 0.0  # of the end of the text, where it is told as a token of its own
-        if ended and texts and "".join(texts) != text and "".join(texts[:-1]) == text:
+        if ended and texts and not _same(texts, text) and _same(texts[:-1], text):
             texts, last, log_probs = texts[:-1], log_probs[-1], log_probs[:-1]
-        if "".join(texts) != text:  # the text as a whole, and as many empty pieces as it has further tokens
-            texts = [text, *[""] * (max(len(texts), counted - ended) - 1)] if text else []
+        if not _same(texts, text) or (
+            not texts and counted
+        ):  # the text as a whole, and as many empty pieces as it has further tokens
+            further = max(len(texts), counted - ended) - bool(text)
+            texts = [*[text] * bool(text), *[""] * further]
         tokens = [self.pieces.number(piece) if piece else self.blank for piece in texts]
         whole = told is not None and len(log_probs) == len(tokens)
         return Written([*tokens, *[self.end] * ended], [*log_probs, *[last] * ended] if whole else None, ended, read)
+
+
+def _same(texts: Sequence[str], text: str) -> bool:
+    """Whether these tokens are the text; some servers take spaces off its ends."""
+    return "".join(texts).strip() == text.strip()
 
 
 def _shown(piece: str | tuple[Turn, ...]) -> str:

@@ -24,7 +24,8 @@ class Place:
     name: str
     #: Workers of one host disturb one another's clocks.
     host: str
-    #: What computes, such as "NVIDIA H200": cells that are compared with one another are all measured on one kind.
+    #: What computes, such as "NVIDIA H200": cells that are compared with one another are all measured on one kind. Rows
+    #: have it as `place.kind`, beside the hardware of their own target, which may be a toy on the CPU.
     kind: str
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from decodathlon.harness.bench import found_of
-from decodathlon.harness.cells import FINAL, CellSpec, Outcome
+from decodathlon.harness.cells import FINAL, Outcome
 from decodathlon.harness.results import shards
 from decodathlon.harness.workers.base import Orders, RefusedError, Worker
 from decodathlon.harness.workers.schedule import Job, Schedule
@@ -61,7 +61,7 @@ class Fleet:
         self._gone: dict[str, str] = {}
         #: Machine and software of workers elsewhere, by node.
         self.nodes: dict[str, Mapping[str, Any]] = {}
-        #: By cell in flight, how many clocked cells have shared its host.
+        #: By cell in flight whose numbers are times, the cells that have shared its host.
         self._beside: dict[str, set[str]] = {}
         self._expected: dict[str, str] = {}
         self._schedule = Schedule(())
@@ -118,8 +118,10 @@ class Fleet:
         self._schedule.came(worker.open())
         while (job := self._schedule.take(worker.name)) is not None:
             outcome = worker.run(job.spec, job.attempts, self._expected)
-            self._schedule.settled(worker.name)
+            self._schedule.settled(worker.name, measured=outcome.status in FINAL)
             yield self._settled(outcome)
+        for job in self._schedule.waiting:  # of a run that was begun on other hardware
+            yield self._stranded(job)
 
     def _tell(self, text: str) -> None:
         """Have a line said, by the thread that waits for outcomes; it tells which worker says so."""
@@ -168,7 +170,7 @@ class Fleet:
         while (job := self._next(worker.name)) is not None:
             outcome = worker.run(job.spec, job.attempts, dict(self._expected))
             with self._changed:
-                self._schedule.settled(worker.name)
+                self._schedule.settled(worker.name, measured=outcome.status in FINAL)
                 neighbours = self._beside.pop(job.spec.cell_id, set())
                 again = worker.gone == "machine" and outcome.status == "crashed" and job.losses < self._retries
                 if again:
@@ -196,30 +198,30 @@ class Fleet:
             while not self._stopped:
                 job = self._schedule.take(name)
                 if job is not None:
-                    if job.clocked:
-                        self._note_neighbours(name, job.spec)
+                    self._note_neighbours(name, job)
                     return job
                 if not (self._schedule.in_flight or self._coming or self._schedule.goes_on):
                     return None
                 self._changed.wait()
             return None
 
-    def _note_neighbours(self, name: str, spec: CellSpec) -> None:
-        """Two cells whose numbers are times now share a host: each is told of the other."""
-        mine = self._beside.setdefault(spec.cell_id, set())
-        host = self._schedule.places[name].host
-        for other, job in self._schedule.in_flight.items():
-            there = self._schedule.places[other]
-            if other != name and there.host == host and job.clocked:
-                mine.add(job.spec.cell_id)
-                self._beside.setdefault(job.spec.cell_id, set()).add(spec.cell_id)
+    def _note_neighbours(self, name: str, job: Job) -> None:
+        """A cell begins beside others of its host: those whose numbers are times are told of it, and it of them."""
+        mine, host = job.spec.cell_id, self._schedule.places[name].host
+        for other, theirs in self._schedule.in_flight.items():
+            if other == name or self._schedule.places[other].host != host:
+                continue
+            if job.clocked:
+                self._beside.setdefault(mine, set()).add(theirs.spec.cell_id)
+            if theirs.clocked:
+                self._beside.setdefault(theirs.spec.cell_id, set()).add(mine)
 
     def _amend(self, outcome: Outcome, job: Job, neighbours: set[str]) -> None:
         """What its worker could not know goes into the shard."""
         told = []
         if neighbours:
-            cells = f"{len(neighbours)} other cell{'s' * (len(neighbours) > 1)} with times"
-            told.append(f"contended: {cells} ran on its host meanwhile (--timing-exclusive measures them alone)")
+            cells = f"{len(neighbours)} other cell{'s' * (len(neighbours) > 1)}"
+            told.append(f"contended: {cells} ran on its host meanwhile (--timing-exclusive measures it alone)")
             outcome.conditions["beside"] = sorted(neighbours)
         if job.losses:
             told.append("measured a second time: the first time its machine was lost")

@@ -51,7 +51,13 @@ class InlineWorker(Worker):
         self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
     ) -> Outcome:
         return self._bench.run(
-            spec, self.run_id, self.folder, timeout=self.timeout, attempts=attempts, expected=expected
+            spec,
+            self.run_id,
+            self.folder,
+            timeout=self.timeout,
+            attempts=attempts,
+            expected=expected,
+            kind=gpus.kind(None),
         )
 
     def close(self) -> None:
@@ -68,7 +74,7 @@ class LocalWorker(Worker):
             threads: how many it may compute with; 0 leaves it as it is.
         """
         super().__init__(orders, name)
-        self._gpu, self._own = gpu, gpus.environment_of(gpu, threads)
+        self._own, self._kind = gpus.environment_of(gpu, threads), gpus.kind(gpu, threads)
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers: int | None = None
@@ -76,7 +82,7 @@ class LocalWorker(Worker):
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the worker
 
     def open(self) -> Place:
-        return Place(self.name, environment.host(), gpus.kind(self._gpu))
+        return Place(self.name, environment.host(), self._kind)
 
     def run(
         self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
@@ -96,6 +102,7 @@ class LocalWorker(Worker):
             "timeout": self.timeout,
             "attempts": list(attempts),
             "expected": expected or {},
+            "kind": self._kind,
         }
         try:
             with contextlib.suppress(BrokenPipeError):  # it died before it read; told below like any other death

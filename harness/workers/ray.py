@@ -28,6 +28,7 @@ from decodathlon.harness.workers.base import Orders, Place, RefusedError, Worker
 
 REMEDY = "install it on every node: pip install -e '.[ray]'"
 BEGIN = "`ray start --head` begins one, --ray-address local is one of this machine alone"
+TOKEN = "where `ray start` has put token authentication on, as newer Ray does, set RAY_AUTH_MODE=token here, too"
 #: Seconds in which a cluster must answer at all.
 REACH = 10.0
 #: How long a worker may wait for its GPU while somebody else has it, and how often it says so.
@@ -114,9 +115,8 @@ class _Cluster:
             )
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
             why = str(error).strip().splitlines() or [type(error).__name__]
-            raise MissingError(
-                f"--executor ray: no cluster at {address} that we can speak to: {why[0]}; {BEGIN}"
-            ) from None
+            told = f"--executor ray: no cluster at {address} that we can speak to: {why[0]}"
+            raise MissingError(f"{told}; {TOKEN}; {BEGIN}") from None
         finally:
             if before is not None:  # Ray would end us at once, without a summary
                 signal.signal(signal.SIGTERM, before)

@@ -134,14 +134,14 @@ class Schedule:
 
         return max(groups, key=rank)
 
-    def settled(self, name: str) -> Job:
-        """The cell of a worker has its outcome."""
+    def settled(self, name: str, *, measured: bool = True) -> Job:
+        """The cell of a worker has its outcome; `measured` says whether there is something to compare others with."""
         job = self.in_flight.pop(name)
-        self._settled[job.group] += 1
+        self._settled[job.group] += measured
         return job
 
     def put_back(self, job: Job) -> None:
-        """A cell that was in flight is to be measured again."""
+        """A cell that is in flight no more is to be measured again."""
         self._waiting.setdefault(job.group, []).append(job)
         self._load[job.model] += job.seconds
 

@@ -51,6 +51,7 @@ def main(incoming: int, outgoing: int) -> None:
                 attempts=request["attempts"],
                 log=partial(_printed, log, begin=os.lseek(log, 0, os.SEEK_END)),
                 expected=request["expected"],
+                kind=request["kind"],
             )
             answer(done=str(folder / f"{spec.cell_id}.json"), cell=spec.cell_id)
 

@@ -153,7 +153,7 @@ def test_a_real_server_writes_what_the_model_writes_here(transformers_serve, tmp
         "--decoder", "qalign[steps=2,reward=length:6]", "--decoder", "persistent-smc-steps", "--size", "tokens=8",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the server was seen to have: chat, min_p, prefix, temperature, top_k, top_p" in done.stdout
+    assert "the server was seen to have: chat, greedy, min_p, prefix, temperature, top_k, top_p" in done.stdout
     here = measure(*common, tmp_path / "here.duckdb", "--dtype", "float32", "--size", "tokens=8")
     assert here.returncode == 0, here.stdout + here.stderr
     there, local = cells(tmp_path / "there.duckdb"), cells(tmp_path / "here.duckdb")

@@ -494,6 +494,27 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing_before(model, deco
     assert cells["calm"].read_bytes() == kept
 
 
+def test_a_resumed_run_stays_on_the_hardware_that_it_began_on(tmp_path, model, decoders, monkeypatch):
+    results = tmp_path / "r.duckdb"
+    done = measure(*new_run(results, model, decoders, "calm", "calm[number=1]", suite="wikitext2"))
+    assert done.returncode == 0
+    cells = by_decoder(results)
+    kind = cells["calm"]["place"]["kind"]
+    assert kind.endswith("threads")
+    (run,) = results.with_suffix(".shards").iterdir()
+    (run / f"{cells['calm[number=1]']['cell_id']}.json").unlink()
+    first = run / f"{cells['calm']['cell_id']}.json"
+    first.write_text(first.read_text().replace(kind, "another CPU, 64 threads"))
+    done = measure("--resume", "last", "--results", results)
+    assert done.returncode == 1
+    left = by_decoder(results)["calm[number=1]"]
+    assert left["status"] == "cancelled"
+    assert "cells that it is compared with ran on another CPU, 64 threads" in left["reason"]
+    first.write_text(first.read_text().replace("another CPU, 64 threads", kind))
+    assert measure("--resume", "last", "--results", results).returncode == 0
+    assert by_decoder(results)["calm[number=1]"]["status"] == "ok"
+
+
 def executor(folder, timeout=60.0):
     return local.LocalWorker(Orders(run_id="r", folder=folder, timeout=timeout, say=lambda text: None))
 

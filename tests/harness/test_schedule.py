@@ -202,7 +202,7 @@ def test_all_outcomes_come_once_and_the_workers_end(tmp_path):
 def test_times_side_by_side_on_one_host_are_told_of_one_another(tmp_path):
     beside, _ = fleet(tmp_path, {"name": "a", "seconds": 0.2}, {"name": "b", "seconds": 0.2})
     found = list(beside.outcomes(jobs(2, clocked=True), {}))
-    assert all("contended: 1 other cell with times ran on its host" in o.notes[0] for o in found)
+    assert all("contended: 1 other cell ran on its host" in o.notes[0] for o in found)
     assert shard(tmp_path, found[0].spec)["notes"] == found[0].notes
     apart, _ = fleet(tmp_path, {"name": "a", "host": "x", "seconds": 0.2}, {"name": "b", "host": "y", "seconds": 0.2})
     assert not any(o.notes for o in apart.outcomes(jobs(2, clocked=True), {}))

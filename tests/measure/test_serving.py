@@ -54,8 +54,8 @@ def test_several_tokens_in_one_event_do_not_make_it_faster(served):
     target = served(Double(first=FIRST, each=EACH, bundle=3))
     (answer,) = serving.closed(target, asks(target, 1, tokens=9), 1)
     assert (answer.tokens, answer.events) == (9, 3)
-    # 6 tokens' time over 8 further tokens: the first event brought three
-    assert 6 * EACH / 8 <= answer.per_token < 6 * EACH / 8 + 0.05
+    # the first event brought three tokens, so the time behind it is that of six
+    assert EACH <= answer.per_token < EACH + 0.05
     assert serving.metrics([answer], 1.0, ttft=1, tpot=1)["tokens_per_event"].value == 3
 
 
@@ -134,3 +134,30 @@ def test_its_interval_covers_as_often_as_it_says(p):
         inside += found.low <= truth <= found.high
     assert inside / rounds >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / rounds)
     assert inside / rounds < 0.985
+
+
+def answered(number, first, last, tokens, events):
+    found = serving.Answered(number, 0.0)
+    found.first, found.last, found.tokens, found.events = first, last, tokens, events
+    return found
+
+
+def test_good_is_who_keeps_both_limits():
+    quick, slow_first, slow_rest = (
+        answered(0, 0.1, 1.1, 11, 11),
+        answered(1, 2.0, 3.0, 11, 11),
+        answered(2, 0.1, 9.1, 10, 10),
+    )
+    told = serving.metrics([quick, slow_first, slow_rest], 10.0, ttft=1.0, tpot=0.5)
+    assert told["goodput"].value == pytest.approx(0.1)
+    assert told["good_share"].value == pytest.approx(1 / 3)
+
+
+def test_what_nobody_counted_has_no_speed():
+    told = serving.metrics([answered(0, 0.1, 1.0, 0, 9)], 1.0, ttft=1.0, tpot=0.5)
+    assert {"goodput", "good_share", "tpot_s", "served_tokens_per_s", "answer_tokens"} & set(told) == set()
+    assert told["ttft_s"].estimate().value == 0.1
+    once = serving.metrics([answered(0, 1.0, 1.0, 20, 1)], 1.0, ttft=2.0, tpot=0.5)  # all in one event
+    assert "tpot_s" not in once
+    assert "goodput" not in once
+    assert once["served_tokens_per_s"].value == 20

@@ -28,6 +28,12 @@ def test_the_nearest_rows_judge():
     assert known.of(replace(SPEC, sizes=(("tokens", 9),))) is None  # another setting takes another time
 
 
+def test_what_is_unsupported_takes_no_time_and_says_nothing_of_others():
+    known = Past([ROW._replace(seconds=0.0, supported=False), ROW._replace(decoder="greedy", seconds=9.0)], HERE)
+    assert known.of(SPEC) == past.Guess(0.0, "this cell", 1)
+    assert known.of(replace(SPEC, decoder="min-p")) == past.Guess(9.0, "other decoders", 1)
+
+
 def test_rows_of_other_hardware_count_where_there_are_no_others():
     known = Past([ROW._replace(hardware="H200", seconds=3.0)], HERE)
     assert known.of(SPEC) == past.Guess(3.0, "other hardware", 1)
@@ -63,7 +69,7 @@ def test_plan_without_rows_says_what_to_do(capsys, tmp_path):
     assert main(["plan", "--decoder", "greedy", "--suite", "math500", "--results", str(tmp_path / "none.duckdb")]) == 0
     out = capsys.readouterr().out
     assert "nothing: never measured" in out
-    assert "run them with --scale smoke, and plan again" in out
+    assert "nothing like them was ever measured at quick" in out
     assert main(["plan", "--decoder", "gredy"]) == 2
     # neither the model nor a GPU is here yet
     ahead = ["--model", "qwen3-8b", "--device", "cuda", "--gpus", "8", "--suite", "math500"]

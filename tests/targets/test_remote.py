@@ -23,7 +23,7 @@ from decodathlon.harness.results.lines import Lines
 from decodathlon.harness.targets.remote import Ask, RemoteTarget
 
 load_builtins()
-EVERYTHING = {"temperature", "top_k", "top_p", "min_p", "chat"}
+EVERYTHING = {"temperature", "top_k", "top_p", "min_p", "chat", "greedy"}
 
 
 class Direct(Client):
@@ -78,10 +78,46 @@ def test_a_part_of_a_law_that_is_passed_over_is_seen(part):
         decoder.check(target)
 
 
+def test_a_server_that_passes_over_the_temperature_is_seen():
+    target = target_of(Double(ignores=frozenset({"temperature"})))
+    assert target.parts == {"chat"}  # what it gives for greedy search differs from itself
+    for spec in ("greedy", "temperature[temperature=0.5]"):
+        with pytest.raises(UnsupportedError):
+            served.on(decoders.build(spec), target).check(target)
+    served.on(decoders.build("temperature"), target).check(target)  # the model's own law is what it draws from
+
+
+def test_a_server_that_knows_only_greedy_or_free_is_seen():
+    double = Double()
+    right = double.write
+    double.write = lambda body: right(body | {"temperature": 1.0 if body["temperature"] else 0.0})
+    assert "temperature" not in target_of(double).parts
+
+
+def test_a_server_that_follows_top_k_at_one_only_is_seen():
+    double = Double()
+    right = double.write
+    double.write = lambda body: right(body | {"top_k": 1 if body["top_k"] == 1 else 0})
+    assert target_of(double).parts == EVERYTHING - {"top_k"}
+
+
+def test_a_server_with_one_seed_for_all_is_seen():
+    double = Double()
+    right = double.write
+    double.write = lambda body: right(body | {"seed": 7})
+    target = target_of(double)
+    assert target.parts == {"chat", "greedy"}
+    assert "the server draws the same text at every temperature and seed" in target.notes
+
+
+def test_an_engine_that_is_not_known_says_so():
+    made = RemoteTarget(Direct(Double()), "m", Engine(DIALECTS["openai"], "", 512), name="openai:m")
+    probes.probe(made)
+    assert any("an engine that is not known here" in note for note in made.notes)
+    assert made.parts == {"chat", "greedy", "temperature", "top_p"}
+
+
 def test_a_server_that_is_always_greedy_is_seen():
-    target = target_of(Double(ignores=frozenset({"temperature", "top_k", "top_p", "min_p"}), seeded=True))
-    # without a temperature it draws from the model's own law, so it does differ from itself
-    assert "temperature" in target.parts
     constant = Double()
     constant.write = lambda body: (
         list("a a a a a a")[: body["max_tokens"]],
@@ -89,7 +125,7 @@ def test_a_server_that_is_always_greedy_is_seen():
         False,
     )
     target = target_of(constant)
-    assert target.parts == {"chat"}
+    assert target.parts == {"chat", "greedy"}
     assert "the server draws the same text at every temperature and seed" in target.notes
 
 
@@ -98,6 +134,9 @@ def test_log_probabilities_of_the_shaped_law_are_told_apart():
     assert not target.raw_log_probs
     assert served.by_model(target, Law(temperature=1.0))
     assert not served.by_model(target, Law(temperature=0.7))
+    assert not served.by_model(target, Law(top_p=0.5))
+    found, _ = texts("top-p[p=0.5]", target, 5, 4)
+    assert all(answer.log_prob is None for answer in found)
 
 
 def test_what_is_not_there_is_not_seen():
@@ -275,6 +314,64 @@ def test_letters_that_are_split_over_tokens_are_put_together():
     assert written.log_probs == [-1.0] * 3
 
 
+def reply(content, why="stop", tokens=None, told=None):
+    choice = {"message": {"content": content}, "finish_reason": why, "logprobs": {"content": told} if told else None}
+    return {"choices": [choice], "usage": {} if tokens is None else {"completion_tokens": tokens}}
+
+
+def test_replies_are_read_as_they_are_meant():
+    target = target_of(Double())
+    entries = [{"token": t, "logprob": -1.0} for t in (" a", "b", "<end>")]
+    stripped = target._read(reply("ab", tokens=3, told=entries))  # a server that takes the space off
+    assert len(stripped.tokens) == 3
+    assert stripped.log_probs == [-1.0] * 3
+    thinking = target._read(reply(None, why="length", tokens=500))
+    assert len(thinking.tokens) == 500
+    assert target.decode(thinking.tokens) == ""
+    target.incidents.clear()
+    target._read(reply("x", why="content_filter", tokens=1))
+    target._read(reply("x"))
+    assert len(target.incidents) == 2
+    with pytest.raises(EngineError, match="ended an answer with abort"):
+        target._read(reply("x", why="abort"))
+    with pytest.raises(EngineError, match="answers what is no answer"):
+        target._read({"choices": []})
+
+
+def test_an_answer_of_nothing_does_not_stop_a_chain():
+    double = Double()
+    right = double.write
+    double.write = lambda body: right(body) if body["max_tokens"] != 7 else ([], [], False)
+    target = target_of(double)
+    found, _ = texts("qalign[reward=length:3,steps=2]", target, 3, 7)
+    assert len(found) == 3
+
+
+def test_steps_are_cut_where_they_are_over_and_keep_to_the_length():
+    """A line of up to six letters ends behind a space here; what was written behind it is thrown away."""
+    from decodathlon.decoders.served import steps as form
+
+    spec = (
+        "persistent-smc-steps[n_particles=3,max_steps=4,max_tokens_per_step=6,step_boundary=fixed,fixed_step_tokens=2,"
+        "temperature=1,top_p=1]"
+    )
+    for double in (Double(), Double(tells=False)):
+        target = target_of(double)
+        prompt = target.chat([{"role": "user", "content": "?"}])
+        grown = form.Grown(target, [prompt], 3, Limits(9), told=double.tells)
+        cut = decoders.build(spec.replace("fixed,fixed_step_tokens=2", "newline,min_tokens_per_step=2"))
+        stepwise = form._Stepwise(cut)
+        object.__setattr__(cut, "_over", lambda step, target: target.decode(step).endswith("b"))
+        for _ in range(4):
+            before = [len(one.tokens) for one in grown.all]
+            stepwise.grow(grown, RowRandom(0, [0]))
+            for one, begun in zip(grown.all, before, strict=True):
+                new = target.decode(one.tokens[begun:])
+                assert len(one.tokens) <= 9
+                if double.tells:
+                    assert "b" not in new[:-1]  # nothing behind the end of a step
+
+
 # --- Faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,7 +455,12 @@ def test_keys_go_to_the_server_and_into_no_message(serve, monkeypatch):
     with pytest.raises(EngineError) as caught:
         target.write(asks(target, 1))
     assert "sk-a-secret" not in str(caught.value)
+    assert "127.0.0.1" not in str(caught.value)
+    assert client._words(b"Authorization: Bearer sk-a-secret-key") == "Authorization: Bearer [key]"
+    assert str(EngineError("sk-a-secret-key")) == "[key]"
     assert client._words(b'{"error": {"message": "bad key sk-a-secret-key"}}') == "bad key [key]"
+    monkeypatch.setenv("DECODATHLON_MODEL_KEY", "sk-with-a-newline\n")
+    assert client.key() == "sk-with-a-newline"
 
 
 # --- By name --------------------------------------------------------------------------------------------------------
@@ -369,6 +471,10 @@ def test_names_and_addresses_are_checked_before_anything_is_asked(monkeypatch):
         ("openai:", "http://x/v1", "the name that the server has for the model is missing"),
         ("openai:m", "", "needs --model-url"),
         ("openai:m", "x:8000", "an address begins with http"),
+        ("openai:m", "http://me:pw@h/v1", "a key belongs into"),
+        ("openai:m", "http://h/v1?key=1", "a key belongs into"),
+        ("openai:m", "http://h:port/v1", "its port is no number"),
+        ("openai:m", "http://h:99999/v1", "its port is no number"),
         ("openai:m[contxt=5]", "http://x/v1", "did you mean 'context'"),
         ("openai:m[concurrency=0]", "http://x/v1", "concurrency"),
         ("greedy-model", "http://x/v1", "--model-url is the address of a server"),
@@ -392,7 +498,7 @@ def test_an_engine_is_recognised_and_tried_when_it_is_loaded(serve):
     assert target.engine.label == "vllm 0.33.0"
     assert target.context_length == 512
     assert target.processor == "8xH100, vllm 0.33.0"
-    assert said[-1] == "the server was seen to have: chat, log-probs, min_p, prefix, temperature, top_k, top_p"
+    assert said[-1] == "the server was seen to have: chat, greedy, log-probs, min_p, prefix, temperature, top_k, top_p"
 
 
 def test_a_law_that_is_not_seen_is_not_sent():
