@@ -20,7 +20,7 @@ def audits(connection: duckdb.DuckDBPyConnection) -> list[Row]:
         connection,
         f"""
         WITH newest AS (
-            FROM cell WHERE suite = '{AUDIT}'
+            FROM known_cell WHERE suite = '{AUDIT}'
             QUALIFY row_number() OVER (PARTITION BY decoder ORDER BY started DESC, run_id DESC) = 1
         ), numbers AS (
             FROM (SELECT run_id, cell_id, metric, value FROM metric SEMI JOIN newest USING (run_id, cell_id))
@@ -77,7 +77,7 @@ def curves(connection: duckdb.DuckDBPyConnection, target: str) -> list[Row]:
         f"""
         SELECT c.decoder, (s.data->>'draws')::INTEGER AS draws, (s.data->>'tvd')::DOUBLE AS tvd,
                (s.data->>'independent')::DOUBLE AS independent, (s.data->>'seconds')::DOUBLE AS seconds,
-               c.hardware || ', ' || c.scale AS setting
+               c.hardware || ', ' || c.scale AS place
         FROM (
             FROM known_cell WHERE suite = '{ISING}' AND slice = $target AND status IN ('ok', 'partial')
             QUALIFY row_number() OVER (
@@ -85,7 +85,7 @@ def curves(connection: duckdb.DuckDBPyConnection, target: str) -> list[Row]:
         ) c
         JOIN sample s USING (run_id, cell_id)
         WHERE s.row LIKE 'after-%'
-        ORDER BY max(c.started) OVER (PARTITION BY setting) DESC, c.decoder, draws
+        ORDER BY max(c.started) OVER (PARTITION BY c.hardware, c.scale) DESC, c.decoder, draws
         """,
         {"target": target},
     )
