@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -156,37 +157,43 @@ def kill_node_when_it_measures(cluster, spare, marks, seconds=60.0):
     raise AssertionError("no cell ran on the spare node")
 
 
-@pytest.mark.parametrize("retry", [False, True])
-def test_a_node_that_is_killed_costs_at_most_its_cell(cluster, spare, model, decoders, tmp_path, retry):
+def test_a_killed_node_costs_at_most_its_cell_which_is_measured_again(cluster, spare, model, decoders, tmp_path):
+    """Without --retry-lost the cell stays `crashed`, as that of a killed agent below does."""
     marks, results = tmp_path / "marks", tmp_path / "r.duckdb"
     marks.mkdir()
-    names = [f"slow[where={marks}]", *(f"calm[number={i}]" for i in range(3))]
-    if not retry:
-        names += [f"slow[where={marks}/]"]  # both nodes have one, whichever comes first
-    else:
-        names += [f"slow[where={marks}/]", f"slow[where={marks}//]"]
-    running = subprocess.Popen(**command(cluster, results, model, decoders, *names, options=["--retry-lost"] * retry))
+    names = [*(f"slow[where={marks}{'/' * i}]" for i in range(3)), *(f"calm[number={i}]" for i in range(3))]
+    running = subprocess.Popen(**command(cluster, results, model, decoders, *names, options=["--retry-lost"]))
     kill_node_when_it_measures(cluster, spare, marks)
     out, err = running.communicate(timeout=180)
     found = cells(results)
     assert len(found) == len(names), out + err
-    states = sorted(c["status"] for c in found.values())
-    if retry:
-        assert running.returncode == 0, out + err
-        assert set(states) == {"ok"}
-        (again,) = [c for c in found.values() if c["attempts"]]
-        assert again["attempts"][0]["reason"].startswith("its node was lost")
-        assert "measured a second time: the first time its machine was lost" in again["notes"]
-    else:
-        assert running.returncode == 1, out + err
-        assert states == ["crashed", *["ok"] * (len(names) - 1)]
-        (lost,) = [c for c in found.values() if c["status"] == "crashed"]
-        assert lost["reason"].startswith("its node was lost")
-        assert lost["place"]["node"] == environment.host()  # what it had told before it was lost is kept
-        assert "go on with" not in out  # every cell has its row
+    assert running.returncode == 0, out + err
+    assert {c["status"] for c in found.values()} == {"ok"}
+    (again,) = [c for c in found.values() if c["attempts"]]
+    assert again["attempts"][0]["reason"].startswith("its node was lost")
+    assert "measured a second time: the first time its machine was lost" in again["notes"]
+    assert "go on with" not in out  # every cell has its row
     record = json.loads(next(results.with_suffix(".shards").glob("*/run.json")).read_text())
     assert list(record["nodes"]) == [environment.host()]
     assert record["nodes"][environment.host()]["packages"]["torch"]
+    assert record["execution"]["executor"] == "ray"
+
+
+def test_what_a_lost_cell_had_told_is_kept(cluster, spare, orders, model, decoders, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    spec = CellSpec("throughput", 3, "batch-1", f"slow[where={marks}]", "tiny", "smoke", 0, model_spec=str(model),
+                    decoder_files=(str(decoders),))  # fmt: skip
+    on_the_spare = lambda given: [w for w in rays.workers(given) if w._node == spare.node_id]  # noqa: E731
+    fleet = Fleet(on_the_spare, orders)
+    killer = threading.Thread(target=kill_node_when_it_measures, args=(cluster, spare, marks))
+    killer.start()
+    (lost,) = fleet.outcomes([Job(spec)], {})
+    killer.join()
+    fleet.close()
+    assert lost.status == "crashed"
+    assert lost.reason.startswith("its node was lost")
+    assert lost.place["node"] == environment.host()
 
 
 def test_a_killed_agent_is_a_crash_and_the_next_cell_has_a_new_one(cluster, model, decoders, tmp_path):

@@ -510,9 +510,6 @@ def test_a_resumed_run_stays_on_the_hardware_that_it_began_on(tmp_path, model, d
     left = by_decoder(results)["calm[number=1]"]
     assert left["status"] == "cancelled"
     assert "cells that it is compared with ran on another CPU, 64 threads" in left["reason"]
-    first.write_text(first.read_text().replace("another CPU, 64 threads", kind))
-    assert measure("--resume", "last", "--results", results).returncode == 0
-    assert by_decoder(results)["calm[number=1]"]["status"] == "ok"
 
 
 def executor(folder, timeout=60.0):

@@ -203,7 +203,7 @@ def texts(spec, target, draws, length, seed=0):
     ],
 )
 def test_answers_have_the_law_that_was_asked_for(spec, law):
-    found, counts = texts(spec, target_of(Double()), 3000, 4)
+    found, counts = texts(spec, target_of(Double()), 2000, 4)
     tvd, floor = distance(counts, engine_double.answers(4, **law))
     assert tvd < 2 * floor + 1e-9
     for answer in found[:50]:
