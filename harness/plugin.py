@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--scale",
         choices=SCALES,
         default=default.scale,
-        help="sample sizes: minutes, 20 minutes, a night (default quick)",
+        help="sample sizes: minutes, half an hour, a night (default quick)",
     )
     add("--size", action="append", default=[], metavar="[SUITE.]NAME=N", help="one size of the scale; repeatable")
     add("--decoder", action="append", default=[], metavar="SPEC", help="name[key=value,...] or all; repeatable")

@@ -5,7 +5,6 @@ A run is a folder of shards. Killed at any moment it keeps every finished cell, 
 
 from __future__ import annotations
 
-import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decodathlon.harness import about
+from decodathlon.harness import about, resuming
 from decodathlon.harness.bench import found_of
 from decodathlon.harness.cells import FINAL, HARNESS, CellSpec, Outcome, now
-from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError, near_miss
+from decodathlon.harness.errors import DecodathlonError, SpecError, StoreError
 from decodathlon.harness.locks import file_lock
 from decodathlon.harness.measure.conditions import Conditions
 from decodathlon.harness.measure.observations import Observations
 from decodathlon.harness.plan import Options, cells
-from decodathlon.harness.registry import load_builtins, registry
+from decodathlon.harness.registry import registry
 from decodathlon.harness.results import audited, environment, gates, journal, measured, past, shards, store, table
 from decodathlon.harness.results.metrics import METRICS
 from decodathlon.harness.workers import gpus
@@ -35,9 +34,6 @@ from decodathlon.harness.workers.schedule import Job
 CELL_TIMEOUT = {"smoke": 600.0, "quick": 1800.0, "full": 6 * 3600.0}
 #: Rounds that an operation of the harness keeps.
 MOST_ROUNDS = 200
-#: What must be the same machine and libraries for two halves of a run to be one run.
-_SAME = ("git_commit", "git_diff_sha256", "machine", "cpu", "gpus", "python")
-_SAME_PACKAGES = ("decodathlon", "torch", "transformers", "triton", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,7 @@ class Run:
         self._expected: dict[str, str] = {}
         self._record: dict[str, Any] = {}
         if resume is not None:
-            self.folder = find(settings.results, resume)
+            self.folder = resuming.find(settings.results, resume)
             self.run_id = self.folder.name
             self._hold()
             for left in self.folder.glob(".*.json.*"):  # half a shard of a process that was killed
@@ -140,7 +136,7 @@ class Run:
             device="cpu" if any(s.model_url for s in chosen) else chosen[0].device if chosen else "auto",
             workers=settings.workers,
             ray_address=settings.ray_address,
-            same=_same() if settings.executor != "inline" else {},
+            same=resuming.same() if settings.executor != "inline" else {},
         )
         self._fleet = Fleet(
             EXECUTORS[settings.executor], orders, exclusive=settings.timing_exclusive, retry_lost=settings.retry_lost
@@ -345,7 +341,7 @@ class Run:
         planned = [CellSpec.from_json(c) for c in plan["cells"]]
         if not planned:
             raise SpecError(f"--resume {self.run_id}: that run had no cells of decoders; start a new one")
-        self._refuse_changes(plan, planned)
+        resuming.refuse_changes(self.folder, plan, planned)
         self._planned = planned
         for spec in planned:
             path = self.folder / f"{spec.cell_id}.json"
@@ -363,33 +359,6 @@ class Run:
         self.outcomes = [o for o in self._before.values() if o.status in FINAL]
         finished = {o.spec.cell_id for o in self.outcomes}
         return [s for s in planned if s.cell_id not in finished], planned[0].scale
-
-    def _refuse_changes(self, plan: dict[str, Any], planned: Sequence[CellSpec]) -> None:
-        load_builtins()
-        registry.load_entry_points()
-        remedy = "a run is of one piece: start a new one"
-        for path in {p for s in planned for p in s.decoder_files}:
-            if not Path(path).is_file():
-                raise StoreError(f"--resume {self.run_id}: {path} is gone; put it back, or start a new run")
-            registry.load_file(path)
-        for path, digest in plan["decoders"].items():
-            if environment.digest(Path(path)) != digest:
-                raise StoreError(f"--resume {self.run_id}: {path} has changed since; {remedy}")
-        for spec in planned:
-            version = registry.get("suite", spec.suite).version
-            if version != spec.suite_version:
-                was = f"suite {spec.suite} was version {spec.suite_version} and is {version}"
-                raise StoreError(f"--resume {self.run_id}: {was}; {remedy}")
-        record = shards.read(self.folder / shards.RUN_FILE)
-        then, today = {**record["environment"], "git_commit": record["git_commit"]}, environment.describe()
-        for key in _SAME:
-            if then.get(key) != today.get(key):
-                what = "the code" if key.startswith("git") else key
-                raise StoreError(f"--resume {self.run_id}: {what} has changed since ({key}); {remedy}")
-        for name in _SAME_PACKAGES:
-            old, new = then["packages"].get(name), today["packages"].get(name)
-            if old != new:
-                raise StoreError(f"--resume {self.run_id}: {name} was {old} and is {new}; {remedy}")
 
     def _time_left(self) -> str:
         if not self.waiting:
@@ -412,30 +381,6 @@ class Run:
     @property
     def measured_nothing(self) -> bool:
         return not any(o.metrics for o in self.outcomes)
-
-
-def find(results: Path, run: str) -> Path:
-    """The folder of a run beside a results file; `last` is the newest.
-
-    Raises:
-        SpecError: there is none of that name, or it left no plan.
-    """
-    beside = results.with_suffix(".shards")
-    runs = sorted(p.parent.name for p in beside.glob(f"*/{shards.PLAN_FILE}"))
-    begun = [r for r in runs if (beside / r / shards.RUN_FILE).is_file()]
-    if not begun:
-        raise SpecError(f"--resume {run}: there is no run to resume in {beside}")
-    name = begun[-1] if run == "last" else run
-    if name not in begun:
-        raise SpecError(f"--resume {run}: there is no such run in {beside}{near_miss(run, begun[-10:])}")
-    return beside / name
-
-
-def _same() -> dict[str, Any]:
-    """What of this machine's software another one must have, too."""
-    found = environment.packages()
-    versions = {f"package {name}": found.get(name) for name in _SAME_PACKAGES}
-    return {"code": environment.code(), "python": platform.python_version(), **versions}
 
 
 def _files(specs: Sequence[CellSpec]) -> dict[str, str]:

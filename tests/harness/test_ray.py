@@ -16,7 +16,7 @@ import tiny_models
 from decodathlon.harness.cells import CellSpec
 from decodathlon.harness.errors import MissingError, SpecError
 from decodathlon.harness.results import environment, shards
-from decodathlon.harness.run import _same
+from decodathlon.harness.resuming import same
 from decodathlon.harness.workers import agent
 from decodathlon.harness.workers import ray as rays
 from decodathlon.harness.workers.base import Orders
@@ -241,7 +241,7 @@ def test_ctrl_c_cancels_what_is_in_flight_and_says_how_to_go_on(cluster, model, 
 def orders(cluster, tmp_path):
     said = []
     made = Orders(run_id="r", folder=tmp_path / "run", timeout=60.0, say=said.append, ray_address=cluster.address,
-                  same=_same())  # fmt: skip
+                  same=same())  # fmt: skip
     object.__setattr__(made, "heard", said)
     yield made
     import ray
@@ -264,6 +264,27 @@ def test_other_versions_and_other_code_are_refused_by_name(orders, model):
         assert found.status == "cancelled"
         assert text in found.reason
         assert "there and 1.0 here; bring both to one version" in found.reason
+
+
+def test_a_machine_that_somebody_else_keeps_is_waited_for_and_then_done_without(orders, model, monkeypatch):
+    import ray
+
+    fleet = Fleet(rays.workers, orders)
+
+    @ray.remote(num_cpus=1)
+    class Other:
+        def there(self):
+            return True
+
+    other = Other.remote()
+    ray.get(other.there.remote())
+    monkeypatch.setattr(rays, "PATIENCE", 3.0)
+    monkeypatch.setattr(rays, "SAY_EVERY", 1.0)
+    (found,) = fleet.outcomes([job(model)], {})
+    fleet.close()
+    assert found.status == "cancelled"
+    assert "of its node did not become free in" in found.reason
+    assert any("waits for 1 CPUs of node" in line for line in orders.heard)
 
 
 def test_a_full_object_store_stops_nobody(cluster, orders, model):

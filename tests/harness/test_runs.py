@@ -17,7 +17,8 @@ import tiny_models
 from decodathlon.harness.cells import CellSpec, Outcome
 from decodathlon.harness.errors import SpecError, StoreError
 from decodathlon.harness.results import journal, shards, store
-from decodathlon.harness.run import Run, find
+from decodathlon.harness.resuming import find
+from decodathlon.harness.run import Run
 from decodathlon.harness.workers import local
 from decodathlon.harness.workers.base import Orders
 
