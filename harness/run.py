@@ -136,7 +136,7 @@ class Run:
             device="cpu" if any(s.model_url for s in chosen) else chosen[0].device if chosen else "auto",
             workers=settings.workers,
             ray_address=settings.ray_address,
-            same=resuming.same() if settings.executor != "inline" else {},
+            same=resuming.same() if settings.executor == "ray" else {},
         )
         self._fleet = Fleet(
             EXECUTORS[settings.executor], orders, exclusive=settings.timing_exclusive, retry_lost=settings.retry_lost

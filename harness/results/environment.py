@@ -205,7 +205,7 @@ def place(model: dict[str, Any], gpu_uuid: str | None) -> dict[str, Any]:
         model: what a row stores of it, with its processor or its threads.
         gpu_uuid: of the GPU that computes.
     """
-    mine = next((gpu for gpu in gpus() if gpu_uuid and gpu["uuid"] == gpu_uuid), {})
+    mine = next((gpu for gpu in gpus() if gpu["uuid"] == gpu_uuid), {}) if gpu_uuid else {}
     told = {"gpu_uuid": gpu_uuid, **{k: v for k, v in mine.items() if k != "uuid"}} if gpu_uuid else {}
     return {"node": host(), "hardware": hardware_name({"cpu": cpu_name(), "cores": cores()}, model), **told}
 

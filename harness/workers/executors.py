@@ -26,8 +26,11 @@ def local(orders: Orders) -> Sequence[Worker]:
         # What the process sees stays as it is; of several GPUs it takes the first, as torch does.
         return [LocalWorker(orders)]
     threads = gpus.share_of_threads(count)
-    names = [f"gpu {i}" if mine else f"worker {i}" for i in range(count)]
-    return [LocalWorker(orders, name, gpu=mine[i] if mine else None, threads=threads) for i, name in enumerate(names)]
+    each: list[str | None] = [*mine[:count]] if mine else [None] * count
+    return [
+        LocalWorker(orders, f"{'gpu' if mine else 'worker'} {i}", gpu=gpu, threads=threads, kind=kind)
+        for i, (gpu, kind) in enumerate(zip(each, gpus.kinds(each, threads), strict=True))
+    ]
 
 
 def inline(orders: Orders) -> Sequence[Worker]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from decodathlon.harness.results import environment
 
@@ -46,17 +46,15 @@ def share_of_threads(workers: int) -> int:
 
 
 def kind(gpu: str | None, threads: int = 0) -> str:
-    """What computes: the name of the GPU, else the CPU with the threads on it."""
-    names = _names()
-    if gpu is not None:
-        return names.get(gpu, "a GPU")
-    first = next(iter(visible()), None)
-    if first is not None:
-        return names.get(first, "a GPU")
-    return f"{environment.cpu_name()}, {threads or environment.cores()} threads"
+    """What computes: the name of the GPU (without one named the first that there is), else the CPU with its threads."""
+    return kinds([gpu], threads)[0]
 
 
-def _names() -> dict[str, str]:
-    """The GPUs of this machine by number and by UUID."""
+def kinds(some: Sequence[str | None], threads: int = 0) -> list[str]:
+    """As `kind`, of several at once: the driver takes its time to answer."""
     known = environment.gpus()
-    return {str(i): gpu["name"] for i, gpu in enumerate(known)} | {gpu["uuid"]: gpu["name"] for gpu in known}
+    names = {str(i): gpu["name"] for i, gpu in enumerate(known)} | {gpu["uuid"]: gpu["name"] for gpu in known}
+    first = next(iter(visible()), None) if None in some else None
+    cpu = f"{environment.cpu_name()}, {threads or environment.cores()} threads"
+    chosen = [first if gpu is None else gpu for gpu in some]
+    return [cpu if gpu is None else names.get(gpu, "a GPU") for gpu in chosen]

@@ -42,10 +42,10 @@ class InlineWorker(Worker):
 
     def __init__(self, orders: Orders, name: str = "inline") -> None:
         super().__init__(orders, name)
-        self._bench = Bench(orders.say)
+        self._bench, self._kind = Bench(orders.say), gpus.kind(None)
 
     def open(self) -> Place:
-        return Place(self.name, environment.host(), gpus.kind(None))
+        return Place(self.name, environment.host(), self._kind)
 
     def run(
         self, spec: CellSpec, attempts: Sequence[dict[str, Any]] = (), expected: Mapping[str, str] | None = None
@@ -57,7 +57,7 @@ class InlineWorker(Worker):
             timeout=self.timeout,
             attempts=attempts,
             expected=expected,
-            kind=gpus.kind(None),
+            kind=self._kind,
         )
 
     def close(self) -> None:
@@ -67,14 +67,17 @@ class InlineWorker(Worker):
 class LocalWorker(Worker):
     """In a process of its own group, which keeps the loaded model between cells and is replaced when it dies."""
 
-    def __init__(self, orders: Orders, name: str = "local", *, gpu: str | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, orders: Orders, name: str = "local", *, gpu: str | None = None, threads: int = 0, kind: str = ""
+    ) -> None:
         """
         Args:
             gpu: what CUDA_VISIBLE_DEVICES is to be for the process; None leaves it as it is.
             threads: how many it may compute with; 0 leaves it as it is.
+            kind: what it computes on, where that is known already.
         """
         super().__init__(orders, name)
-        self._own, self._kind = gpus.environment_of(gpu, threads), gpus.kind(gpu, threads)
+        self._own, self._kind = gpus.environment_of(gpu, threads), kind or gpus.kind(gpu, threads)
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[str] | None = None
         self._answers: int | None = None

@@ -263,6 +263,20 @@ def by_size(law):
     return found
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_chain_asks_for_what_is_left_of_an_answer(tells):
+    double = Double(tells=tells)
+    target = target_of(double)
+    target.capabilities |= {"prefix"}  # its greedy text has no space, behind which it could be cut into words
+    probed = len(double.asked)
+    texts("qalign[reward=length:3,steps=6]", target, 20, 8)
+    moves = [b for b in double.asked[probed:] if b["messages"][-1]["role"] == "assistant"]
+    assert len(moves) > 20
+    for body in moves:
+        left, begun = body["max_tokens"], len(body["messages"][-1]["content"])
+        assert left + begun == 8 if tells else left < 8  # of words only about how many tokens they were is known
+
+
 def test_best_of_n_and_votes_choose_here():
     target = target_of(Double())
     found, _ = texts("best-of-n[n=16,reward=length:2]", target, 20, 6)
